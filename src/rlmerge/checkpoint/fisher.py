@@ -1,0 +1,97 @@
+"""Opens a Fisher folder by its headers: one sensitivity per coordinate, under the names that the base's files use."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmerge.checkpoint.folder import Checkpoint, read_json_object, read_weights
+from rlmerge.checkpoint.header import Header, TensorInfo, read_header
+from rlmerge.errors import CheckpointError, FisherError, did_you_mean
+
+FISHER_DTYPES = frozenset({"F32", "BF16"})
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
+
+
+@dataclass(frozen=True)
+class FisherFolder:
+    """An opened diagonal Fisher: `tensors` under the base's names, `meta` is fisher.json or {}."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+    headers: tuple[Header, ...]
+    meta: dict[str, Any]
+
+
+def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
+    """Open a Fisher folder, or one .safetensors file, and check it against the base.
+
+    It may cover fewer tensors than the base. A head that the tied base does not store is left out. Values (negative,
+    all zero, not finite) are not looked at here. Raises FisherError, naming the file and the tensor.
+    """
+    try:
+        headers, meta = _read(folder)
+    except FisherError:
+        raise
+    except CheckpointError as error:
+        raise FisherError(f"Fisher: {error}") from error
+    stored = {name: info for header in headers for name, info in header.tensors.items()}
+    if not stored:
+        raise FisherError(f"{headers[0].file}: holds no tensor, so it says nothing about any weight. Estimate it again.")
+    tensors = {name: info for name, info in stored.items() if name in base.tensors or not _is_tied_head(info, base)}
+    for info in tensors.values():
+        _check(info, base)
+    if not tensors:
+        raise FisherError(f"{headers[0].file}: holds only a tied head, which {base.folder} does not store.")
+    return FisherFolder(folder if folder.is_dir() else folder.parent, tensors, headers, meta)
+
+
+def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:
+    if folder.is_file():
+        meta = folder.parent / "fisher.json"
+        read_meta = folder.name == "fisher.safetensors" and meta.exists()
+        return (read_header(folder),), read_json_object(meta) if read_meta else {}
+    if not folder.is_dir():
+        raise FisherError(
+            f"{folder}: there is no such Fisher folder. Write the folder that holds fisher.safetensors, or estimate it."
+        )
+    headers = read_weights(folder, "fisher")
+    if not headers:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+        raise FisherError(
+            f"{folder}: holds no fisher.safetensors (found: {found}). A Fisher folder holds fisher.safetensors, "
+            "or its shards with fisher.safetensors.index.json."
+        )
+    meta = folder / "fisher.json"
+    return headers, read_json_object(meta) if meta.exists() else {}
+
+
+def _check(info: TensorInfo, base: Checkpoint) -> None:
+    twin = base.tensors.get(info.name)
+    if twin is None:
+        raise FisherError(
+            f"{info.file}: tensor {info.name!r} is not in the base {base.reference}, so nothing can be weighed by it."
+            f"{did_you_mean(info.name, base.tensors)} Names must be those of the base's own files."
+        )
+    if info.shape != twin.shape:
+        raise FisherError(
+            f"{info.file}: tensor {info.name!r} is {list(info.shape)}, but in the base {twin.file} it is "
+            f"{list(twin.shape)}. A Fisher has one value per weight: estimate it on a model of this base."
+        )
+    if info.dtype not in FISHER_DTYPES:
+        raise FisherError(
+            f"{info.file}: tensor {info.name!r} is {info.dtype}, which is not a type for a Fisher. Store F32 or BF16."
+        )
+
+
+def _is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
+    """Whether an unknown tensor is the head of a base that stores head and embedding as one tensor."""
+    tied = base.setting("tie_word_embeddings", not any(_HEAD.search(name) for name in base.tensors))
+    return (
+        tied is True
+        and _HEAD.search(info.name) is not None
+        and any(info.shape == other.shape and len(other.shape) == 2 for other in base.tensors.values())
+    )

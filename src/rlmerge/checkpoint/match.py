@@ -1,0 +1,277 @@
+"""Matches experts to their base: for every tensor of the base, where each expert's version of it comes from.
+
+The output has the base's tensor set, always. What cannot be matched is an error that says which files disagree, unless
+the recipe excludes the tensor or takes it from the base. Tied weights that one side stores twice are recognised by
+comparing their bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlmerge.checkpoint.adapter import Adapter, LowRank, open_adapter
+from rlmerge.checkpoint.folder import MERGED_DTYPES, Checkpoint, is_weight_tensor
+from rlmerge.checkpoint.header import TensorInfo, equal_bytes
+from rlmerge.errors import MismatchError, RecipeError
+
+_BUFFER = re.compile(r"(^|\.)rotary\w*\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$")
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
+_VOCABULARY = re.compile(r"(^|\.)(\w*embed\w*|wte|lm_head|output|shared)(\.weight)?$")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one expert's version of a base tensor comes from.
+
+    tensor    `info` is the tensor itself
+    low_rank  the base's tensor plus the product that `low_rank` describes
+    base      the base's tensor, unchanged (an adapter that does not touch it)
+    """
+
+    kind: Literal["tensor", "low_rank", "base"]
+    info: TensorInfo | None = None
+    low_rank: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Every tensor of the base, in its order, is in exactly one of `merged` and `carried`.
+
+    merged   base tensor name -> one source per expert
+    carried  base tensor name -> why it is copied from the base: 'dtype' (double, integer, boolean), 'empty', 'buffer'
+             (recomputed by every model, such as rotary_emb.inv_freq), 'excluded', 'mismatch'
+    notes    what the user should know: ignored aliases and buffers, mismatches taken from the base
+    """
+
+    merged: dict[str, tuple[Source, ...]]
+    carried: dict[str, str]
+    notes: list[str]
+
+
+def match(
+    base: Checkpoint,
+    experts: list[Checkpoint],
+    include: list[str],
+    exclude: list[str],
+    on_mismatch: Literal["error", "base"],
+) -> Matched:
+    """Match every expert to the base, by names and headers; bytes are read only to recognise tied weights.
+
+    `include` and `exclude` are regular expressions that are searched in tensor names; what they leave out is carried
+    from the base, and its mismatches do not matter. Raises RecipeError for a pattern that is none or that finds
+    nothing, MismatchError for models that do not fit, AdapterError for an adapter that does not fit.
+    """
+    if base.adapter:
+        raise MismatchError(
+            f"{base.folder}: the base is an adapter, which changes a model and is none. "
+            "Write the model that it was trained from as base_model."
+        )
+    names = list(dict.fromkeys([*base.tensors, *(n for e in experts if not e.adapter for n in e.tensors)]))
+    chosen = _select(names, include, exclude)
+    carried = {n: why for n, info in base.tensors.items() if (why := _why_carried(info, n in chosen))}
+    wanted = [name for name in base.tensors if name not in carried]
+    found = [_match_one(base, expert, wanted, chosen) for expert in experts]
+    problems = [problem for one in found for problem in one.problems]
+    if problems and on_mismatch == "error":
+        raise MismatchError(_describe(problems))
+    notes = [note for one in found for note in one.notes]
+    if problems:
+        notes.append(
+            f"{len(problems)} tensors do not fit and are taken from the base, or ignored where the base does not have "
+            "them (on_mismatch: base): " + _list(problem.text for problem in problems)
+        )
+    carried |= {problem.name: "mismatch" for problem in problems if problem.name in base.tensors}
+    merged = {n: tuple(one.sources[n] for one in found) for n in wanted if n not in carried}
+    return Matched(merged, {n: carried[n] for n in base.tensors if n in carried}, notes)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    name: str
+    text: str
+
+
+@dataclass
+class _Found:
+    sources: dict[str, Source] = field(default_factory=dict)
+    problems: list[_Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _select(names: list[str], include: list[str], exclude: list[str]) -> set[str]:
+    """The names that some include (all without one) and no exclude finds."""
+
+    def find(key: str, patterns: list[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            try:
+                search = re.compile(pattern).search
+            except (re.error, RecursionError, OverflowError) as error:
+                raise RecipeError(
+                    f"{key}: {pattern!r} is not a regular expression ({error}). It is searched in tensor names "
+                    f"such as {names[0]!r}; write '.*' for anything and '\\.' for a dot."
+                ) from None
+            hits = {name for name in names if search(name)}
+            if not hits:
+                raise RecipeError(
+                    f"{key}: {pattern!r} is found in none of the {len(names)} tensor names, which look like "
+                    f"{names[0]!r} and {names[-1]!r}. Correct or remove it."
+                )
+            found |= hits
+        return found
+
+    chosen = find("include", include) if include else set(names)
+    return chosen - find("exclude", exclude)
+
+
+def _why_carried(info: TensorInfo, chosen: bool) -> str | None:
+    if not chosen:
+        return "excluded"
+    if info.dtype not in MERGED_DTYPES:
+        return "dtype"
+    if not is_weight_tensor(info):
+        return "empty"
+    return "buffer" if _is_buffer(info) else None
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    """A tensor that models recompute: rotary frequencies, positions, GPT-2's causal mask [1, 1, n, n]."""
+    mask = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
+    return _BUFFER.search(info.name) is not None or (mask and _CAUSAL_MASK.search(info.name) is not None)
+
+
+def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: set[str]) -> _Found:
+    if expert.adapter:
+        return _match_adapter(base, expert, open_adapter(expert, base), wanted)
+    found = _Found()
+    for name in wanted:
+        theirs = expert.tensors.get(name)
+        if theirs is None:
+            _missing(base, expert, name, found)
+        elif problem := _misfit(base, expert, base.tensors[name], theirs):
+            found.problems.append(_Problem(name, problem))
+        else:
+            found.sources[name] = Source("tensor", theirs)
+    for name, info in expert.tensors.items():
+        if name not in base.tensors and name in chosen:
+            _extra(base, expert, info, found)
+    return found
+
+
+def _misfit(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> str | None:
+    """Why two tensors of one name do not fit, or None."""
+    if ours.shape != theirs.shape:
+        text = f"{ours.name}: {list(ours.shape)} in {ours.file}, {list(theirs.shape)} in {theirs.file}"
+        if ours.shape[1:] == theirs.shape[1:] and _is_vocabulary(base, expert, ours, theirs):
+            text += f" (the vocabularies differ: {ours.shape[0]} and {theirs.shape[0]} rows)"
+        return text
+    if theirs.dtype not in MERGED_DTYPES:
+        return (
+            f"{ours.name}: {ours.dtype} in {ours.file}, {theirs.dtype} in {theirs.file}, "
+            "and only BF16, F16 and F32 are merged"
+        )
+    return None
+
+
+def _is_vocabulary(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> bool:
+    if not ours.shape or not theirs.shape:
+        return False
+    sizes = (base.setting("vocab_size"), expert.setting("vocab_size"))
+    return (ours.shape[0], theirs.shape[0]) == sizes or _VOCABULARY.search(ours.name) is not None
+
+
+def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found) -> None:
+    """A tensor of the base that the expert lacks: fine when the base stores a tied tensor twice."""
+    twins = _twins(base.tensors[name], base.tensors, expert.tensors)
+    for twin in twins:
+        if equal_bytes(base.tensors[name], twin) and not _misfit(base, expert, twin, expert.tensors[twin.name]):
+            found.sources[name] = Source("tensor", expert.tensors[twin.name])
+            found.notes.append(f"{name} is tied to {twin.name} in {base.reference}; {expert.reference} stores it once.")
+            return
+    text = f"{name}: {list(base.tensors[name].shape)} in {base.tensors[name].file}, missing in {expert.folder}"
+    if twins and _VOCABULARY.search(name):
+        text += f" (tied expert? the base's {name} differs from its {twins[0].name})"
+    found.problems.append(_Problem(name, text))
+
+
+def _extra(base: Checkpoint, expert: Checkpoint, info: TensorInfo, found: _Found) -> None:
+    """A tensor of the expert that the base lacks: fine when it is a buffer or repeats a tied tensor."""
+    if _is_buffer(info) or not is_weight_tensor(info):
+        found.notes.append(f"{info.name} is only in {expert.reference}, a buffer ({info.dtype}): ignored.")
+        return
+    twins = _twins(info, expert.tensors, base.tensors)
+    for twin in twins:
+        if equal_bytes(info, twin):
+            found.notes.append(f"{info.name} of {expert.reference} repeats {twin.name}, which is tied to it: ignored.")
+            return
+    text = f"{info.name}: {list(info.shape)} in {info.file}, missing in {base.folder}"
+    if twins and _VOCABULARY.search(info.name):
+        text += f" (tied base, but the expert's {info.name} differs from its {twins[0].name})"
+    found.problems.append(_Problem(info.name, text))
+
+
+def _twins(info: TensorInfo, own: dict[str, TensorInfo], other: dict[str, TensorInfo]) -> list[TensorInfo]:
+    """Tensors of the same model that both models have and that could be the same matrix under another name.
+
+    Matrices only: vectors of ones are equal without being tied.
+    """
+    if len(info.shape) != 2:
+        return []
+    return [
+        twin
+        for name, twin in own.items()
+        if twin.shape == info.shape and twin.dtype == info.dtype and name != info.name and name in other
+    ]
+
+
+def _match_adapter(base: Checkpoint, expert: Checkpoint, adapter: Adapter, wanted: list[str]) -> _Found:
+    """An adapter's sources; where the base stores a tied tensor twice, a low-rank update goes into both copies."""
+    found = _Found()
+    for name in wanted:
+        if pair := adapter.pairs.get(name):
+            found.sources[name] = Source("low_rank", low_rank=pair)
+        elif saved := adapter.saved.get(name):
+            found.sources[name] = Source("tensor", saved)
+        else:
+            found.sources[name] = Source("base")
+    changed = adapter.pairs.keys() | adapter.saved.keys()
+    for name in sorted(changed - set(wanted)):
+        found.notes.append(f"{expert.reference} changes {name}, which is not merged: its change is left out.")
+    if base.setting("tie_word_embeddings") is True:
+        _follow_ties(base, expert, changed, found)
+    return found
+
+
+def _follow_ties(base: Checkpoint, expert: Checkpoint, changed: set[str], found: _Found) -> None:
+    for name in sorted(changed):
+        ours = base.tensors[name]
+        if _VOCABULARY.search(name) is None or len(ours.shape) != 2 or name not in found.sources:
+            continue
+        for twin in _twins(ours, base.tensors, base.tensors):
+            if _VOCABULARY.search(twin.name) and found.sources.get(twin.name) == Source("base"):  # noqa: SIM102
+                if equal_bytes(ours, twin):
+                    found.sources[twin.name] = found.sources[name]
+        found.notes.append(
+            f"{expert.reference} changes {name}, and {base.reference} ties embedding and head: the merged model uses "
+            "the changed one for both, while PEFT changes one of them in training."
+        )
+
+
+def _describe(problems: list[_Problem]) -> str:
+    count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
+    return (
+        f"These models do not fit together: {count} not match.\n  "
+        + _list((problem.text for problem in problems), "\n  ")
+        + "\n  Merging needs experts trained from this base. If you mean it, leave tensors out with 'exclude:' "
+        "(regular expressions), or write 'on_mismatch: base' to take them from the base."
+    )
+
+
+def _list(lines: Iterable[str], separator: str = "; ") -> str:
+    lines = list(lines)
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return separator.join([*lines[:_SHOWN], *more])

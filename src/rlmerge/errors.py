@@ -1,0 +1,67 @@
+"""Every error that a user can cause, as one tree. Each message says what was found, why it cannot work, what to write.
+
+    RlmergeError                    the user's mistake: one message, no traceback, exit code 2
+    ├── RecipeError                 the recipe: keys, types, values, paths that do not exist
+    ├── CheckpointError             a model folder that cannot be read or trusted
+    │   ├── HeaderError             a safetensors header that is truncated, overlapping, oversized, …
+    │   ├── AdapterError            a LoRA folder with something that cannot be merged exactly
+    │   └── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties
+    ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
+    ├── NonFiniteError              NaN or infinity in an input or in a result
+    ├── OutputError                 the output folder: exists, locked, another plan's, disk full
+    └── MissingExtraError           an optional dependency, with the pip command that brings it
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlmergeError(Exception):
+    """What a user can get wrong; the command line prints it without a traceback and exits with 2."""
+
+
+class RecipeError(RlmergeError):
+    """The recipe cannot be read or cannot mean anything."""
+
+
+class CheckpointError(RlmergeError):
+    """A model folder that cannot be read or trusted."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors file whose header does not describe its bytes."""
+
+
+class AdapterError(CheckpointError):
+    """A LoRA folder with something that cannot be merged exactly."""
+
+
+class MismatchError(CheckpointError):
+    """Models that do not fit together."""
+
+
+class FisherError(RlmergeError):
+    """A Fisher folder that is missing, wrong, empty or negative."""
+
+
+class NonFiniteError(RlmergeError):
+    """NaN or infinity in an input or in a result."""
+
+
+class OutputError(RlmergeError):
+    """The output folder cannot be written, or belongs to another run."""
+
+
+class MissingExtraError(RlmergeError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}, which is not installed. Run: pip install 'rlmerge[{extra}]'")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,20 @@
+"""How every kernel is compiled: without the GIL, cached on disk, IEEE arithmetic as written (no fastmath)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def kernel(function: F) -> F:
+    """Compiles at first call and caches on disk. No fastmath: sums keep their order, hence their bits."""
+    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[return-value]
+
+
+def inlined(function: F) -> F:
+    """A helper that kernels call per coordinate."""
+    return numba.njit(nogil=True, cache=True, error_model="numpy", inline="never")(function)  # type: ignore[return-value]

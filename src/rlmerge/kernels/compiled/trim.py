@@ -1,0 +1,131 @@
+"""Exact top-k without sorting: histograms of scores, ties by hash, norms before and after, the cut itself.
+
+A score is an fp32 ≥ 0; 0 means "not eligible". Its bit pattern orders it: the upper 16 of its 31 bits are the coarse
+bin, the lower 15 the fine one. The k largest are those above a threshold, and of those equal to it the ones whose hash
+is below a cut.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .hash import hash64
+from ._jit import kernel
+
+
+@kernel
+def coarse(score, count, low, high):
+    """Adds scores fp32[K, n] to count int64[K, 65536]; low and high uint16[K, 65536] keep the extremes of fine bins.
+
+    A coarse bin whose extremes are equal holds one value only and needs no fine histogram: the rule for bf16 deltas.
+    """
+    bits = score.view(np.uint32)
+    for k in range(score.shape[0]):
+        for i in range(score.shape[1]):
+            word = bits[k, i]
+            if word != np.uint32(0):
+                bin_ = word >> np.uint32(15)
+                rest = np.uint16(word & np.uint32(0x7FFF))
+                count[k, bin_] += 1
+                if rest < low[k, bin_]:
+                    low[k, bin_] = rest
+                if rest > high[k, bin_]:
+                    high[k, bin_] = rest
+
+
+@kernel
+def fine(score, bin_, count):
+    """Adds the scores fp32[K, n] that lie in coarse bin bin_[k] (negative: none) to count int64[K, 32768]."""
+    bits = score.view(np.uint32)
+    for k in range(score.shape[0]):
+        if bin_[k] < 0:
+            continue
+        wanted = np.uint32(bin_[k])
+        for i in range(score.shape[1]):
+            word = bits[k, i]
+            if word != np.uint32(0) and word >> np.uint32(15) == wanted:
+                count[k, word & np.uint32(0x7FFF)] += 1
+
+
+@kernel
+def tie_hashes(score, threshold, key, start):
+    """The hashes uint64[m] of the coordinates of one expert, score fp32[n], that are equal to the threshold."""
+    found = 0
+    for i in range(score.shape[0]):
+        if score[i] == threshold:
+            found += 1
+    out = np.empty(found, np.uint64)
+    found = 0
+    for i in range(score.shape[0]):
+        if score[i] == threshold:
+            out[found] = hash64(key, np.uint64(start + i))
+            found += 1
+    return out
+
+
+@kernel
+def trim(score, threshold, cut, keys, start, values, kept, dropped):
+    """Zeroes, in place, the values fp64[K, n] of eligible coordinates that are not kept.
+
+    Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[n] is set to
+    1 where some expert's eligible coordinate was cut. `score` may have one row for all experts.
+    """
+    shared = score.shape[0] == 1
+    for k in range(values.shape[0]):
+        row = 0 if shared else k
+        for i in range(score.shape[1]):
+            size = score[row, i]
+            if values[k, i] == 0.0:
+                continue
+            keep = size > threshold[row]
+            if not keep and size == threshold[row] and size > 0.0:
+                keep = hash64(keys[row], np.uint64(start + i)) <= cut[row]
+            if keep:
+                kept[k] += 1
+            else:
+                values[k, i] = 0.0
+                dropped[i] = 1
+
+
+@kernel
+def kept_norms(values, order, total):
+    """Adds Σ|v| (order 1) or Σv² (order 2) over coordinates, for values fp64[K, n], to total fp64[K]."""
+    for k in range(values.shape[0]):
+        sum_ = 0.0
+        if order == 1:
+            for i in range(values.shape[1]):
+                sum_ += abs(values[k, i])
+        else:
+            for i in range(values.shape[1]):
+                sum_ += values[k, i] * values[k, i]
+        total[k] += sum_
+
+
+@kernel
+def ramp(score, rank, low, high, keys, start, values, inverse, kept, dropped):
+    """MAGPRUNE: keeps an eligible coordinate with a probability linear in the mid-rank of its score (DELLA, eq. 3).
+
+    rank fp64[K, 65536] is the mid-rank in [0, 1] of a coarse bin; the probability is low[k] + (high[k] − low[k])·rank.
+    With `inverse` a survivor is divided by its probability. Otherwise as `trim`.
+    """
+    shared = score.shape[0] == 1
+    bits = score.view(np.uint32)
+    for k in range(values.shape[0]):
+        row = 0 if shared else k
+        for i in range(score.shape[1]):
+            if values[k, i] == 0.0:
+                continue
+            word = bits[row, i]
+            keep = False
+            chance = 1.0
+            if word != np.uint32(0):
+                chance = low[row] + (high[row] - low[row]) * rank[row, word >> np.uint32(15)]
+                uniform = np.float64(hash64(keys[row], np.uint64(start + i)) >> np.uint64(11)) * 2.0**-53
+                keep = uniform < chance
+            if keep:
+                kept[k] += 1
+                if inverse:
+                    values[k, i] = values[k, i] / chance
+            else:
+                values[k, i] = 0.0
+                dropped[i] = 1

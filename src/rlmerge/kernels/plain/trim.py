@@ -1,0 +1,73 @@
+"""Exact top-k without sorting, in NumPy (see `compiled.trim` for the definitions)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .hash import coordinates, hash64
+
+
+def coarse(score, count, low, high):
+    """Adds scores to the coarse histogram and to the extremes of the fine bins."""
+    for k in range(score.shape[0]):
+        words = score[k].view(np.uint32)
+        words = words[words != 0]
+        bins = words >> np.uint32(15)
+        rest = (words & np.uint32(0x7FFF)).astype(np.uint16)
+        count[k] += np.bincount(bins, minlength=65536)
+        np.minimum.at(low[k], bins, rest)
+        np.maximum.at(high[k], bins, rest)
+
+
+def fine(score, bin_, count):
+    """Adds the scores of one coarse bin to its fine histogram."""
+    for k in range(score.shape[0]):
+        if bin_[k] >= 0:
+            words = score[k].view(np.uint32)
+            words = words[(words != 0) & (words >> np.uint32(15) == np.uint32(bin_[k]))]
+            count[k] += np.bincount(words & np.uint32(0x7FFF), minlength=32768)
+
+
+def tie_hashes(score, threshold, key, start):
+    """The hashes of the coordinates whose score equals the threshold."""
+    where = np.flatnonzero(score == threshold).astype(np.uint64)
+    return hash64(key, where + np.uint64(start))
+
+
+def trim(score, threshold, cut, keys, start, values, kept, dropped):
+    """Zeroes the values of eligible coordinates that are not kept."""
+    places = coordinates(start, score.shape[1])
+    for k in range(values.shape[0]):
+        row = 0 if score.shape[0] == 1 else k
+        eligible = values[k] != 0.0
+        tied = (score[row] == threshold[row]) & (score[row] > 0)
+        keep = (score[row] > threshold[row]) | (tied & (hash64(keys[row], places) <= cut[row]))
+        kept[k] += np.count_nonzero(keep & eligible)
+        dropped[eligible & ~keep] = 1
+        values[k, ~keep] = 0.0
+
+
+def kept_norms(values, order, total):
+    """Adds Σ|v| or Σv² in coordinate order (cumsum adds one after the other, np.sum does not)."""
+    for k in range(values.shape[0]):
+        if values.shape[1]:
+            terms = np.abs(values[k]) if order == 1 else values[k] * values[k]
+            total[k] += np.cumsum(terms)[-1]
+
+
+def ramp(score, rank, low, high, keys, start, values, inverse, kept, dropped):
+    """MAGPRUNE: keeps an eligible coordinate with a probability linear in the mid-rank of its score."""
+    places = coordinates(start, score.shape[1])
+    for k in range(values.shape[0]):
+        row = 0 if score.shape[0] == 1 else k
+        words = score[row].view(np.uint32)
+        chance = low[row] + (high[row] - low[row]) * rank[row, words >> np.uint32(15)]
+        uniform = (hash64(keys[row], places) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        eligible = values[k] != 0.0
+        keep = (words != 0) & (uniform < chance)
+        kept[k] += np.count_nonzero(keep & eligible)
+        dropped[eligible & ~keep] = 1
+        values[k, ~keep] = 0.0
+        if inverse:
+            survivors = keep & eligible
+            values[k, survivors] = values[k, survivors] / chance[survivors]

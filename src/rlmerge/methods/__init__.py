@@ -1,0 +1,39 @@
+"""Merge methods, one file a family, found by name without importing the others.
+
+`METHODS` maps a name to 'module:Class'; `get_method` imports that module only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+from rlmerge.errors import RecipeError, did_you_mean
+
+from .base import Arity, Block, Merged, Method, Parameter, Stage, Task
+
+METHODS: dict[str, str] = {
+    "linear": "linear:Linear",
+    "ram": "ram:Ram",
+    "sar": "sar:Sar",
+    "task_arithmetic": "task_arithmetic:TaskArithmetic",
+    "ties": "ties:Ties",
+}
+
+
+def method_names() -> list[str]:
+    """The names of all methods, alphabetically."""
+    return sorted(METHODS)
+
+
+@cache
+def get_method(name: str) -> Method:
+    """The method of that name. Raises RecipeError with a suggestion for an unknown one."""
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS)
+        raise RecipeError(f"unknown merge method {name!r}.{hint} Methods: {', '.join(method_names())}.")
+    module, cls = METHODS[name].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
+
+
+__all__ = ["METHODS", "Arity", "Block", "Merged", "Method", "Parameter", "Stage", "Task", "get_method", "method_names"]

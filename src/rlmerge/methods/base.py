@@ -1,0 +1,192 @@
+"""The contract between the engine and a merge method: parameters, blocks, stages, the merge of one block.
+
+A method is a pure function of blocks: no file, no global state, no knowledge of threads or machines. Everything that
+it must know before it can merge a block (thresholds, norms, means) is a *stage*: a measure over blocks whose summaries
+add up in block order, and a reduction to a small result. Stages and merge see the same `Block` and the same `Task`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Grain = Literal["element", "row", "matrix"]
+Scope = Literal["tensor", "model"]
+Law = Literal["permutation", "scaling", "identity", "sign", "zero"]
+Summary = dict[str, NDArray[Any]]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method: its place in the recipe, type, range, default and meaning.
+
+    `default` None means required. `per_model` parameters may stand under a model or in the global `parameters:`;
+    the others in the global ones only. `late` ones are used by the merge alone, so a sweep over them measures once.
+    """
+
+    name: str
+    kind: Literal["number", "integer", "flag", "choice"]
+    default: float | int | bool | str | None
+    doc: str
+    per_model: bool = False
+    late: bool = False
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    """An exclusive lower bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arity:
+    """How many models a method takes beside the base, and whether it needs one."""
+
+    minimum: int = 1
+    maximum: int | None = None
+    base: Literal["required", "optional"] = "required"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a method knows of one tensor before it sees a number of it.
+
+    values       the global parameters at this tensor (gradients and filters resolved)
+    per_model    the per-model parameters at this tensor, each fp64[K] in the order of `experts`
+    keys         uint64[K], one hash key an expert: (seed, method, expert, tensor)
+    key          the same without an expert
+    fisher       whether every expert has a Fisher for this tensor
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    experts: tuple[str, ...]
+    values: Mapping[str, Any]
+    per_model: Mapping[str, NDArray[np.float64]]
+    keys: NDArray[np.uint64]
+    key: int
+    fisher: bool
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+    @property
+    def is_matrix(self) -> bool:
+        """At least two dimensions of size > 1: only such tensors are sparsified by SAR (design, section 2)."""
+        return sum(side > 1 for side in self.shape) >= 2
+
+
+@dataclass(slots=True)
+class Block:
+    """A run of consecutive coordinates of one tensor, decoded to fp32.
+
+    The delta of expert k is `float64(expert[k]) - float64(reference[which[k]])`: row 0 of `reference` is the base, the
+    others are the base cast to a narrower dtype and back, or zeros where `expert[k]` already is a delta (LoRA, then
+    `additive[k]` is true). So every method sees one rule, whatever the expert was stored as.
+
+    base         fp32[n]             (equal to reference[0])
+    expert       fp32[K, n]
+    reference    fp32[R, n]
+    which        int64[K]
+    additive     bool[K]             expert[k] is a delta and not a value
+    fisher       fp32[K, n] or [0, 0]
+    start        flat offset of the first coordinate in the tensor
+    min_change   η: an update smaller than η·max(|θi|, |θ0|) counts as none
+    kernels      the loops to use, `rlmerge.kernels.compiled` or `.plain`: same names, same bits
+    """
+
+    base: NDArray[np.float32]
+    expert: NDArray[np.float32]
+    reference: NDArray[np.float32]
+    which: NDArray[np.int64]
+    additive: NDArray[np.bool_]
+    fisher: NDArray[np.float32]
+    start: int
+    min_change: float
+    kernels: ModuleType
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return self.base.shape[0]
+
+
+@dataclass(slots=True)
+class Merged:
+    """What a method makes of one block: values fp64[n], rounded once later, and statistics that add up."""
+
+    values: NDArray[np.float64]
+    stats: Summary = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """One measure over all blocks and its reduction. Summaries add up in block order: one set of bits for any threads."""
+
+    name: str
+    scope: Scope = "tensor"
+    inputs: frozenset[str] = frozenset({"base", "expert"})
+    """Which of base, expert, fisher the measure reads; the engine reads nothing else for it."""
+
+    def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
+        """Whether this tensor must be measured; if not, the tensor has no share in the summary."""
+        return True
+
+    @abstractmethod
+    def empty(self, count: int) -> Summary:
+        """The summary of nothing, for `count` experts."""
+
+    @abstractmethod
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Adds one block to the summary of its unit, in place. The blocks of a unit come in order."""
+
+    def combine(self, total: Summary, part: Summary) -> None:
+        """Adds the summary of the next unit to that of the units before it, in place (sums, unless a stage differs)."""
+        for key, value in part.items():
+            total[key] += value
+
+    @abstractmethod
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """The result that later stages and the merge see: JSON-able, with floats that survive JSON.
+
+        At scope 'model' the task is that of the whole model: its tensor is '' and its shape (number of coordinates,).
+        """
+
+
+class Method(ABC):
+    """A merge method: what it is called, what it takes, which laws it obeys, what it does to a block."""
+
+    name: str
+    summary: str
+    formula: str
+    source: str
+    parameters: tuple[Parameter, ...] = ()
+    arity: Arity = Arity()
+    grain: Grain = "element"
+    laws: frozenset[Law] = frozenset()
+    deterministic: bool = True
+    symmetric: bool = True
+    """Whether the order of the models means nothing; then they are processed in the order of their keys."""
+
+    def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
+        """What is wrong with this combination of parameters, one sentence each; nothing if all is well."""
+        return []
+
+    def uses_fisher(self, values: Mapping[str, Any]) -> bool:
+        """Whether these global parameters make the method read Fishers."""
+        return False
+
+    def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """The stages in their order, for these global parameters."""
+        return ()
+
+    @abstractmethod
+    def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
+        """The merged values of one block."""

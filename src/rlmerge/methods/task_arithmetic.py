@@ -1,0 +1,55 @@
+"""Sums of task vectors: `task_arithmetic`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Block, Merged, Method, Parameter, Result, Task
+
+WEIGHT = Parameter("weight", "number", None, "factor of this model's delta; 0 removes it", per_model=True)
+LAMBDA = Parameter("lambda", "number", 1.0, "factor of the merged delta", late=True)
+
+
+def form_deltas(block: Block, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The deltas of a block times `weight`, fp64[K, n]; 0 outside the supports (design, section 1)."""
+    out = np.empty(block.expert.shape, np.float64)
+    block.kernels.deltas(
+        block.base, block.expert, block.reference, block.which, block.additive, weight, block.min_change, out
+    )
+    return out
+
+
+class TaskArithmetic(Method):
+    """Source: Editing models with task arithmetic (arXiv 2212.04089); parameters as mergekit's."""
+
+    name = "task_arithmetic"
+    summary = "sum of the weighted deltas"
+    formula = "θ = θ0 + λ·Σ wi·δi (divided by Σ wi with normalize)"
+    source = "Editing models with task arithmetic (arXiv 2212.04089)"
+    parameters = (
+        WEIGHT,
+        LAMBDA,
+        Parameter("normalize", "flag", False, "divide by the sum of the weights", late=True),
+    )
+    laws = frozenset({"permutation", "scaling", "identity", "sign", "zero"})
+
+    def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
+        """Weights that sum to zero cannot be normalised."""
+        if values["normalize"] and float(np.sum(per_model["weight"])) == 0.0:
+            return ["the weights sum to 0, so they cannot be normalised: change a weight or set `normalize: false`"]
+        return []
+
+    def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
+        """θ0 + λ·Σ wi·δi."""
+        weight = task.per_model["weight"]
+        scale = float(task.values["lambda"])
+        if task.values["normalize"]:
+            scale /= float(np.sum(weight))
+        out = np.empty(block.size, np.float64)
+        deltas = form_deltas(block, np.where(weight == 0.0, 0.0, 1.0))
+        block.kernels.task_arithmetic(block.base, deltas, weight, scale, out)
+        return Merged(out)

@@ -1,0 +1,267 @@
+"""Exact top-k as stages that every sparsifying method shares: coarse histogram, fine one, ties, norms.
+
+A method says how a block is scored (`Scorer`); the stages find, per expert and tensor or model, the threshold and, for
+coordinates equal to it, the hash below which they stay. bf16 deltas tie in large classes, so ties are decided by a
+hash of the coordinate: unbiased, in any order; tensors of up to 2²⁰ coordinates keep exactly k.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Block, Result, Stage, Summary, Task
+
+EXACT = 2**20
+"""Tensors of up to this many coordinates keep exactly k; larger ones k in expectation over ties."""
+
+COARSE, FINE = 65536, 32768
+ALL = 2**64 - 1
+
+
+class Scorer(ABC):
+    """What a method ranks: values fp64[K, n] and their scores fp32[K or 1, n] (0: not eligible)."""
+
+    inputs: frozenset[str] = frozenset({"base", "expert"})
+
+    @abstractmethod
+    def applies(self, task: Task) -> bool:
+        """Whether this tensor is sparsified at all."""
+
+    @abstractmethod
+    def score(
+        self, block: Block, task: Task, results: Mapping[str, Result]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """The values that a cut sets to zero, and the scores that decide it."""
+
+    @abstractmethod
+    def density(self, task: Task) -> NDArray[np.float64]:
+        """The share to keep, fp64[rows], one for each row of scores."""
+
+    @abstractmethod
+    def wanted(self, task: Task, density: float, eligible: int) -> int:
+        """How many of the eligible coordinates to keep at this density."""
+
+    def keys(self, task: Task) -> NDArray[np.uint64]:
+        """The hash keys of the rows of scores."""
+        return task.keys
+
+    def rows(self, count: int) -> int:
+        """Rows of scores for `count` experts."""
+        return count
+
+
+def cut_of(result: Result) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
+    """Thresholds fp32[rows] and cuts uint64[rows] for `kernels.trim`."""
+    return np.asarray(result["threshold"], np.float32), np.asarray(result["cut"], np.uint64)
+
+
+class _TopK(Stage):
+    def __init__(self, scorer: Scorer, scope: str) -> None:
+        self.scorer = scorer
+        self.scope = scope  # type: ignore[assignment]
+        self.inputs = scorer.inputs
+
+    def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
+        """Only tensors that are sparsified, and only where some density cuts."""
+        return self.scorer.applies(task) and bool((self.scorer.density(task) < 1.0).any())
+
+
+class Coarse(_TopK):
+    """Counts scores by the upper 16 of their 31 bits; finds the bin of the threshold, often the threshold itself."""
+
+    name = "coarse"
+
+    def empty(self, count: int) -> Summary:
+        """Histograms of nothing."""
+        shape = (self.scorer.rows(count), COARSE)
+        low = np.full(shape, 65535, np.uint16)
+        return {"count": np.zeros(shape, np.int64), "low": low, "high": np.zeros(shape, np.uint16)}
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Adds the scores of a block."""
+        _, scores = self.scorer.score(block, task, results)
+        block.kernels.coarse(scores, summary["count"], summary["low"], summary["high"])
+
+    def combine(self, total: Summary, part: Summary) -> None:
+        """Counts add up; extremes are extremes of extremes."""
+        total["count"] += part["count"]
+        np.minimum(total["low"], part["low"], out=total["low"])
+        np.maximum(total["high"], part["high"], out=total["high"])
+
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """Per row: eligible n, wanted k, the bin, and the threshold where the bin holds one value (−1 keeps all)."""
+        rows = []
+        for row, density in enumerate(self.scorer.density(task)):
+            count = total["count"][row]
+            eligible = int(count.sum())
+            wanted = eligible if density >= 1.0 else self.scorer.wanted(task, float(density), eligible)
+            entry: dict[str, Any] = {"eligible": eligible, "wanted": wanted, "bin": -1, "threshold": -1.0}
+            entry |= {"above": 0, "ties": 0}
+            if wanted <= 0:
+                entry |= {"threshold": float(np.inf), "wanted": 0}
+            elif wanted < eligible:
+                bin_, above = _bin_of(count, wanted)
+                low, high = int(total["low"][row, bin_]), int(total["high"][row, bin_])
+                entry |= {"bin": bin_, "above": above}
+                if low == high:
+                    entry |= {"threshold": _from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
+            rows.append(entry)
+        return {"rows": rows}
+
+
+class Fine(_TopK):
+    """Counts the scores of the threshold's coarse bin by their lower 15 bits, where that bin holds several values."""
+
+    name = "fine"
+
+    def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
+        """Where the coarse histogram left a threshold open."""
+        return super().needed(task, results) and any(_is_open(row) for row in results["coarse"]["rows"])
+
+    def empty(self, count: int) -> Summary:
+        """Histograms of nothing."""
+        return {"count": np.zeros((self.scorer.rows(count), FINE), np.int64)}
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Adds the scores of a block that lie in the open bins."""
+        _, scores = self.scorer.score(block, task, results)
+        bins = np.array([row["bin"] if _is_open(row) else -1 for row in results["coarse"]["rows"]], np.int64)
+        block.kernels.fine(scores, bins, summary["count"])
+
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """Per row: the threshold, how many scores lie above it and how many equal it."""
+        rows = []
+        for place, coarse in enumerate(results["coarse"]["rows"]):
+            entry = dict(coarse)
+            if _is_open(coarse):
+                count = total["count"][place]
+                bin_, above = _bin_of(count, coarse["wanted"] - coarse["above"])
+                entry |= {
+                    "threshold": _from_bits(coarse["bin"] * FINE + bin_),
+                    "above": coarse["above"] + above,
+                    "ties": int(count[bin_]),
+                }
+            rows.append(entry)
+        return {"rows": rows}
+
+
+class Ties(_TopK):
+    """Gathers the hashes of tied coordinates of small tensors, so that exactly k stay; states the cut for all."""
+
+    name = "ties"
+
+    def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
+        """Small tensors (scope tensor) with more ties than places."""
+        small = self.scope == "tensor" and task.size <= EXACT
+        return small and super().needed(task, results) and any(_is_tied(row) for row in _rows(results))
+
+    def empty(self, count: int) -> Summary:
+        """No hashes."""
+        return {str(row): np.zeros(0, np.uint64) for row in range(self.scorer.rows(count))}
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Appends the hashes of the ties of a block."""
+        _, scores = self.scorer.score(block, task, results)
+        keys = self.scorer.keys(task)
+        for row, entry in enumerate(_rows(results)):
+            if _is_tied(entry):
+                found = block.kernels.tie_hashes(scores[row], np.float32(entry["threshold"]), keys[row], block.start)
+                summary[str(row)] = np.concatenate([summary[str(row)], found])
+
+    def combine(self, total: Summary, part: Summary) -> None:
+        """Hashes are a set: the order in which they came means nothing."""
+        for key, value in part.items():
+            total[key] = np.concatenate([total[key], value])
+
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """Per row: threshold and cut, and with them n, k, ties."""
+        rows = _rows(results)
+        thresholds, cuts = [], []
+        for place, row in enumerate(rows):
+            thresholds.append(row["threshold"])
+            if not _is_tied(row):
+                cuts.append(ALL)
+                continue
+            places = row["wanted"] - row["above"]
+            hashes = total.get(str(place))
+            if hashes is not None and hashes.size:
+                cuts.append(int(np.partition(hashes, places - 1)[places - 1]))
+            else:
+                cuts.append(places * 2**64 // row["ties"] - 1)
+        eligible = [row["eligible"] for row in rows]
+        return {"threshold": thresholds, "cut": cuts, "eligible": eligible, "wanted": [row["wanted"] for row in rows]}
+
+
+class Norms(_TopK):
+    """Norms of the values before and after the cut, per expert: what a rescaling must restore."""
+
+    name = "norms"
+
+    def __init__(self, scorer: Scorer, scope: str, order: int) -> None:
+        super().__init__(scorer, scope)
+        self.order = order
+
+    def empty(self, count: int) -> Summary:
+        """Sums of nothing."""
+        return {"before": np.zeros(count), "after": np.zeros(count)}
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Adds Σ|v| or Σv² of a block, before and after."""
+        values, scores = self.scorer.score(block, task, results)
+        block.kernels.kept_norms(values, self.order, summary["before"])
+        apply_cut(self.scorer, block, task, results, values, scores)
+        block.kernels.kept_norms(values, self.order, summary["after"])
+
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """Norms (not their squares) per expert."""
+        before, after = (np.sqrt(total[k]) if self.order == 2 else total[k] for k in ("before", "after"))
+        return {"before": before.tolist(), "after": after.tolist()}
+
+
+def apply_cut(
+    scorer: Scorer,
+    block: Block,
+    task: Task,
+    results: Mapping[str, Result],
+    values: NDArray[np.float64],
+    scores: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Zeroes what the stages cut, in place. Returns kept int64[K] and dropped uint8[n]."""
+    kept = np.zeros(values.shape[0], np.int64)
+    dropped = np.zeros(values.shape[1], np.uint8)
+    threshold, cut = cut_of(results["ties"])
+    block.kernels.trim(scores, threshold, cut, scorer.keys(task), block.start, values, kept, dropped)
+    return kept, dropped
+
+
+def top_k(scorer: Scorer, scope: str) -> tuple[Stage, ...]:
+    """The three stages that end in results['ties']: thresholds and cuts."""
+    return Coarse(scorer, scope), Fine(scorer, scope), Ties(scorer, scope)
+
+
+def _bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+    """The highest bin at which `wanted` of the largest are reached, and how many lie in the bins above it."""
+    from_top = np.cumsum(count[::-1])
+    place = int(np.searchsorted(from_top, wanted))
+    return len(count) - 1 - place, int(from_top[place - 1]) if place else 0
+
+
+def _from_bits(bits: int) -> float:
+    return float(np.array(bits, np.uint32).view(np.float32))
+
+
+def _is_open(row: Mapping[str, Any]) -> bool:
+    return row["bin"] >= 0 and row["threshold"] < 0
+
+
+def _is_tied(row: Mapping[str, Any]) -> bool:
+    return 0 < row["wanted"] - row["above"] < row["ties"]
+
+
+def _rows(results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    return results["fine"]["rows"]
