@@ -199,7 +199,7 @@ def write_tensors(path: Path, size: Size, dtype: str, fill: Fill, threads: int) 
         def one(job: tuple[int, int, int, int, int]) -> None:
             tensor, chunk, start, count, offset = job
             values = fill(tensor, chunk, start, count)
-            view, done = memoryview(values).cast("B"), 0
+            view, done = values.data.cast("B"), 0
             while done < len(view):
                 done += os.pwrite(file.fileno(), view[done:], offset + start * values.itemsize + done)
 

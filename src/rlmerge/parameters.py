@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,7 @@ def dead_entries(value: Any) -> bool:
     return _is_filtered(value) and any(entry["filter"] == "*" for entry in value[:-1])
 
 
-def _is_filtered(value: Any) -> bool:
+def _is_filtered(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 

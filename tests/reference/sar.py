@@ -5,7 +5,7 @@ Words as in the design: d weighted update, s sensitivity, r share, t = r·d reso
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ def sar(
     keys = sorted(key for key in experts if weight.get(key, 1.0) != 0.0)
     options = Options(
         keys, [float(weight.get(key, 1.0)) for key in keys],
-        [float(density[key] if isinstance(density, dict) else density) for key in keys], float(lam),
+        [float(density.get(key, 0.8) if isinstance(density, dict) else density) for key in keys], float(lam),
         sensitivity, arbitration, agreement, allies, float(power), float(margin), sparsify, score, scope,
         rescale, float(rescale_max), float(epsilon), float(min_change),
         hash64 or _no_hash, random_hash64 or hash64 or _no_hash,
@@ -176,14 +176,20 @@ def _prepare(base: Tensors, experts: dict[str, Tensors], fishers: dict[str, Tens
             fhat = [[f / means[i] for f in _floats(fishers[key][name])] for i, key in enumerate(o.keys)]
         s = [[_sensitivity(fhat, d, i, x, o) for x in range(n)] for i in K]
         zeros, flags, ones = [[0.0] * n for _ in K], [[False] * n for _ in K], [[1.0] * n for _ in K]
-        tensors.append(
-            Tensor(name, base[name].shape, b, stored, active, d, fhat, s, zeros, [False] * n, flags, ones)
-        )
+        tensors.append(Tensor(name, base[name].shape, b, stored, active, d, fhat, s, zeros, [False] * n, flags, ones))
     return tensors
 
 
 def _floats(array: np.ndarray) -> list[float]:
     return [float(value) for value in array.reshape(-1)]
+
+
+def _add(values: Iterable[float]) -> float:
+    """Sum from left to right, rounding each step: the builtin `sum` compensates from Python 3.12 on."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def _fisher_means(base: Tensors, fishers: dict[str, Tensors] | None, o: Options) -> tuple[list[float], set[str]]:
@@ -225,7 +231,7 @@ def _resolve(tensors: list[Tensor], o: Options) -> dict[str, Any]:
     """Fill in the shares r and `whole`; return the counts."""
     K = len(o.keys)
     stats: dict[str, Any] = {"support": [0] * K, "wins": [0] * K}
-    stats.update({word: 0 for word in ("unique", "overlap", "conflict", "agreement", "draws")})
+    stats.update(dict.fromkeys(("unique", "overlap", "conflict", "agreement", "draws"), 0))
     phi = _sharing(tensors, K)
     for tensor in tensors:
         for x in range(tensor.size):
@@ -276,7 +282,7 @@ def _arbitrate(tensor: Tensor, x: int, active: list[int], phi, o: Options):
         return _soft(s, o.power), False, []
     positive = [i for i in active if tensor.d[i][x] > 0.0]  # elect
     negative = [i for i in active if tensor.d[i][x] < 0.0]
-    up, down = sum(s[i] for i in positive), sum(s[i] for i in negative)
+    up, down = _add(s[i] for i in positive), _add(s[i] for i in negative)
     if up == down:
         return {}, False, []
     shares, whole = _agree(tensor, x, positive if up > down else negative, phi, o)
@@ -305,7 +311,7 @@ def _winner_takes(tensor: Tensor, x: int, active: list[int], top: list[int], phi
 def _soft(s: dict[int, float], power: float) -> dict[int, float]:
     largest = max(s.values())
     raw = {i: (value / largest) ** power if largest > 0.0 else 1.0 for i, value in s.items()}
-    total = sum(raw.values())
+    total = _add(raw.values())
     return {i: value / total for i, value in raw.items()}
 
 
@@ -313,15 +319,15 @@ def _agree(tensor: Tensor, x: int, group: list[int], phi, o: Options) -> tuple[d
     """Shares of experts that agree in sign, and whether these shares are whole by the rule (they add up to one)."""
     m = len(group)
     if o.agreement == "sum":
-        return {i: 1.0 for i in group}, False
+        return dict.fromkeys(group, 1.0), False
     if o.agreement == "winner":
         top = _top(tensor, x, group)
         return {i: 1.0 / len(top) for i in top}, True
     if o.agreement == "multiplicity":
         return {i: mean_inverse_count([phi[i][j] for j in group if j != i]) for i in group}, False
-    total = sum(tensor.s[i][x] for i in group)
+    total = _add(tensor.s[i][x] for i in group)
     if o.agreement == "mean" or total == 0.0:
-        return {i: 1.0 / m for i in group}, True
+        return dict.fromkeys(group, 1.0 / m), True
     return {i: tensor.s[i][x] / total for i in group}, True
 
 
@@ -404,7 +410,7 @@ def _eligible(group: list[Tensor], members) -> list[tuple[int, int]]:
     for index, tensor in enumerate(group):
         for x in range(tensor.size):
             updates = [tensor.t(i, x) for i in members]
-            if any(t != 0.0 for t in updates) and sum(updates) != 0.0:
+            if any(t != 0.0 for t in updates) and _add(updates) != 0.0:
                 places.append((index, x))
     return places
 
@@ -414,7 +420,7 @@ def _scores(group: list[Tensor], members, o: Options) -> dict[tuple[int, int], n
     for index, x in _eligible(group, members):
         tensor = group[index]
         if _is_merged(o):
-            value = abs(sum(tensor.t(i, x) for i in members))
+            value = abs(_add(tensor.t(i, x) for i in members))
         elif o.sparsify == "fisher_magnitude":
             value = abs(tensor.d[members[0]][x])
             if tensor.fhat is not None:
@@ -504,14 +510,16 @@ def _compose(tensors: list[Tensor], factors: dict[str, list[float]], o: Options)
     for tensor in tensors:
         values, delta = list(tensor.base), [0.0] * tensor.size
         for x in range(tensor.size):
-            contributing = [i for i in range(len(o.keys)) if tensor.t(i, x) != 0.0]
+            contributing = [i for i in range(len(o.keys)) if tensor.r[i][x] > 0.0]
             survivors = [i for i in contributing if tensor.kept[i][x]]
             if not survivors:
                 continue  # the base, bit for bit (base + 0.0 would turn -0.0 into 0.0)
             g = {i: factors[tensor.name][i] for i in survivors}
+            terms = [g[i] * tensor.t(i, x) for i in survivors]
             if o.rescale == "inverse_probability":
                 g = {i: 1.0 / tensor.p[i][x] for i in survivors}
-            delta[x] = o.lam * sum(g[i] * tensor.t(i, x) for i in survivors)
+                terms = [tensor.t(i, x) / tensor.p[i][x] for i in survivors]
+            delta[x] = o.lam * _add(terms)
             values[x] = tensor.base[x] + delta[x]
             same = len({tensor.stored[i][x] for i in contributing}) == 1
             plain = all(o.lam * g[i] * o.weight[i] == 1.0 for i in survivors)

@@ -61,9 +61,9 @@ def ties(
 ) -> Tensors:
     """TIES-Merging (arXiv 2306.01708): trim, elect the sign, mean (or sum, normalize=False) of those who agree.
 
-    Trim keeps max(1, int(density·n)) entries with the largest |δ|, all that tie with the last one included; n counts the
-    non-zero entries (count="nonzero", the design's density) or all of them (count="all": mergekit, the authors). Where
-    the weighted sum cancels (0), the sign is + at scope tensor (mergekit) and the whole model's at scope model (authors).
+    Trim keeps the max(1, int(density·n)) entries with the largest |δ|, and all that tie with the last of them; n counts
+    the non-zero entries (count="nonzero", the design's density) or all entries (count="all": mergekit, the authors).
+    Where the weighted sum is 0, the sign is + at scope tensor (mergekit), the whole model's at scope model (authors).
     """
     w = _weights(experts, weight)
     trimmed: dict[str, Tensors] = {}
@@ -74,13 +74,15 @@ def ties(
         for group in groups:
             _trim(deltas, group, rho, count)
         trimmed[key] = deltas
-    cancelled = {name: 1.0 for name in base}
+    cancelled = dict.fromkeys(base, 1.0)
     if scope == "model":
         signs = [np.sign(sum(w[key] * trimmed[key][name] for key in w)) for name in base]
         majority = 1.0 if sum(float(sign.sum()) for sign in signs) >= 0.0 else -1.0
-        cancelled = {name: majority for name in base}
+        cancelled = dict.fromkeys(base, majority)
     return {
-        name: _agreeing(base[name], [trimmed[key][name] for key in w], list(w.values()), cancelled[name], lam, normalize)
+        name: _agreeing(
+            base[name], [trimmed[key][name] for key in w], list(w.values()), cancelled[name], lam, normalize
+        )
         for name in base
     }
 

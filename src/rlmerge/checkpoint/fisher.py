@@ -40,7 +40,9 @@ def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
         raise FisherError(f"Fisher: {error}") from error
     stored = {name: info for header in headers for name, info in header.tensors.items()}
     if not stored:
-        raise FisherError(f"{headers[0].file}: holds no tensor, so it says nothing about any weight. Estimate it again.")
+        raise FisherError(
+            f"{headers[0].file}: holds no tensor, so it says nothing about any weight. Estimate it again."
+        )
     tensors = {name: info for name, info in stored.items() if name in base.tensors or not _is_tied_head(info, base)}
     for info in tensors.values():
         _check(info, base)

@@ -23,14 +23,15 @@ _QUANTIZED_NAME = re.compile(
     r"weight_zero_point|input_scale)$|_scale_inv$|\.quant_state\."
 )
 _QUANTIZED_INTEGER_NAME = re.compile(r"weight$|_blocks$|_scales$")
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_WEIGHT_SUFFIXES = _PICKLE_SUFFIXES | {
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
     ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".npz", ".tflite", ".distcp",
 }  # fmt: skip
 _NOT_COPIED = frozenset({
     "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
     "zero_to_fp32.py", "latest",
 })  # fmt: skip
+TRAINER_STATE = re.compile(r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.bin")
 _MAX_JSON_BYTES = 100_000_000
 
 
@@ -77,7 +78,7 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
         )
     stem = "adapter_model" if adapted else "model"
     if not adapted and not full:
-        raise CheckpointError(_what_else(folder, reference))
+        raise CheckpointError(describe_unusable(folder, reference))
     headers = read_weights(folder, stem)
     tensors = {name: info for header in headers for name, info in header.tensors.items()}
     if not tensors:
@@ -105,7 +106,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """A small JSON file that must hold an object. Raises CheckpointError, naming the file."""
     try:
         if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, more than a JSON file of a model ever has.")
+            raise CheckpointError(
+                f"{file}: has {file.stat().st_size} bytes, more than a JSON file of a model ever has."
+            )
         parsed = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
@@ -121,7 +124,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, stem: str) -> tuple[Header, ...]:
-    """The headers of `stem`.safetensors or of its shards, in shard order, proven to agree with the index if there is one.
+    """The headers of `stem`.safetensors or of its shards, in shard order, proven to agree with their index.
 
     Raises CheckpointError for a missing shard, an index that disagrees with its files or leaves its folder, a tensor
     that is stored twice, or files of which it is not said how they belong together.
@@ -221,7 +224,9 @@ def _read_index(index: Path) -> dict[str, str]:
 def _read_single(single: Path, index: Path, placed: dict[str, str]) -> tuple[Header, ...]:
     """A single file beside an index: usable only when both tell of the same tensors."""
     header = read_header(single)
-    others = [file for name in sorted(set(placed.values())) if (file := index.parent / name).exists() and file != single]
+    others = [
+        file for name in sorted(set(placed.values())) if (file := index.parent / name).exists() and file != single
+    ]
     same = placed.keys() == header.tensors.keys() and all(
         (twin := header.tensors.get(name)) is not None and (twin.dtype, twin.shape) == (info.dtype, info.shape)
         for file in others
@@ -278,7 +283,7 @@ def _refuse_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, T
                 )
     for info in tensors.values():
         integer = info.dtype in ("I8", "U8") and len(info.shape) >= 2 and _QUANTIZED_INTEGER_NAME.search(info.name)
-        if integer or info.dtype.startswith(("F8", "F6", "F4")) or _QUANTIZED_NAME.search(info.name):
+        if integer or info.dtype.startswith(("F8_", "F6_", "F4")) or _QUANTIZED_NAME.search(info.name):
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} ({info.dtype} {list(info.shape)}) belongs to a quantized model, "
                 f"whose stored numbers are not its weights. {advice}"
@@ -309,8 +314,8 @@ def _check_folder(folder: Path, reference: str) -> None:
     raise CheckpointError(message)
 
 
-def _what_else(folder: Path, reference: str) -> str:
-    """What a folder without safetensors is, and what to run first."""
+def describe_unusable(folder: Path, reference: str) -> str:
+    """What a folder without safetensors is, and what to run first, as a message."""
     names = sorted(entry.name for entry in folder.iterdir())
     below = {f"{name}/{sub.name}" for name in names if (folder / name).is_dir() for sub in _listing(folder / name)}
     both = " ".join([*names, *below])
@@ -321,7 +326,7 @@ def _what_else(folder: Path, reference: str) -> str:
     for pattern, kind, advice in _TRAINER_FOLDERS:
         if re.search(pattern, both):
             return f"{folder}: this is {kind}, not a model folder. {advice}"
-    pickles = [name for name in names if Path(name).suffix.lower() in _PICKLE_SUFFIXES and name != "training_args.bin"]
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES and not TRAINER_STATE.match(name)]
     if pickles:
         return (
             f"{folder}: holds its weights as pickle only ({pickles[0]}), which can run code when it is read and is "
@@ -348,7 +353,7 @@ _TRAINER_FOLDERS = (
     (
         r"model_world_size_\d+_rank_\d+\.pt",
         "a checkpoint of verl (FSDP shards)",
-        "Run 'python -m verl.model_merger merge --backend fsdp --local_dir ACTOR --target_dir OUT' first and write OUT.",
+        "Run 'python -m verl.model_merger merge --backend fsdp --local_dir ACTOR --target_dir OUT', then write OUT.",
     ),
     (
         r"dist_ckpt\b|\.distcp\b|pytorch_model_fsdp_\d+",
@@ -359,7 +364,7 @@ _TRAINER_FOLDERS = (
     (
         r"zero_to_fp32\.py|_optim_states\.pt|mp_rank_\d+_model_states\.pt",
         "a checkpoint of DeepSpeed ZeRO",
-        "Run 'python zero_to_fp32.py . OUT --safe_serialization' in it first, then write OUT with config.json beside it.",
+        "Run 'python zero_to_fp32.py . OUT --safe_serialization' in it, then write OUT with config.json beside it.",
     ),
     (
         r"(^|[ /])global_step_?\d+",

@@ -70,7 +70,8 @@ def measure(folders: list[Path], count: int = 300, json_out: Path | None = None)
 
     The JSON holds the summary and, for later paired comparisons, every problem's scores.
     """
-    tests = {domain: held_out_problems(domain, count) for domain in DOMAINS}
+    # Prompts of like length lie together, so that little is spent on padding.
+    tests = {domain: sorted(held_out_problems(domain, count), key=lambda p: len(p.prompt)) for domain in DOMAINS}
     results: dict[str, Result] = {}
     columns = [f"{domain} {score}" for domain in DOMAINS for score in SCORES]
     print("percent ± standard error; in brackets the paired difference to the first model")

@@ -61,6 +61,8 @@ def read_policy(folder: Path) -> Policy:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there, so this is no model folder: name one that the lab wrote.")
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
@@ -88,7 +90,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 natively; without, torch's bf16 products are seven times slower than fp32."""
+    """Whether the processor multiplies bf16 natively; without, bf16 products are seven times slower than fp32."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.cpu._is_avx512_bf16_supported())
 
 

@@ -187,6 +187,10 @@ class Method(ABC):
         """The stages in their order, for these global parameters."""
         return ()
 
+    def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
+        """The rescale factor of each expert at this tensor, for the report; empty where nothing is rescaled."""
+        return []
+
     @abstractmethod
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """The merged values of one block."""

@@ -47,8 +47,10 @@ class Scorer(ABC):
         """How many of the eligible coordinates to keep at this density."""
 
     def keys(self, task: Task) -> NDArray[np.uint64]:
-        """The hash keys of the rows of scores."""
-        return task.keys
+        """The hash keys of the rows of scores: one for all experts, so that tied experts keep or lose a coordinate
+        together. (With a key an expert, half of a consensus would be cut away at a tie.)
+        """
+        return np.full(self.rows(len(task.experts)), task.key, np.uint64)
 
     def rows(self, count: int) -> int:
         """Rows of scores for `count` experts."""

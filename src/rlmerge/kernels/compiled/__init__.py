@@ -1,6 +1,6 @@
 """The compiled kernels, by subject: codec, census, trim, combine, sar."""
 
-from .census import census, realised
+from .census import census, fisher_sums, realised
 from .codec import (
     count_nonfinite,
     decode_bf16,
@@ -29,6 +29,7 @@ __all__ = [
     "encode_f16",
     "encode_f32",
     "fine",
+    "fisher_sums",
     "kept_norms",
     "linear",
     "ram",

@@ -100,3 +100,29 @@ def realised(base, stored_base, intended, stored, counts, sums):
     sums[0] += square
     sums[1] += real_square
     sums[2] += product
+
+
+@kernel
+def fisher_sums(fisher, total, negative):
+    """Adds the sum of each row of fp32[K, n] to total fp64[K], in eight interleaved lanes; counts negative entries."""
+    size = fisher.shape[1]
+    even = size - size % 8
+    for k in range(fisher.shape[0]):
+        a = b = c = d = e = f = g = h = 0.0
+        bad = 0
+        for i in range(0, even, 8):
+            a += np.float64(fisher[k, i])
+            b += np.float64(fisher[k, i + 1])
+            c += np.float64(fisher[k, i + 2])
+            d += np.float64(fisher[k, i + 3])
+            e += np.float64(fisher[k, i + 4])
+            f += np.float64(fisher[k, i + 5])
+            g += np.float64(fisher[k, i + 6])
+            h += np.float64(fisher[k, i + 7])
+        rest = 0.0
+        for i in range(even, size):
+            rest += np.float64(fisher[k, i])
+        for i in range(size):
+            bad += fisher[k, i] < np.float32(0.0)
+        total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
+        negative[k] += bad

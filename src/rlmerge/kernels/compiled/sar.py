@@ -15,6 +15,10 @@ from ._jit import inlined, kernel
 from .hash import hash64
 
 
+ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
+"""Keeps the random winners apart from the random numbers of magprune, which have the same keys."""
+
+
 @inlined
 def _winners(value, sens, count, chosen):
     """Marks T: the largest sensitivity and, among those, the largest |value|. Returns |T|, or 0 for a draw."""
@@ -123,7 +127,7 @@ def resolve(
     """Stage 1 of SAR: resolved updates t = r·d, fp64[K, n], from weighted deltas d, fp64[K, n].
 
     fisher fp32[K, n] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
-    for random arbitration. whole uint8[n]: the shares at this coordinate make a whole. Adds to wins int64[K] and to
+    for random arbitration. whole uint8[n]: the shares at this coordinate make a whole, or one is 1 and the others 0. Adds to wins int64[K] and to
     counts int64[4]: draws, draws under δ², conflicts that both rules decide, of these the same winners.
     """
     experts = delta.shape[0]
@@ -182,7 +186,7 @@ def resolve(
                 best = np.uint64(0)
                 place = -1
                 for j in range(count):
-                    word = hash64(keys[who[j]], np.uint64(start + i))
+                    word = hash64(keys[who[j]] ^ ARBITRATION, np.uint64(start + i))
                     if place < 0 or word > best:
                         best = word
                         place = j
@@ -218,9 +222,13 @@ def resolve(
                 for j in range(count):
                     chosen[j] = (value[j] > 0.0) == sign
                 whole[i] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
+        single = 0
         for j in range(count):
             if share[j] != 0.0:
                 out[who[j], i] = share[j] * value[j]
+                single += 1 if share[j] == 1.0 else 2
+        if single == 1:
+            whole[i] = 1
 
 
 @kernel

@@ -40,3 +40,16 @@ def realised(base, stored_base, intended, stored, counts, sums):
         with np.errstate(invalid="ignore", over="ignore"):
             for place, terms in enumerate((update * update, real * real, update * real)):
                 sums[place] += np.cumsum(terms)[-1]
+
+
+def fisher_sums(fisher, total, negative):
+    """Adds the sum of each row, in eight interleaved lanes; counts negative entries."""
+    even = fisher.shape[1] - fisher.shape[1] % 8
+    for k, row in enumerate(fisher.astype(np.float64)):
+        lanes = np.zeros(8)
+        if even:
+            lanes = np.cumsum(row[:even].reshape(-1, 8), axis=0)[-1]
+        rest = np.cumsum(row[even:])[-1] if even < len(row) else 0.0
+        a, b, c, d, e, f, g, h = lanes
+        total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
+        negative[k] += np.count_nonzero(row < 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from .hash import coordinates, hash64
 
+ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 _pow = np.frompyfunc(math.pow, 2, 1)
 
 
@@ -117,7 +118,7 @@ def resolve(
     else:
         if arbitration == 4:
             places = coordinates(start, delta.shape[1])
-            hashes = np.stack([hash64(key, places) for key in keys])
+            hashes = np.stack([hash64(key ^ ARBITRATION, places) for key in keys])
             hashes[~active] = 0
             chosen = np.zeros(active.shape, np.bool_)
             np.put_along_axis(chosen, hashes.argmax(axis=0)[None], True, axis=0)
@@ -145,7 +146,8 @@ def resolve(
     counts[0] += np.count_nonzero(draw)
     share = np.where(active & ~draw, share, 0.0)
     out[:] = np.where(share != 0.0, share * delta, 0.0)
-    whole[:] = complete & ~draw & (number > 0)
+    single = ((share != 0.0).sum(axis=0) == 1) & (share == 1.0).any(axis=0)
+    whole[:] = (complete | single) & ~draw & (number > 0)
 
 
 def scores(delta, resolved, fisher, mean, score, out):

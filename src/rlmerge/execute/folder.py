@@ -1,0 +1,220 @@
+"""Where merged bytes go: a folder that is visibly unfinished until one rename makes it whole.
+
+OUT.unfinished holds plan digest, journal, and the shards at their final size; it becomes OUT in one rename when every
+unit is written and every small file is there. A killed run leaves OUT.unfinished, which the same command continues.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.errors import OutputError
+from rlmerge.plan import Plan
+
+from .journal import Journal
+
+CHUNK = 2**20
+
+
+class OutputFolder:
+    """The output of one plan on disk: one folder, or for a sweep one below it for each variant.
+
+    names    the sub-folder of each variant; a single '' for the folder itself
+    """
+
+    def __init__(self, plan: Plan, out: Path, names: tuple[str, ...], overwrite: bool = False, fsync: bool = False):
+        self.plan = plan
+        self.out = Path(os.path.abspath(out))
+        self.work = self.out.with_name(self.out.name + ".unfinished")
+        self.names = names
+        self.overwrite = overwrite
+        self.fsync = fsync
+        self._handles: dict[tuple[int, int], int] = {}
+        self._file_of = {name: i for i, file in enumerate(plan.outputs) for name in file.offsets}
+        self._lock: int | None = None
+
+    # -- beginning ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises OutputError where the output cannot go there; touches nothing."""
+        inputs = {Path(entry.path).resolve().parent for entry in self.plan.files}
+        target = self.out.resolve()
+        for folder in sorted(inputs):
+            if target == folder or folder in target.parents or target in folder.parents:
+                raise OutputError(
+                    f"{self.out}: would write into, or replace, the input folder {folder}. Inputs are never written: "
+                    "choose another output folder."
+                )
+        if self.out.exists() or self.out.is_symlink():
+            if not self.out.is_dir():
+                raise OutputError(f"{self.out}: is a file. Choose another output folder.")
+            if any(self.out.iterdir()) and not self.overwrite:
+                raise OutputError(f"{self.out}: exists and is not empty. Choose another folder, or add --overwrite.")
+            if self.overwrite and any(self.out.iterdir()) and not (self.out / "rlmerge.json").exists():
+                swept = [child for child in self.out.iterdir() if (child / "rlmerge.json").exists()]
+                if not swept:
+                    raise OutputError(
+                        f"{self.out}: holds files that rlmerge did not write (there is no rlmerge.json), so --overwrite "
+                        "does not replace it. Remove it yourself, or choose another folder."
+                    )
+        parent = self.out.parent
+        if not parent.is_dir():
+            near = next(folder for folder in (parent, *parent.parents) if folder.exists())
+            if not near.is_dir() or not os.access(near, os.W_OK):
+                raise OutputError(f"{self.out}: cannot be made, because {near} cannot be written.")
+
+    def needed_bytes(self) -> int:
+        """Disk that the output will take and that an unfinished run has not taken yet."""
+        total = 0
+        for name in self.names:
+            for file in self.plan.outputs:
+                path = self.work / name / file.name
+                total += file.size - (path.stat().st_blocks * 512 if path.exists() else 0)
+        return max(0, total)
+
+    def open(self, digest: str, stamps: list[list[int]]) -> Journal:
+        """Makes or continues the unfinished folder: lock, journal, space. Returns the journal."""
+        self.check()
+        try:
+            return self._open(digest, stamps)
+        except OSError as error:
+            raise OutputError(f"{self.work}: cannot be written: {error.strerror}.") from error
+
+    def _open(self, digest: str, stamps: list[list[int]]) -> Journal:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        journal_path = self.work / "journal.jsonl"
+        if self.overwrite and journal_path.exists():
+            # --overwrite continues its own plan, and throws away the unfinished work of another
+            try:
+                journal = Journal(journal_path, digest, stamps, self.fsync)
+            except OutputError:
+                self._clear()
+                journal = Journal(journal_path, digest, stamps, self.fsync)
+        else:
+            strangers = [path.name for path in self.work.iterdir() if path.name != "lock"]
+            if strangers and not journal_path.exists():
+                raise OutputError(f"{self.work}: exists, but is not an unfinished merge. Move it away.")
+            journal = Journal(journal_path, digest, stamps, self.fsync)
+        self._reserve()
+        journal.forget({key for key, record in journal.units.items() if not self._is_written(key, record.written)})
+        return journal
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = None
+            raise OutputError(f"{self.out}: another rlmerge is writing it at this moment. Wait for it, or stop it.") from None
+
+    def _clear(self) -> None:
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _reserve(self) -> None:
+        """Makes every shard at its final size, so that a full disk is known now and not after an hour."""
+        free = shutil.disk_usage(self.work).free
+        needed = self.needed_bytes()
+        if needed > free:
+            raise OutputError(
+                f"{self.out}: needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on that disk. "
+                "Nothing was written."
+            )
+        for variant, name in enumerate(self.names):
+            (self.work / name).mkdir(exist_ok=True)
+            for place, file in enumerate(self.plan.outputs):
+                handle = os.open(self.work / name / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._handles[variant, place] = handle
+                if os.fstat(handle).st_size != file.size:
+                    os.ftruncate(handle, file.size)
+                    reserve = getattr(os, "posix_fallocate", None)
+                    if reserve is not None:
+                        reserve(handle, 0, file.size)
+                os.pwrite(handle, file.header, 0)
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def write(self, variant: int, tensor: int, start: int, data: NDArray[np.uint8]) -> None:
+        """Writes bytes of a tensor from coordinate `start` on."""
+        plan = self.plan.tensors[tensor]
+        place = self._file_of[plan.name]
+        offset = self.plan.outputs[place].offsets[plan.name] + start * WIDTH[plan.dtype]
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._handles[variant, place], view[done:], offset + done)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.work}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+                ) from error
+
+    def _is_written(self, key: tuple[int, int], digests: list[str]) -> bool:
+        tensor = self.plan.tensors[key[0]]
+        place = self._file_of[tensor.name]
+        start, stop = tensor.units[key[1]]
+        width = WIDTH[tensor.dtype]
+        offset = self.plan.outputs[place].offsets[tensor.name]
+        ranges = (offset + start * width, offset + stop * width)
+        handles = [self._handles[variant, place] for variant in range(len(self.names))]
+        return all(hash_range(handle, *ranges) == digest for handle, digest in zip(handles, digests))
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Makes the folder whole: the journal goes, the folder gets its name."""
+        for handle in self._handles.values():
+            if self.fsync:
+                os.fsync(handle)
+            os.close(handle)
+        self._handles.clear()
+        (self.work / "journal.jsonl").unlink(missing_ok=True)
+        (self.work / "lock").unlink(missing_ok=True)
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if old.exists():
+                shutil.rmtree(old)
+            self.out.rename(old)
+        elif self.out.is_dir():
+            self.out.rmdir()
+        self.work.rename(self.out)
+        if old.exists():
+            shutil.rmtree(old)
+        if self.fsync:
+            handle = os.open(self.out.parent, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the lock and closes what is open."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def hash_range(handle: int, start: int, stop: int) -> str:
+    """xxh3-128 of the bytes [start, stop) of an open file."""
+    state = xxhash.xxh3_128()
+    while start < stop:
+        data = os.pread(handle, min(CHUNK, stop - start), start)
+        if not data:
+            break
+        state.update(data)
+        start += len(data)
+    return state.hexdigest()

@@ -1,0 +1,121 @@
+"""The journal of a run: one JSON line for each finished stage and each written unit, so that nothing is done twice.
+
+A line is appended after the bytes it speaks of are written, in one `write`; a line that was cut off by a kill is
+ignored. No fsync is needed for a killed process, only for a lost machine (`--fsync`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlmerge.errors import OutputError
+from rlmerge.methods.base import Result
+
+from .work import UnitRecord
+
+
+class Results:
+    """Results of finished stages: by group and tensor ('' for the whole model), then by stage name."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], dict[str, Result]] = {}
+
+    def put(self, group: int, tensor: str, stage: str, result: Result) -> None:
+        """Keeps a result."""
+        self._found.setdefault((group, tensor), {})[stage] = result
+
+    def of(self, group: int, tensor: str) -> dict[str, Result]:
+        """All results that a tensor sees: the model's and its own."""
+        return {**self._found.get((group, ""), {}), **self._found.get((group, tensor), {})}
+
+
+class Journal:
+    """An append-only file of JSON lines; in memory only when there is no path."""
+
+    def __init__(self, path: Path | None, digest: str, stamps: list[list[int]], fsync: bool = False) -> None:
+        self.path = path
+        self.results = Results()
+        self.units: dict[tuple[int, int], UnitRecord] = {}
+        self._lock = threading.Lock()
+        self._fsync = fsync
+        self._handle: int | None = None
+        if path is None:
+            return
+        kept = self._load(path, digest, stamps) if path.exists() else 0
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self._handle, kept)
+        os.lseek(self._handle, kept, os.SEEK_SET)
+        if kept == 0:
+            self._append({"plan": digest, "stamps": stamps, "started": time.time()})
+
+    def stage(self, group: int, tensor: str, stage: str, result: Result) -> None:
+        """A stage is finished for a tensor, or for the model ('')."""
+        with self._lock:
+            self.results.put(group, tensor, stage, result)
+            self._append({"stage": stage, "group": group, "tensor": tensor, "result": result})
+
+    def unit(self, record: UnitRecord) -> None:
+        """A unit is merged and its bytes are written."""
+        with self._lock:
+            self.units[record.tensor, record.unit] = record
+            self._append({"unit": asdict(record)})
+
+    def forget(self, keys: set[tuple[int, int]]) -> None:
+        """Units whose bytes are not what the journal says are done again."""
+        for key in keys:
+            del self.units[key]
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._handle is None:
+            return
+        data = (json.dumps(line) + "\n").encode()
+        while data:
+            data = data[os.write(self._handle, data) :]
+        if self._fsync:
+            os.fsync(self._handle)
+
+    def _load(self, path: Path, digest: str, stamps: list[list[int]]) -> int:
+        """Reads the whole lines of an earlier run. Returns how many bytes of the file are good."""
+        good = 0
+        with path.open("rb") as file:
+            for number, raw in enumerate(file):
+                try:
+                    line = json.loads(raw) if raw.endswith(b"\n") else None
+                except ValueError:
+                    line = None
+                if not isinstance(line, dict):
+                    break
+                if number == 0:
+                    self._check(path, line, digest, stamps)
+                elif "stage" in line:
+                    self.results.put(line["group"], line["tensor"], line["stage"], line["result"])
+                elif "unit" in line:
+                    record = UnitRecord(**line["unit"])
+                    self.units[record.tensor, record.unit] = record
+                good += len(raw)
+        return good
+
+    @staticmethod
+    def _check(path: Path, line: dict[str, Any], digest: str, stamps: list[list[int]]) -> None:
+        if line.get("plan") != digest:
+            raise OutputError(
+                f"{path.parent}: an unfinished merge of another recipe, other inputs or another version of rlmerge.\n"
+                "  Finish it with its own command, or throw it away with --overwrite."
+            )
+        if line.get("stamps") != stamps:
+            raise OutputError(
+                f"{path.parent}: the input files were changed since this merge was begun, so it cannot be continued.\n"
+                "  Start again with --overwrite."
+            )

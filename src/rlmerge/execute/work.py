@@ -1,0 +1,241 @@
+"""The two pure functions of execution: measure one unit for a stage, merge one unit. Functions of a plan and of paths.
+
+Everything that varies between runs (threads, order, machine) stays outside: given a plan, the results of finished
+stages and a unit, the outcome is determined to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.errors import NonFiniteError
+from rlmerge.methods.base import Block, Result, Stage, Summary, Task
+from rlmerge.parameters import Resolver
+from rlmerge.plan import Plan, TensorPlan
+from rlmerge.recipe import Recipe
+
+from .inputs import Hashes, Inputs, Space, blocks_of, cast
+
+EVERYTHING = frozenset({"base", "expert", "fisher"})
+FORMATS = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126)}
+"""Fraction bits and smallest exponent, for stochastic rounding."""
+
+Write = Callable[[int, int, int, NDArray[np.uint8]], None]
+"""write(variant, tensor, first coordinate, bytes)."""
+
+
+@dataclass(slots=True)
+class UnitRecord:
+    """What a merged unit leaves behind: digests of written and read bytes, statistics per variant and per group."""
+
+    tensor: int
+    unit: int
+    written: list[str]
+    read: list[str]
+    stats: list[dict[str, list[Any]]]
+    census: list[dict[str, list[Any]]]
+
+
+class Worker:
+    """A plan ready to be worked on: open inputs, resolved tasks, stages. Threads share it."""
+
+    def __init__(self, plan: Plan, kernels: ModuleType) -> None:
+        self.plan = plan
+        self.kernels = kernels
+        self.inputs = Inputs(plan, kernels)
+        self._tasks: dict[tuple[int, int], Task] = {}
+        self.resolvers = [Resolver(recipe, recipe.method, plan.layers) for recipe in plan.variants]
+        self.group_of, self.leaders = _group(plan.variants)
+        self.stages = [self._stages(plan.variants[leader], leader) for leader in self.leaders]
+
+    def _stages(self, recipe: Recipe, variant: int) -> tuple[Stage, ...]:
+        merged = next((t for t, tensor in enumerate(self.plan.tensors) if tensor.carry is None), None)
+        return () if merged is None else recipe.method.stages(self.task(variant, merged).values)
+
+    def task(self, variant: int, tensor: int) -> Task:
+        """What the method of a variant knows of a tensor."""
+        if (variant, tensor) not in self._tasks:
+            plan, recipe = self.plan.tensors[tensor], self.plan.variants[variant]
+            resolved = self.resolvers[variant].resolve(plan.name)
+            keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.name) for expert in self.plan.experts]
+            self._tasks[variant, tensor] = Task(
+                plan.name,
+                plan.shape,
+                self.plan.experts,
+                resolved.values,
+                {name: np.array(values) for name, values in resolved.per_model.items()},
+                np.array(keys, np.uint64),
+                hash_key(recipe.seed, recipe.merge_method, "", plan.name),
+                bool(plan.fishers),
+            )
+        return self._tasks[variant, tensor]
+
+    def model_task(self, variant: int, tensors: list[int]) -> Task:
+        """The task of a whole model at scope 'model': the parameters of the first tensor that takes part."""
+        size = sum(self.plan.tensors[t].size for t in tensors)
+        first = self.task(variant, tensors[0])
+        return Task("", (size,), first.experts, first.values, first.per_model, first.keys, first.key, first.fisher)
+
+    def measure(
+        self, wanted: list[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space
+    ) -> list[Summary]:
+        """Summaries of one unit for several stages (group, stage, results so far), in one reading."""
+        plan = self.plan.tensors[tensor]
+        count = len(plan.experts)
+        summaries = [stage.empty(count) for _, stage, _ in wanted]
+        reads = frozenset().union(*(stage.inputs for _, stage, _ in wanted))
+        for start, stop in blocks_of(plan, unit):
+            block = self.inputs.block(tensor, start, stop, reads, space)
+            for (group, stage, results), summary in zip(wanted, summaries):
+                stage.measure(block, self.task(self.leaders[group], tensor), results, summary)
+        return summaries
+
+    def merge(
+        self, tensor: int, unit: int, results: list[Mapping[str, Result]], write: Write, space: Space
+    ) -> UnitRecord:
+        """Merges one unit for every variant; `results` are those of the groups. Writes through `write`."""
+        plan = self.plan.tensors[tensor]
+        if plan.carry is not None:
+            return self._carry(plan, tensor, unit, write)
+        variants = range(len(self.plan.variants))
+        hashes, written = Hashes(), [xxhash.xxh3_128() for _ in variants]
+        stats = [_Stats() for _ in variants]
+        census = [_Stats() for _ in self.leaders]
+        for start, stop in blocks_of(plan, unit):
+            block = self.inputs.block(tensor, start, stop, EVERYTHING, space, hashes)
+            if self.plan.has_base:
+                for group, leader in enumerate(self.leaders):
+                    census[group].add(_census(block, self.task(leader, tensor)))
+            for variant in variants:
+                task = self.task(variant, tensor)
+                merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
+                stats[variant].add(merged.stats)
+                raw = self._encode(plan, variant, task, block, merged.values, stats[variant], space)
+                written[variant].update(raw)
+                write(variant, tensor, start, raw)
+        return UnitRecord(
+            tensor,
+            unit,
+            [state.hexdigest() for state in written],
+            hashes.digests(),
+            [entry.to_lists() for entry in stats],
+            [entry.to_lists() for entry in census],
+        )
+
+    def _encode(
+        self,
+        plan: TensorPlan,
+        variant: int,
+        task: Task,
+        block: Block,
+        values: NDArray[np.float64],
+        stats: _Stats,
+        space: Space,
+    ) -> NDArray[np.uint8]:
+        """Rounds once, checks, and measures what the rounding left of the update."""
+        stored = space.get("stored", (block.size,), np.float32)
+        rounded = values
+        if self.plan.variants[variant].rounding == "stochastic":
+            rounded = values.copy()
+            seed = self.plan.variants[variant].seed
+            key = np.uint64(hash_key(seed, "rounding", "", plan.name))
+            self.kernels.round_stochastically(rounded, block.start, key, *FORMATS[plan.dtype])
+        raw, bad = cast(rounded, plan.dtype, self.kernels, space, stored)
+        if bad:
+            where = int(np.flatnonzero(~np.isfinite(stored))[0])
+            raise NonFiniteError(
+                f"the merged tensor {plan.name!r} holds {stored[where]} at coordinate {block.start + where} (value "
+                f"{values[where]:.6g} before the cast to {plan.dtype}). Nothing was delivered.\n  "
+                + ("Write `out_dtype: float32` (fp16 ends at 65504)." if plan.dtype == "F16" else "Check the inputs.")
+            )
+        if self.plan.has_base:
+            raw = raw.copy() if plan.dtype != "F32" else raw
+            stored_base = block.base
+            if plan.base is not None and plan.dtype not in ("F32", plan.base.dtype):
+                stored_base = space.get("stored_base", (block.size,), np.float32)
+                cast(block.base.astype(np.float64), plan.dtype, self.kernels, space, stored_base)
+            counts, sums = np.zeros(2, np.int64), np.zeros(3)
+            self.kernels.realised(block.base, stored_base, values, stored, counts, sums)
+            stats.add({"survival": counts, "direction": sums})
+        return raw
+
+    def _carry(self, plan: TensorPlan, tensor: int, unit: int, write: Write) -> UnitRecord:
+        """Copies the bytes of the donor's tensor."""
+        place = plan.base
+        assert place is not None
+        width = WIDTH[place.dtype]
+        written, hashes = xxhash.xxh3_128(), Hashes()
+        for start, stop in blocks_of(plan, unit):
+            raw = np.empty((stop - start) * width, np.uint8)
+            self.inputs.read_into(place, start * width, raw)
+            hashes.update(0, raw)
+            written.update(raw)
+            for variant in range(len(self.plan.variants)):
+                write(variant, tensor, start, raw)
+        digest = written.hexdigest()
+        return UnitRecord(tensor, unit, [digest] * len(self.plan.variants), hashes.digests(), [], [])
+
+
+class _Stats:
+    """Statistics of a unit: arrays that are added block by block."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, NDArray[Any]] = {}
+
+    def add(self, part: Mapping[str, NDArray[Any]]) -> None:
+        for key, value in part.items():
+            self.total[key] = self.total[key] + value if key in self.total else value.copy()
+
+    def to_lists(self) -> dict[str, list[Any]]:
+        return {key: value.tolist() for key, value in self.total.items()}
+
+
+def _census(block: Block, task: Task) -> dict[str, NDArray[Any]]:
+    count = len(task.experts)
+    weight = task.per_model.get("weight", np.ones(count))
+    support, regions = np.zeros(count, np.int64), np.zeros(4, np.int64)
+    overlap, conflict = np.zeros((count, count), np.int64), np.zeros((count, count), np.int64)
+    block.kernels.census(
+        block.expert,
+        block.reference,
+        block.which,
+        np.sign(weight).astype(np.int64),
+        block.min_change,
+        block.base,
+        block.additive,
+        support,
+        regions,
+        overlap,
+        conflict,
+    )
+    return {"support": support, "regions": regions, "pair_overlap": overlap, "pair_conflict": conflict}
+
+
+def hash_key(seed: int, method: str, expert: str, tensor: str) -> int:
+    """The 64-bit key of the random numbers of one expert and tensor: xxh3-64 of (seed, method, expert, tensor)."""
+    return xxhash.xxh3_64_intdigest("\0".join((str(seed), method, expert, tensor)).encode())
+
+
+def _group(variants: tuple[Recipe, ...]) -> tuple[list[int], list[int]]:
+    """Variants that differ only in parameters used by the merge itself share their stages: group of each, and leaders."""
+    seen: dict[str, int] = {}
+    group_of, leaders = [], []
+    for place, recipe in enumerate(variants):
+        data = recipe.to_dict()
+        late = {spec.name for spec in recipe.method.parameters if spec.late}
+        data["parameters"] = {key: value for key, value in data["parameters"].items() if key not in late}
+        key = json.dumps({k: v for k, v in data.items() if k not in ("name", "rounding")}, sort_keys=True)
+        if key not in seen:
+            seen[key] = len(leaders)
+            leaders.append(place)
+        group_of.append(seen[key])
+    return group_of, leaders

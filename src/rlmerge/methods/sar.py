@@ -1,0 +1,282 @@
+"""SAR-Merging (Sensitivity-aware Resolving Merging): resolve conflicts by sensitivity, sparsify, rescale, add.
+
+The paper's public text (arXiv 2606.18521) names three stages and their order, not their equations; this is our reading
+(docs/methods/sar.md), with every choice a parameter. Per coordinate, with d = w·δ and s = F̂·d²:
+
+1. Resolve: unique updates stay; in a conflict the most sensitive expert keeps its update; in an agreement the
+   updates are averaged by sensitivity. Result: t = r·d with shares r in [0, 1].
+2. Sparsify, per expert: keep the `density` largest of the non-zero t.
+3. Rescale, per expert: restore the norm that sparsifying took, at most by `rescale_max`.
+4. θ = θ0 + λ·Σ g·t. A sum: the shares already divide what experts have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Block, Merged, Method, Parameter, Result, Stage, Task
+from .sar_stages import FisherMean, PairConflict, Ranks, dense_ranks
+from .task_arithmetic import LAMBDA, form_deltas
+from .topk import Norms, Scorer, apply_cut, top_k
+
+SENSITIVITY = ("fisher_delta2", "fisher", "delta2")
+ARBITRATION = ("winner", "soft", "elect", "margin", "random")
+AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
+SCORE = ("delta", "share", "merged")
+SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
+
+
+def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
+    """Stage 1 for a block: weighted deltas, resolved updates, and what happened."""
+    count = len(task.experts)
+    values = task.values
+    deltas = form_deltas(block, task.per_model["weight"])
+    resolved = np.empty(deltas.shape, np.float64)
+    whole = np.empty(block.size, np.uint8)
+    wins = np.zeros(count, np.int64)
+    counts = np.zeros(4, np.int64)
+    sensitivity = SENSITIVITY.index(values["sensitivity"]) if task.fisher else SENSITIVITY.index("delta2")
+    mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if task.fisher else np.empty(0)
+    phi = np.zeros((count, count))
+    if values["agreement"] == "multiplicity":
+        phi = np.asarray(results["pair_conflict"]["phi"], np.float64).reshape(count, count)
+    block.kernels.resolve(
+        deltas,
+        block.fisher,
+        mean,
+        sensitivity,
+        ARBITRATION.index(values["arbitration"]),
+        AGREEMENT.index(values["agreement"]),
+        values["allies"] == "join",
+        float(values["power"]),
+        float(values["margin"]),
+        phi,
+        task.keys,
+        block.start,
+        resolved,
+        whole,
+        wins,
+        counts,
+    )
+    return _Resolved(deltas, resolved, whole, mean, wins, counts)
+
+
+class _Resolved:
+    """What stage 1 leaves of a block."""
+
+    def __init__(
+        self,
+        deltas: NDArray[np.float64],
+        updates: NDArray[np.float64],
+        whole: NDArray[np.uint8],
+        mean: NDArray[np.float64],
+        wins: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        self.deltas = deltas
+        self.updates = updates
+        self.whole = whole
+        self.mean = mean
+        self.wins = wins
+        self.counts = counts
+
+
+class ResolvedUpdates(Scorer):
+    """Ranks the resolved updates of each expert; only tensors with two dimensions of size > 1 are sparsified."""
+
+    def __init__(self, sparsify: str, score: str, inputs: frozenset[str]) -> None:
+        self.merged = score == "merged"
+        self.code = 3 if sparsify == "fisher_magnitude" else SCORE.index(score)
+        self.inputs = inputs
+
+    def applies(self, task: Task) -> bool:
+        """Matrices, and only if something is to be cut."""
+        return task.is_matrix
+
+    def density(self, task: Task) -> NDArray[np.float64]:
+        """The density of each expert, or the one density of a merged score."""
+        return task.per_model["density"][:1] if self.merged else task.per_model["density"]
+
+    def wanted(self, task: Task, density: float, eligible: int) -> int:
+        """max(1, int(ρ·n)), n the coordinates with a resolved update."""
+        return max(1, int(density * eligible))
+
+    def rows(self, count: int) -> int:
+        """One row of scores an expert, or one for all."""
+        return 1 if self.merged else count
+
+    def score(
+        self, block: Block, task: Task, results: Mapping[str, Result]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Resolved updates and their scores."""
+        state = resolve(block, task, results)
+        return state.updates, self.scores_of(state, block, task)
+
+    def scores_of(self, state: _Resolved, block: Block, task: Task) -> NDArray[np.float32]:
+        """The scores of updates that are already resolved. Without a Fisher, fisher_magnitude ranks by |d|."""
+        scores = np.empty((self.rows(len(task.experts)), block.size), np.float32)
+        code = 0 if self.code == 3 and not task.fisher else self.code
+        block.kernels.scores(state.deltas, state.updates, block.fisher, state.mean, code, scores)
+        return scores
+
+
+class Sar(Method):
+    """Source: SAR-Merging (arXiv 2606.18521), our reading: design, section 2."""
+
+    name = "sar"
+    summary = "settle each conflict by sensitivity, sparsify by magnitude, rescale, add"
+    formula = "θ = θ0 + λ·Σ gi·keep(ri·wi·δi), r from si = F̂i·(wi·δi)²"
+    source = "SAR-Merging (arXiv 2606.18521), our reading"
+    parameters = (
+        Parameter("weight", "number", 1.0, "factor of this model's delta, never normalised; 0 removes it", True),
+        Parameter("density", "number", 0.8, "share of the non-zero updates that is kept", True, maximum=1, above=0),
+        LAMBDA,
+        Parameter("sensitivity", "choice", SENSITIVITY[0], "what arbitrates: F̂·d², F̂ alone, or d²", choices=SENSITIVITY),
+        Parameter("arbitration", "choice", ARBITRATION[0], "who keeps an update in a conflict", choices=ARBITRATION),
+        Parameter("agreement", "choice", AGREEMENT[0], "how updates of one sign are combined", choices=AGREEMENT),
+        Parameter("allies", "choice", "drop", "K ≥ 3: others with the winner's sign", choices=("drop", "join")),
+        Parameter("power", "number", 1.0, "exponent a of the soft shares (s/max s)^a", minimum=0),
+        Parameter("margin", "number", 1.0, "κ: a winner needs κ times the second sensitivity", minimum=0),
+        Parameter("sparsify", "choice", SPARSIFY[0], "how updates are cut", choices=SPARSIFY),
+        Parameter("score", "choice", SCORE[0], "what magnitude ranks: |d|, |r·d|, or |Σ r·d|", choices=SCORE),
+        Parameter("scope", "choice", "tensor", "where density and norms are counted", choices=("tensor", "model")),
+        Parameter(
+            "rescale",
+            "choice",
+            "l2",
+            "which norm the cut gives back",
+            choices=("l2", "l1", "inverse_probability", "none"),
+        ),
+        Parameter("rescale_max", "number", 1.5, "the largest rescale factor", minimum=1),
+        Parameter("epsilon", "number", 0.15, "magprune: keep-probabilities run from ρ − ε to ρ + ε", minimum=0),
+    )
+    laws = frozenset({"permutation", "scaling", "identity", "sign", "zero"})
+
+    def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
+        """Combinations that cannot mean anything."""
+        problems = []
+        density = np.asarray(per_model["density"])
+        if values["sparsify"] == "magprune" and (density < 1.0).any():
+            cutting = density[density < 1.0]
+            low, high = cutting.min() - values["epsilon"], cutting.max() + values["epsilon"]
+            if not 0.0 < low <= high <= 1.0:
+                problems.append(
+                    f"magprune keeps with probabilities density ± epsilon = {low:.4g} … {high:.4g}, which must lie in "
+                    "(0, 1]: lower epsilon, or change density"
+                )
+        if values["sparsify"] != "magprune" and values["rescale"] == "inverse_probability":
+            problems.append("`rescale: inverse_probability` needs `sparsify: magprune`; others have l2, l1, none")
+        if values["score"] == "merged" and np.unique(density).size > 1:
+            problems.append("`score: merged` decides once for all experts, so they need one density: write it globally")
+        if values["score"] != "delta" and values["sparsify"] == "fisher_magnitude":
+            problems.append("`sparsify: fisher_magnitude` has its own score: leave out `score`")
+        return problems
+
+    def uses_fisher(self, values: Mapping[str, Any]) -> bool:
+        """All but delta2, and sparsification by Fisher magnitude."""
+        return values["sensitivity"] != "delta2" or values["sparsify"] == "fisher_magnitude"
+
+    def _scorer(self, values: Mapping[str, Any]) -> ResolvedUpdates:
+        inputs = {"base", "expert"} | ({"fisher"} if self.uses_fisher(values) else set())
+        return ResolvedUpdates(values["sparsify"], values["score"], frozenset(inputs))
+
+    def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """Fisher means, conflict shares of pairs, thresholds (or ranks), norms: those that these choices need."""
+        stages: list[Stage] = []
+        if self.uses_fisher(values):
+            stages.append(FisherMean())
+        if values["agreement"] == "multiplicity":
+            stages.append(PairConflict())
+        if values["sparsify"] != "none":
+            scorer = self._scorer(values)
+            if values["sparsify"] == "magprune":
+                stages.append(Ranks(scorer, values["scope"]))
+            else:
+                stages += top_k(scorer, values["scope"])
+            if values["rescale"] in ("l1", "l2"):
+                stages.append(KeptNorms(scorer, values["scope"], 2 if values["rescale"] == "l2" else 1))
+        return tuple(stages)
+
+    def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
+        """The rescale factors of a matrix."""
+        return rescale_factors(task, results).tolist() if "norms" in results and task.is_matrix else []
+
+    def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
+        """Resolve, cut, rescale, add: one block."""
+        values = task.values
+        count = len(task.experts)
+        state = resolve(block, task, results)
+        scorer = self._scorer(values)
+        cuts = values["sparsify"] != "none" and scorer.applies(task)
+        eligible = np.count_nonzero(state.updates, axis=1) if cuts else np.zeros(count, np.int64)
+        kept, dropped = np.zeros(count, np.int64), np.zeros(block.size, np.uint8)
+        if cuts and bool((scorer.density(task) < 1.0).any()):
+            kept, dropped = cut(scorer, block, task, results, state.updates, scorer.scores_of(state, block, task))
+        elif cuts:
+            kept = eligible
+        gain = rescale_factors(task, results)
+        scale = float(values["lambda"])
+        unit = (scale * gain * task.per_model["weight"] == 1.0) & ~block.additive
+        out = np.empty(block.size, np.float64)
+        block.kernels.compose(block.base, block.expert, state.updates, gain, scale, unit, state.whole, dropped, out)
+        names = ("draws", "delta2_draws", "both_decide", "same_winner")
+        stats = {name: state.counts[place : place + 1] for place, name in enumerate(names)}
+        return Merged(out, stats | {"wins": state.wins, "eligible": np.asarray(eligible, np.int64), "kept": kept})
+
+
+def cut(
+    scorer: ResolvedUpdates,
+    block: Block,
+    task: Task,
+    results: Mapping[str, Result],
+    updates: NDArray[np.float64],
+    scores: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Stage 2 of SAR on a block, in place: top-k by threshold, or magprune by rank."""
+    if task.values["sparsify"] != "magprune":
+        return apply_cut(scorer, block, task, results, updates, scores)
+    kept = np.zeros(updates.shape[0], np.int64)
+    dropped = np.zeros(updates.shape[1], np.uint8)
+    density = scorer.density(task)
+    epsilon = np.where(density < 1.0, float(task.values["epsilon"]), 0.0)
+    keys = np.array([task.key], np.uint64) if scorer.merged else task.keys
+    block.kernels.ramp(
+        scores,
+        dense_ranks(results["ranks"]),
+        np.minimum(density, 1.0) - epsilon,
+        np.minimum(density, 1.0) + epsilon,
+        keys,
+        block.start,
+        updates,
+        task.values["rescale"] == "inverse_probability",
+        kept,
+        dropped,
+    )
+    return kept, dropped
+
+
+class KeptNorms(Norms):
+    """Norms before and after SAR's cut."""
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: dict[str, Any]) -> None:
+        """Adds the norms of a block before and after."""
+        assert isinstance(self.scorer, ResolvedUpdates)
+        updates, scores = self.scorer.score(block, task, results)
+        block.kernels.kept_norms(updates, self.order, summary["before"])
+        cut(self.scorer, block, task, results, updates, scores)
+        block.kernels.kept_norms(updates, self.order, summary["after"])
+
+
+def rescale_factors(task: Task, results: Mapping[str, Result]) -> NDArray[np.float64]:
+    """g per expert: norm before / norm after, at most rescale_max; 1 where nothing was kept or cut."""
+    factors = np.ones(len(task.experts))
+    if "norms" not in results or not task.is_matrix:
+        return factors
+    before, after = (np.asarray(results["norms"][k], np.float64) for k in ("before", "after"))
+    lossy = after > 0.0
+    factors[lossy] = np.minimum(before[lossy] / after[lossy], float(task.values["rescale_max"]))
+    return factors

@@ -1,0 +1,331 @@
+"""Recipe and headers in, plan out: what to compute, from which bytes, into which bytes. No weight is read here.
+
+A plan is plain data (JSON): with it and the paths in it, any worker can measure or merge any unit. Its digest covers
+the versions, the recipe and the inputs, so that a run is only ever continued by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
+from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from rlmerge.checkpoint.header import TensorInfo
+from rlmerge.checkpoint.layout import WIDTH, OutputFile, plan_files
+from rlmerge.checkpoint.match import Matched, Source, match
+from rlmerge.errors import FisherError, MismatchError, RecipeError
+from rlmerge.parameters import Resolver, count_layers
+from rlmerge.recipe import Recipe
+from rlmerge.version import VERSION
+
+BLOCK = 2**16
+"""Coordinates of a block, at most: what a kernel sees at once."""
+UNIT = 2**24
+"""Coordinates of a unit of work, at most: what a journal line covers."""
+FORMAT = 1
+
+HEADER_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes of one stored tensor: index of the file in the plan, first byte, dtype, number of bytes."""
+
+    file: int
+    start: int
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSource:
+    """One expert's version of a tensor: 'tensor' (stored values), 'low_rank' (scale·B·A), 'base' (unchanged)."""
+
+    kind: str
+    place: Place | None = None
+    a: Place | None = None
+    b: Place | None = None
+    rank: int = 0
+    scale: float = 0.0
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One output tensor: where its inputs lie, what happens to it, how it is cut into units and blocks.
+
+    carry      why it is copied from the base instead of merged, or None
+    block      coordinates of a block; units are multiples of it
+    units      [start, stop) in coordinates
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base: Place | None
+    experts: tuple[ExpertSource, ...]
+    fishers: tuple[Place, ...]
+    carry: str | None
+    block: int
+    units: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One input file: as its header says, not as it is named."""
+
+    path: str
+    size: int
+    digest: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a worker needs to know. `variants` are the recipes of a sweep (one, as a rule) over the same inputs.
+
+    `has_base` is False for averages without a base: then the donor only lends names, dtypes and files.
+    """
+
+    variants: tuple[Recipe, ...]
+    experts: tuple[str, ...]
+    has_base: bool
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorPlan, ...]
+    outputs: tuple[OutputFile, ...]
+    layers: int
+    notes: tuple[str, ...]
+    donor: Checkpoint
+    models: tuple[Checkpoint, ...]
+    base: Checkpoint | None
+    fishers: tuple[FisherFolder, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first variant; all variants agree on inputs, dtype and rounding."""
+        return self.variants[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data, without times and without anything that depends on this run."""
+        return {
+            "format": FORMAT,
+            "rlmerge": VERSION,
+            "block": BLOCK,
+            "variants": [recipe.to_dict() for recipe in self.variants],
+            "experts": list(self.experts),
+            "has_base": self.has_base,
+            "files": [asdict(entry) for entry in self.files],
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "outputs": [output.to_dict() for output in self.outputs],
+        }
+
+    def digest(self) -> str:
+        """xxh3-128 of the canonical JSON: versions, recipes, inputs (paths, sizes, headers), layout."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def unit_list(self) -> list[tuple[int, int]]:
+        """All units in plan order as (tensor, unit) indices."""
+        return [(t, u) for t, tensor in enumerate(self.tensors) for u in range(len(tensor.units))]
+
+
+class _Files:
+    """The input files in order of first mention."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+        self._index: dict[Path, int] = {}
+
+    def add(self, checkpoint: Checkpoint | FisherFolder, model: str) -> None:
+        for header in checkpoint.headers:
+            if header.file not in self._index:
+                self._index[header.file] = len(self.entries)
+                path = str(header.file.absolute())
+                self.entries.append(FileEntry(path, header.size, header.digest, model))
+
+    def place(self, info: TensorInfo) -> Place:
+        return Place(self._index[info.file], info.start, info.dtype, info.nbytes)
+
+    def source(self, source: Source) -> ExpertSource:
+        if source.info is not None:
+            return ExpertSource("tensor", self.place(source.info))
+        if source.low_rank is not None:
+            low = source.low_rank
+            rank = low.a.shape[0]
+            a, b = self.place(low.a), self.place(low.b)
+            return ExpertSource("low_rank", None, a, b, rank, low.scale, low.transposed)
+        return ExpertSource("base")
+
+
+def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int = 5 * 10**9) -> Plan:
+    """The plan of a recipe, or of several that share inputs (a sweep). Reads headers and small files only.
+
+    Raises a subclass of RlmergeError for everything that recipe and headers can show.
+    """
+    variants = tuple(variants) or (recipe,)
+    keys = tuple(entry.key for entry in recipe.experts)
+    paths = recipe.model_paths
+    models = {key: open_checkpoint(paths[key], _written(recipe, key)) for key in keys}
+    base_path = recipe.base_path
+    base = open_checkpoint(base_path, recipe.base_model) if base_path is not None else None
+    donor = base if base is not None else models[recipe.models[0].key]
+    for checkpoint in (base, *models.values()):
+        if checkpoint is not None and checkpoint.adapter and checkpoint is donor:
+            raise MismatchError(
+                f"{checkpoint.reference}: a LoRA adapter cannot be the base. Write the model it was trained from as "
+                "`base_model:` and the adapter under `models:`."
+            )
+    if len(keys) > 64:
+        raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
+    matched = match(donor, list(models.values()), list(recipe.include), list(recipe.exclude), recipe.on_mismatch)
+    fishers, fisher_notes = _open_fishers(recipe, variants, donor, keys)
+    layers = count_layers(donor.tensors, donor.config)
+    files = _Files()
+    files.add(donor, "base" if base is not None else recipe.models[0].key)
+    for key, checkpoint in models.items():
+        files.add(checkpoint, key)
+    for key, folder in zip(keys, fishers):
+        files.add(folder, f"fisher of {key}")
+    tensors = tuple(
+        _plan_tensor(info, recipe, matched, fishers, files, base is not None) for info in donor.tensors.values()
+    )
+    for variant in variants:
+        _check_parameters(variant, tensors, layers)
+    outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
+    notes = tuple(dict.fromkeys((*recipe.warnings, *matched.notes, *fisher_notes)))
+    return Plan(
+        variants, keys, base is not None, tuple(files.entries), tensors, outputs, layers, notes,
+        donor, tuple(models.values()), base, fishers,
+    )  # fmt: skip
+
+
+def _written(recipe: Recipe, key: str) -> str:
+    return next(entry.model for entry in recipe.models if entry.key == key)
+
+
+def _open_fishers(
+    recipe: Recipe, variants: Sequence[Recipe], donor: Checkpoint, keys: tuple[str, ...]
+) -> tuple[tuple[FisherFolder, ...], list[str]]:
+    """The Fishers, if the method reads them; all experts have one or none has."""
+    paths = recipe.fisher_paths
+    having = [key for key in keys if paths[key] is not None]
+    wanted = [variant for variant in variants if variant.method.uses_fisher(_global_values(variant))]
+    if not wanted:
+        notes = [f"`fisher:` is given, but method {recipe.merge_method!r} does not read it with these parameters."]
+        return (), notes if having else []
+    if not having:
+        raise FisherError(
+            f"{recipe.merge_method!r} arbitrates by Fisher information, but no model has a `fisher:` folder.\n"
+            "  Give each model one (`fisher: FOLDER` in the recipe, --fisher on the command line), or set\n"
+            "  `sensitivity: delta2`, which needs no data."
+        )
+    if len(having) < len(keys):
+        missing = ", ".join(key for key in keys if key not in having)
+        raise FisherError(
+            f"these models have no `fisher:`: {missing}; the others have one. Sensitivities of different kinds cannot "
+            "be compared: give all models a Fisher, or set `sensitivity: delta2`."
+        )
+    folders = tuple(open_fisher(path, donor) for key in keys if (path := paths[key]) is not None)
+    shared = [name for name in donor.tensors if all(name in folder.tensors for folder in folders)]
+    if not shared:
+        raise FisherError("the Fishers have no tensor in common, so their scales cannot be compared.")
+    lacking = [name for name in donor.tensors if name not in shared]
+    notes = []
+    if lacking:
+        notes.append(
+            f"{len(lacking)} tensors are not in every Fisher and are arbitrated by δ² alone: "
+            + ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+        )  # fmt: skip
+    return folders, notes
+
+
+def _global_values(recipe: Recipe) -> dict[str, Any]:
+    """Global parameters where gradients and filters do not matter (choices that decide what is read)."""
+    values = {}
+    for spec in recipe.method.parameters:
+        if not spec.per_model:
+            values[spec.name] = recipe.parameters.get(spec.name, spec.default)
+    return values
+
+
+def _plan_tensor(
+    info: TensorInfo,
+    recipe: Recipe,
+    matched: Matched,
+    fishers: tuple[FisherFolder, ...],
+    files: _Files,
+    has_base: bool,
+) -> TensorPlan:
+    reason = matched.carried.get(info.name)
+    block = _block_size(info.shape)
+    units = tuple(_ranges(info.size, UNIT // block * block))
+    if reason is not None:
+        return TensorPlan(info.name, info.shape, info.dtype, files.place(info), (), (), reason, block, units)
+    sources = matched.merged[info.name]
+    stored = [source.info.dtype for source in sources if source.info is not None]
+    if has_base or not stored:
+        stored.append(info.dtype)
+    wanted = HEADER_DTYPE[recipe.output_dtype] if recipe.output_dtype else _promote(stored)
+    shared = all(info.name in folder.tensors for folder in fishers)
+    places = tuple(files.place(folder.tensors[info.name]) for folder in fishers) if shared else ()
+    experts = tuple(files.source(source) for source in sources)
+    base = files.place(info) if has_base else None
+    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units)
+
+
+def _promote(dtypes: list[str]) -> str:
+    """The dtype that holds all of these, as mergekit promotes: bf16 and fp16 together need fp32."""
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else "F32"
+
+
+def _block_size(shape: tuple[int, ...]) -> int:
+    """Whole rows where they fit in a block, else BLOCK coordinates."""
+    row = prod(shape[1:]) if len(shape) > 1 else 1
+    return max(1, BLOCK // row) * row if 0 < row <= BLOCK else BLOCK
+
+
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _check_parameters(recipe: Recipe, tensors: tuple[TensorPlan, ...], layers: int) -> None:
+    """Resolves every parameter at every tensor, so that nothing can be missing or out of range later."""
+    resolver = Resolver(recipe, recipe.method, layers)
+    seen: dict[str, Any] = {}
+    for tensor in tensors:
+        if tensor.carry is not None:
+            continue
+        resolved = resolver.resolve(tensor.name)
+        model_wide = [spec.name for spec in recipe.method.parameters if spec.kind == "choice" and not spec.per_model]
+        if resolved.values.get("scope") == "model" and "density" in resolved.per_model:
+            densities = tuple(resolved.per_model["density"])
+            if seen.setdefault("density", densities) != densities:
+                raise RecipeError("parameters.density: `scope: model` counts density over the whole model: write one number.")
+        for name in model_wide:
+            if seen.setdefault(name, resolved.values[name]) != resolved.values[name]:
+                raise RecipeError(f"parameters.{name}: this choice must be the same for all tensors; drop its filters.")
+
+
+def sum_bytes(plan: Plan, fisher_passes: int = 1) -> dict[str, int]:
+    """Bytes that one reading of all inputs and one writing of the output move."""
+    read = fisher = 0
+    for tensor in plan.tensors:
+        read += tensor.base.nbytes if tensor.base else 0
+        for source in tensor.experts:
+            read += sum(place.nbytes for place in (source.place, source.a, source.b) if place)
+        fisher += sum(place.nbytes for place in tensor.fishers)
+    written = sum(tensor.size * WIDTH[tensor.dtype] for tensor in plan.tensors)
+    return {"read": read, "fisher": fisher * fisher_passes, "written": written}
