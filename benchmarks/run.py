@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(report, indent=1))
     elif not args.agree:
         console = Console()
-        console.width = max(console.width, 100)
+        console.width = max(console.width, 110)
         console.print(table(report))
     say(f"written: {results}")
     return int(failed)

@@ -1,9 +1,9 @@
 """rlmerge: merge language models trained by reinforcement learning with verifiable rewards, without breaking them.
 
-    import rlmerge
-    rlmerge.merge_to_folder("recipe.yml", "out")          # what `rlmerge merge recipe.yml out` does
-    for name, array in rlmerge.merge("recipe.yml"): ...   # the tensors, without touching the disk
-    rlmerge.merge_to(model, "recipe.yml")                 # into a loaded torch model
+import rlmerge
+rlmerge.merge_to_folder("recipe.yml", "out")          # what `rlmerge merge recipe.yml out` does
+for name, array in rlmerge.merge("recipe.yml"): ...   # the tensors, without touching the disk
+rlmerge.merge_to(model, "recipe.yml")                 # into a loaded torch model
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from rlmerge.execute.work import Worker
 from rlmerge.kernels import Backend, is_compiled, load_kernels
 from rlmerge.plan import Plan, make_plan
 from rlmerge.recipe import Recipe, load_recipe
+from rlmerge.sample import alarms, take_sample
 from rlmerge.version import VERSION
 
 PROVENANCE = "rlmerge.json"
@@ -56,6 +57,7 @@ class Outcome:
     names: tuple[str, ...]
     reports: list[dict[str, Any]]
     notes: tuple[str, ...]
+    alarms: tuple[str, ...]
     resumed_units: int
     total_units: int
     seconds: float
@@ -106,6 +108,9 @@ def merge_to_folder(
         raise RecipeError(f"--set: a value is given twice: {', '.join(names)}.")
     plan = make_plan(recipe, variants, shard_bytes)
     notes = (*plan.notes, *check_tokenizers(plan, accept_tokenizers))
+    warnings = tuple(alarms(plan, take_sample(plan)))
+    for text in (*notes, *warnings):
+        progress(Step(0, 0, 0, f"warning: {text}"))
     target = OutputFolder(plan, Path(out), names, overwrite, fsync)
     target.check()
     threads = limit_threads(threads or default_threads(), memory, plan)
@@ -122,7 +127,9 @@ def merge_to_folder(
             run.merge(first, range(len(plan.tensors)), target.write)
             reports = collect(worker, journal)
             for name, variant, report in zip(names, plan.variants, reports):
-                _write_small_files(target.work / name, plan, variant, report, journal, plan.variants.index(variant), sha256)
+                _write_small_files(
+                    target.work / name, plan, variant, report, journal, plan.variants.index(variant), sha256
+                )
             seconds = time.monotonic() - started
             _write_log(target.work / names[0], seconds, threads, kernels, done, total, worker.inputs.bytes_read)
             journal.close()
@@ -130,7 +137,7 @@ def merge_to_folder(
         finally:
             journal.close()
             target.close()
-    return Outcome(target.out, names, reports, notes, done, total, seconds, worker.inputs.bytes_read)
+    return Outcome(target.out, names, reports, notes, warnings, done, total, seconds, worker.inputs.bytes_read)
 
 
 def merge(
@@ -171,7 +178,9 @@ def merge_to(model: Any, recipe: Recipe | Path | str, *, threads: int | None = N
     with torch.no_grad():
         for name, array in merge(recipe, threads=threads, kernels=kernels):
             if name not in state:
-                raise MismatchError(f"the model has no parameter {name!r}: load the recipe's base (or a model like it).")
+                raise MismatchError(
+                    f"the model has no parameter {name!r}: load the recipe's base (or a model like it)."
+                )
             if tuple(state[name].shape) != array.shape:
                 shape = tuple(state[name].shape)
                 raise MismatchError(f"{name}: the model has shape {shape}, the merge {array.shape}.")
@@ -191,7 +200,9 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     folders = list(dict.fromkeys([plan.donor.folder, *(model.folder for model in plan.models)]))
     differences = tuple(compare_tokenizers(folders))
     if differences and not accept:
-        listed = "\n  ".join(differences[:8]) + (f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else "")
+        listed = "\n  ".join(differences[:8]) + (
+            f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""
+        )
         raise MismatchError(
             f"the models have the same shapes but not the same tokenizer:\n  {listed}\n"
             "  Their rows of the embedding may mean different tokens. If you know that this is harmless, add "
@@ -283,7 +294,8 @@ def _write_small_files(
         "inputs": _inputs(plan, journal, sha256),
         "files": digests,
         "weights": [
-            {"file": file.name, "size": file.size, "header": xxhash.xxh3_128_hexdigest(file.header)} for file in plan.outputs
+            {"file": file.name, "size": file.size, "header": xxhash.xxh3_128_hexdigest(file.header)}
+            for file in plan.outputs
         ],
         "units": _written_units(plan, journal, variant),
         "notes": list(plan.notes),
@@ -318,7 +330,7 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
         state = xxhash.xxh3_128()
         for unit in plan.unit_list():
             read = journal.units[unit].read
-            state.update(read[number] if number < len(read) else "-")
+            state.update((read[number] if number < len(read) else "-").encode())
         files = [entry for entry in plan.files if entry.model == role]
         listed = [{"file": Path(e.path).name, "size": e.size, "header": e.digest} for e in files]
         if sha256:

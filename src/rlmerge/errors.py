@@ -1,15 +1,15 @@
 """Every error that a user can cause, as one tree. Each message says what was found, why it cannot work, what to write.
 
-    RlmergeError                    the user's mistake: one message, no traceback, exit code 2
-    ├── RecipeError                 the recipe: keys, types, values, paths that do not exist
-    ├── CheckpointError             a model folder that cannot be read or trusted
-    │   ├── HeaderError             a safetensors header that is truncated, overlapping, oversized, …
-    │   ├── AdapterError            a LoRA folder with something that cannot be merged exactly
-    │   └── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties
-    ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
-    ├── NonFiniteError              NaN or infinity in an input or in a result
-    ├── OutputError                 the output folder: exists, locked, another plan's, disk full
-    └── MissingExtraError           an optional dependency, with the pip command that brings it
+RlmergeError                    the user's mistake: one message, no traceback, exit code 2
+├── RecipeError                 the recipe: keys, types, values, paths that do not exist
+├── CheckpointError             a model folder that cannot be read or trusted
+│   ├── HeaderError             a safetensors header that is truncated, overlapping, oversized, …
+│   ├── AdapterError            a LoRA folder with something that cannot be merged exactly
+│   └── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties
+├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
+├── NonFiniteError              NaN or infinity in an input or in a result
+├── OutputError                 the output folder: exists, locked, another plan's, disk full
+└── MissingExtraError           an optional dependency, with the pip command that brings it
 """
 
 from __future__ import annotations

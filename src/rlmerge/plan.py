@@ -313,7 +313,9 @@ def _check_parameters(recipe: Recipe, tensors: tuple[TensorPlan, ...], layers: i
         if resolved.values.get("scope") == "model" and "density" in resolved.per_model:
             densities = tuple(resolved.per_model["density"])
             if seen.setdefault("density", densities) != densities:
-                raise RecipeError("parameters.density: `scope: model` counts density over the whole model: write one number.")
+                raise RecipeError(
+                    "parameters.density: `scope: model` counts density over the whole model: write one number."
+                )
         for name in model_wide:
             if seen.setdefault(name, resolved.values[name]) != resolved.values[name]:
                 raise RecipeError(f"parameters.{name}: this choice must be the same for all tensors; drop its filters.")

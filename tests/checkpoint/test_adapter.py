@@ -100,6 +100,10 @@ VARIETIES = {
     "saved modules": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm", "embed_tokens"]}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True}),
+    "kept tie of saved modules": (
+        functools.partial(llama, True),
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "tied embedding": (functools.partial(llama, True), {"target_modules": ["embed_tokens", "v_proj"]}),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "square conv1d alone": (gpt2, {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
@@ -262,6 +266,14 @@ def test_a_copy_of_the_base_in_another_type_is_a_copy(tmp_path: Path) -> None:
     assert lora(tmp_path, GOOD | {f"{Q}.base_layer.weight": stored}, BASE | wide).pairs
     with pytest.raises(AdapterError, match="changed base"):
         lora(tmp_path, GOOD | {f"{Q}.base_layer.weight": weight}, BASE | wide)
+
+
+def test_a_saved_head_of_a_tied_base_repeats_its_embedding(tmp_path: Path) -> None:
+    trained = random(7, 12, 4)
+    saved = {f"base_model.model.{name}.weight": trained for name in ("model.embed_tokens", "lm_head")}
+    assert list(lora(tmp_path, GOOD | saved).saved) == ["model.embed_tokens.weight"]
+    with pytest.raises(AdapterError, match=r"lm_head.*ties its head"):
+        lora(tmp_path, GOOD | saved | {"base_model.model.lm_head.weight": trained + 1})
 
 
 def test_ambiguous_names(tmp_path: Path) -> None:

@@ -168,4 +168,4 @@ def test_broken_files(tmp_path: Path, text: bytes) -> None:
 def test_broken_configuration(tmp_path: Path) -> None:
     for config in ({"chat_template": 5}, {"chat_template": [5]}, {"eos_token": {"x": 1}}):
         with pytest.raises(CheckpointError, match="bad"):
-            compare_tokenizers([fast(tmp_path / "bad", config=config)])
+            compare_tokenizers([fast(tmp_path / "base"), fast(tmp_path / "bad", config=config)])

@@ -86,14 +86,13 @@ def open_adapter(checkpoint: Checkpoint, base: Checkpoint) -> Adapter:
     modules, plain, copies = _sort(checkpoint)
     pairs: dict[str, _Pair] = {}
     for module, held in modules.items():
-        pair = _pair(module, held, resolve, base, settings)
-        if pair is not None:
-            if pair.name in pairs:
-                raise AdapterError(
-                    f"{pair.a.file}: {module!r} and {pairs[pair.name].module!r} both mean the base's {pair.name!r}. "
-                    f"{_MERGE_FIRST}"
-                )
-            pairs[pair.name] = pair
+        pair = _pair(module, held, resolve, base)
+        if pair.name in pairs:
+            raise AdapterError(
+                f"{pair.a.file}: {module!r} and {pairs[pair.name].module!r} both mean the base's {pair.name!r}. "
+                f"{_MERGE_FIRST}"
+            )
+        pairs[pair.name] = pair
     saved = _saved(plain, pairs, resolve, base)
     for name, info in copies.items():
         _check_copy(resolve.find(name, info), info, base)
@@ -114,7 +113,6 @@ class _Settings:
         self.file = checkpoint.folder / "adapter_config.json"
         config = read_json_object(self.file)
         self._refuse(config)
-        self.tying = config.get("ensure_weight_tying") is True
         self.fan_in_fan_out = config.get("fan_in_fan_out") is True
         self._rslora = config.get("use_rslora") is True
         self._ranks = {None: self._number(config, "r", 8)} | self._patterns(config, "rank_pattern")
@@ -222,15 +220,13 @@ def _add_part(modules: dict[str, _Module], part: re.Match[str], info: TensorInfo
     held.parts[part["side"]] = info
 
 
-def _pair(module: str, held: _Module, resolve: _Names, base: Checkpoint, settings: _Settings) -> _Pair | None:
-    """A and B of one layer, proven to fit each other and the base tensor; None for the second side of a tie."""
+def _pair(module: str, held: _Module, resolve: _Names, base: Checkpoint) -> _Pair:
+    """A and B of one layer, proven to fit each other and the base tensor."""
     some = next(iter(held.parts.values()))
     if len(held.parts) < 2:
         missing = "B" if "A" in held.parts else "A"
         raise AdapterError(f"{some.file}: {some.name!r} has no lora_{held.kind}{missing} beside it. Save it again.")
-    name = resolve.find(f"{module}.weight", some, optional=settings.tying and module.endswith("lm_head"))
-    if name is None:
-        return None
+    name = resolve.find(f"{module}.weight", some)
     a, b, target = held.parts["A"], held.parts["B"], base.tensors[name]
     embedding = held.kind == "embedding_"
     fits = {(b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])}
@@ -288,9 +284,9 @@ def _saved(
 ) -> dict[str, TensorInfo]:
     saved: dict[str, TensorInfo] = {}
     for key, info in plain.items():
-        repeated = any(other is not info and other.shape == info.shape and equal_bytes(other, info)
-                       for other in plain.values()) if len(info.shape) == 2 else False  # fmt: skip
-        name = resolve.find(key, info, optional=repeated)
+        name = resolve.find(key, info, optional=True)
+        if name is None and not _is_repeated(info, plain):
+            resolve.find(key, info)  # raises
         if name is None:
             continue
         target = base.tensors[name]
@@ -305,6 +301,12 @@ def _saved(
             raise AdapterError(f"{info.file}: {info.name!r} is stored whole, and {name!r} is adapted as well.")
         saved[name] = info
     return saved
+
+
+def _is_repeated(info: TensorInfo, plain: dict[str, TensorInfo]) -> bool:
+    """Whether the adapter holds the same matrix under another name too, as it does when it keeps a tie."""
+    twins = (other for other in plain.values() if other is not info and other.shape == info.shape)
+    return len(info.shape) == 2 and any(equal_bytes(other, info) for other in twins)
 
 
 class _Names:

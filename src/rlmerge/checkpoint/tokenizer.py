@@ -6,7 +6,9 @@ break a merge, but the merged model will be asked in words that one of its exper
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,21 +33,33 @@ def compare_tokenizers(folders: list[Path]) -> list[str]:
     these files, only what it has. Raises CheckpointError for a tokenizer file that cannot be read.
     """
     cache = _Cache()
-    first: dict[str, tuple[Path, Any]] = {}
-    differences: list[str] = []
-    seen: list[dict[str, str]] = []
+    distinct: list[tuple[Path, dict[str, str]]] = []
     for folder in folders:
         digests = cache.digests(folder)
-        if not digests or digests in seen:
-            continue
-        seen.append(digests)
-        for aspect, value in _read(folder, digests, cache).items():
-            if aspect not in first:
-                first[aspect] = (folder, value)
-                continue
-            other, reference = first[aspect]
-            if value is not reference and value != reference:
-                differences += _COMPARE[aspect](other, folder, reference, value)
+        if digests and all(digests != known for _, known in distinct):
+            distinct.append((folder, digests))
+    if len(distinct) < 2:
+        return []
+    first: dict[str, tuple[Path, Any]] = {}
+    differences: list[str] = []
+    for folder, digests in distinct:
+        try:
+            differences += _compare(folder, _read(digests, functools.partial(cache.parsed, folder, digests)), first)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
+                "Restore them from the original model."
+            ) from None
+    return differences
+
+
+def _compare(folder: Path, aspects: dict[str, Any], first: dict[str, tuple[Path, Any]]) -> list[str]:
+    """Compare a folder with the first that had each aspect; `first` learns the aspects that are new."""
+    differences: list[str] = []
+    for aspect, value in aspects.items():
+        other, reference = first.setdefault(aspect, (folder, value))
+        if value is not reference and value != reference:
+            differences += _COMPARE[aspect](other, folder, reference, value)
     return differences
 
 
@@ -61,9 +75,11 @@ class _Cache:
         files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
         return {str(file.relative_to(folder)): xxhash.xxh3_128_hexdigest(_bytes(file)) for file in files}
 
-    def parsed(self, folder: Path, name: str, digest: str) -> Any:
-        """A JSON file (an object), or the lines of a text file, as new lines do not matter there."""
-        key = f"{digest} {Path(name).suffix}"
+    def parsed(self, folder: Path, digests: dict[str, str], name: str) -> Any:
+        """A JSON object, or the lines of a text file (there, kinds of new lines do not matter); None without it."""
+        if name not in digests:
+            return None
+        key = f"{digests[name]} {Path(name).suffix}"
         if key not in self._parsed:
             self._parsed[key] = _parse(folder / name)
         return self._parsed[key]
@@ -96,33 +112,21 @@ class _Vocabulary:
     scores: tuple[float, ...]
 
 
-def _read(folder: Path, digests: dict[str, str], cache: _Cache) -> dict[str, Any]:
+def _read(digests: dict[str, str], get: Callable[[str], Any]) -> dict[str, Any]:
     """The comparable aspects of one folder, only those that its files tell."""
-
-    def get(name: str) -> Any:
-        return cache.parsed(folder, name, digests[name]) if name in digests else None
-
-    try:
-        aspects: dict[str, Any] = {"vocabulary": _vocabulary(get), "merges": _merges(get)}
-        if aspects["vocabulary"] is None:
-            aspects["sentencepiece"] = digests.get("tokenizer.model")
-        config, special = get("tokenizer_config.json"), get("special_tokens_map.json")
-        if config is not None or special is not None:
-            aspects["special"] = {
-                key: _content((config or {}).get(key) or (special or {}).get(key)) for key in _SPECIAL
-            }
-        templates = [name for name in digests if "chat_template" in name]
-        if config is not None or templates:
-            aspects["templates"] = _templates(config or {}, {name: get(name) for name in templates})
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
-            "Restore them from the original model."
-        ) from None
+    aspects: dict[str, Any] = {"vocabulary": _vocabulary(get), "merges": _merges(get)}
+    if aspects["vocabulary"] is None:
+        aspects["sentencepiece"] = digests.get("tokenizer.model")
+    config, special = get("tokenizer_config.json"), get("special_tokens_map.json")
+    if config is not None or special is not None:
+        aspects["special"] = {key: _content((config or {}).get(key) or (special or {}).get(key)) for key in _SPECIAL}
+    templates = [name for name in digests if "chat_template" in name]
+    if config is not None or templates:
+        aspects["templates"] = _templates(config or {}, {name: get(name) for name in templates})
     return {aspect: value for aspect, value in aspects.items() if value is not None}
 
 
-def _vocabulary(get: Any) -> _Vocabulary | None:
+def _vocabulary(get: Callable[[str], Any]) -> _Vocabulary | None:
     added: list[tuple[str, int]] = []
     scores: tuple[float, ...] = ()
     if (whole := get("tokenizer.json")) is not None:
@@ -142,14 +146,14 @@ def _vocabulary(get: Any) -> _Vocabulary | None:
     return _Vocabulary({**vocabulary, **dict(added)}, scores)
 
 
-def _merges(get: Any) -> list[tuple[str, str]] | None:
-    """Pairs in order, whether they are stored as 'a b' or as [a, b]."""
+def _merges(get: Callable[[str], Any]) -> list[Any] | None:
+    """Merges in order, as stored: 'a b' or [a, b]."""
     if (whole := get("tokenizer.json")) is not None:
-        merges = whole["model"].get("merges")
-    else:
-        merges = [line for line in get("merges.txt") or [] if line and not line.startswith("#version")] or None
-    if merges is None:
-        return None
+        return whole["model"].get("merges")
+    return [line for line in get("merges.txt") or [] if line and not line.startswith("#version")] or None
+
+
+def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in merges]  # type: ignore[misc]
 
 
@@ -193,7 +197,10 @@ def _compare_vocabularies(a: Path, b: Path, one: _Vocabulary, two: _Vocabulary) 
     return differences
 
 
-def _compare_merges(a: Path, b: Path, one: list[tuple[str, str]], two: list[tuple[str, str]]) -> list[str]:
+def _compare_merges(a: Path, b: Path, one: list[Any], two: list[Any]) -> list[str]:
+    one, two = _pairs(one), _pairs(two)
+    if one == two:
+        return []
     place = next(i for i, (x, y) in enumerate(zip_longest(one, two)) if x != y)
     here, there = (repr(" ".join(m[place])) if place < len(m) else "no more" for m in (one, two))
     return [

@@ -115,7 +115,9 @@ class OutputFolder:
         except OSError:
             os.close(self._lock)
             self._lock = None
-            raise OutputError(f"{self.out}: another rlmerge is writing it at this moment. Wait for it, or stop it.") from None
+            raise OutputError(
+                f"{self.out}: another rlmerge is writing it at this moment. Wait for it, or stop it."
+            ) from None
 
     def _clear(self) -> None:
         for path in self.work.iterdir():

@@ -94,7 +94,9 @@ class Inputs:
             try:
                 count = os.preadv(handle, [view[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.plan.files[place.file].path}: cannot be read: {error.strerror}.") from error
+                raise CheckpointError(
+                    f"{self.plan.files[place.file].path}: cannot be read: {error.strerror}."
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{self.plan.files[place.file].path}: ends at byte {offset + done}, where its header promised more: "
@@ -247,7 +249,11 @@ class Inputs:
             kind = "base"
             if source.kind == "low_rank":
                 kind = "zeros"
-            elif source.place is not None and plan.base is not None and source.place.dtype not in ("F32", plan.base.dtype):
+            elif (
+                source.place is not None
+                and plan.base is not None
+                and source.place.dtype not in ("F32", plan.base.dtype)
+            ):
                 kind = source.place.dtype
             if kind not in kinds:
                 kinds.append(kind)

@@ -22,7 +22,9 @@ class Ram(Method):
     formula = "θ = θ0 + Σ mi·δi / max(1, Σ mi), mi = [|δi| > ε]"
     source = "RAM (arXiv 2601.13572)"
     parameters = (
-        Parameter("epsilon", "number", 1e-5, "smallest |δ| that counts as a change (absolute, as published)", minimum=0),
+        Parameter(
+            "epsilon", "number", 1e-5, "smallest |δ| that counts as a change (absolute, as published)", minimum=0
+        ),
     )
     laws = frozenset({"permutation", "identity", "sign", "zero"})
 

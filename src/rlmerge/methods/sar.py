@@ -135,7 +135,9 @@ class Sar(Method):
         Parameter("weight", "number", 1.0, "factor of this model's delta, never normalised; 0 removes it", True),
         Parameter("density", "number", 0.8, "share of the non-zero updates that is kept", True, maximum=1, above=0),
         LAMBDA,
-        Parameter("sensitivity", "choice", SENSITIVITY[0], "what arbitrates: F̂·d², F̂ alone, or d²", choices=SENSITIVITY),
+        Parameter(
+            "sensitivity", "choice", SENSITIVITY[0], "what arbitrates: F̂·d², F̂ alone, or d²", choices=SENSITIVITY
+        ),
         Parameter("arbitration", "choice", ARBITRATION[0], "who keeps an update in a conflict", choices=ARBITRATION),
         Parameter("agreement", "choice", AGREEMENT[0], "how updates of one sign are combined", choices=AGREEMENT),
         Parameter("allies", "choice", "drop", "K ≥ 3: others with the winner's sign", choices=("drop", "join")),

@@ -14,7 +14,6 @@ import numpy as np
 from ._jit import inlined, kernel
 from .hash import hash64
 
-
 ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 """Keeps the random winners apart from the random numbers of magprune, which have the same keys."""
 
@@ -122,7 +121,22 @@ def _clear(sens, count, margin):
 
 @kernel
 def resolve(
-    delta, fisher, mean, sensitivity, arbitration, agreement, join, power, margin, phi, keys, start, out, whole, wins, counts
+    delta,
+    fisher,
+    mean,
+    sensitivity,
+    arbitration,
+    agreement,
+    join,
+    power,
+    margin,
+    phi,
+    keys,
+    start,
+    out,
+    whole,
+    wins,
+    counts,
 ):
     """Stage 1 of SAR: resolved updates t = r·d, fp64[K, n], from weighted deltas d, fp64[K, n].
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hash import hash64
 from ._jit import kernel
+from .hash import hash64
 
 
 @kernel

@@ -84,7 +84,22 @@ def _clear(sens, active, margin):
 
 
 def resolve(
-    delta, fisher, mean, sensitivity, arbitration, agreement, join, power, margin, phi, keys, start, out, whole, wins, counts
+    delta,
+    fisher,
+    mean,
+    sensitivity,
+    arbitration,
+    agreement,
+    join,
+    power,
+    margin,
+    phi,
+    keys,
+    start,
+    out,
+    whole,
+    wins,
+    counts,
 ):
     """Stage 1 of SAR: resolved updates t = r·d."""
     active = delta != 0.0

@@ -1,0 +1,46 @@
+# Every target works from nothing: it makes .venv, installs what it needs, and starts in seconds the next time.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test test-long check bench docs clean
+
+install: $(STAMP)
+
+# torch is pinned here and not in the package: this build is small (CPU); an unpinned one brings gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab]" --group dev
+	touch $(STAMP)
+
+# Merges the shipped tiny Llama by sar, ties, ram and linear, and prints what each did to every update.
+demo: .venv/.core
+	$(BIN)/python examples/demo.py
+
+# The demo needs the light core only: no torch.
+.venv/.core: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import rlmerge" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable .
+	touch .venv/.core
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The long suite: 50 kills instead of 20, more examples for every law.
+test-long: $(STAMP)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "long or not long" tests
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build demo-out .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,96 @@
+"""Everything that headers, small files and a one-percent sample can show before a merge: errors, alarms, estimates."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlmerge.api import as_recipe, check_tokenizers, default_threads, thread_bytes
+from rlmerge.parameters import Resolver
+from rlmerge.parameters import explain as explain_parameters
+from rlmerge.plan import Plan, make_plan, sum_bytes
+from rlmerge.recipe import Recipe
+from rlmerge.sample import alarms, take_sample
+
+RATE = 6e8
+"""Bytes per second and thread that one pass handles, measured on two cores (docs/log.md); only for the estimate."""
+
+
+@dataclass
+class CheckReport:
+    """What `rlmerge check` found. `alarms` are warnings: they never make a merge fail."""
+
+    notes: list[str]
+    alarms: list[str]
+    sample: dict[str, Any]
+    estimate: dict[str, Any]
+    summary: dict[str, Any]
+    seconds: float = field(default=0.0)
+
+
+def check(recipe: Recipe | Path | str, *, threads: int | None = None, accept_tokenizers: bool = False) -> CheckReport:
+    """Plans the merge, compares tokenizers, looks at a sample of the weights. Writes nothing.
+
+    Raises a subclass of RlmergeError for everything that would make the merge fail and can be known now.
+    """
+    started = time.monotonic()
+    recipe = as_recipe(recipe)
+    plan = make_plan(recipe)
+    notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
+    sample = take_sample(plan)
+    report = CheckReport(
+        notes, alarms(plan, sample), sample, estimate(plan, threads or default_threads()), summarise(plan)
+    )
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
+    """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried."""
+    recipe = as_recipe(recipe)
+    plan = make_plan(recipe)
+    merged = [tensor.name for tensor in plan.tensors if tensor.carry is None]
+    groups = explain_parameters(recipe, recipe.method, merged, plan.layers)
+    carried: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.carry is not None:
+            carried.setdefault(tensor.carry, []).append(tensor.name)
+    return groups + [
+        {"tensors": names, "count": len(names), "carried": reason, "values": {}, "models": {}}
+        for reason, names in carried.items()
+    ]
+
+
+def summarise(plan: Plan) -> dict[str, Any]:
+    """What will be made: method, coordinates, dtypes, files."""
+    merged = [tensor for tensor in plan.tensors if tensor.carry is None]
+    return {
+        "method": plan.recipe.merge_method,
+        "experts": list(plan.experts),
+        "coordinates": sum(tensor.size for tensor in plan.tensors),
+        "merged_tensors": len(merged),
+        "carried_tensors": len(plan.tensors) - len(merged),
+        "dtypes": sorted({tensor.dtype for tensor in merged}),
+        "files": [{"file": file.name, "bytes": file.size} for file in plan.outputs],
+    }
+
+
+def estimate(plan: Plan, threads: int) -> dict[str, Any]:
+    """Bytes to move, memory, disk, and a rough time (one pass of a thread: RATE bytes a second)."""
+    moved = sum_bytes(plan)
+    values = next((Resolver(plan.recipe, plan.recipe.method, plan.layers).resolve(t.name) for t in plan.tensors), None)
+    stages = plan.recipe.method.stages(values.values) if values else ()
+    passes = 1 + sum(1 for stage in stages if stage.name in ("coarse", "ranks", "norms", "pair_conflict"))
+    each = thread_bytes(plan)
+    read = passes * (moved["read"] + moved["fisher"]) + moved["fisher"] * any(s.name == "fisher_mean" for s in stages)
+    return {
+        "bytes_read": read,
+        "bytes_written": moved["written"],
+        "passes": passes,
+        "disk_bytes": sum(file.size for file in plan.outputs) * len(plan.variants),
+        "memory_bytes": 250 * 2**20 + threads * each,
+        "threads": threads,
+        "hours": (read + moved["written"]) / (RATE * threads) / 3600,
+    }

@@ -1,0 +1,68 @@
+"""`rlmerge check`: everything that can be known before a merge."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .options import Accept, Base, Expert, Fisher, Json, MethodName, Quiet, RecipePath, Set, Threads, make_recipe
+from .show import duration, size, warn
+
+if TYPE_CHECKING:
+    from rlmerge.check import CheckReport
+
+
+def check(
+    recipe: RecipePath = None,
+    base: Base = None,
+    expert: Expert = None,
+    fisher: Fisher = None,
+    method: MethodName = None,
+    set_: Set = None,
+    threads: Threads = None,
+    accept_tokenizers: Accept = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a recipe against headers, small files and a one-percent sample; estimate bytes, memory, disk and time.
+
+    Exit code 2 for what would make the merge fail. Alarms are warnings and change nothing.
+    """
+    from rlmerge.check import check as run
+
+    made, _ = make_recipe(recipe, base, expert, fisher, method, set_)
+    show_report(run(made, threads=threads, accept_tokenizers=accept_tokenizers), json_, quiet)
+
+
+def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:
+    """Prints a report: as JSON, as text, or not at all."""
+    if json_:
+        json.dump(asdict(report), sys.stdout)
+        print()
+        return
+    if quiet:
+        return
+    for text in (*report.notes, *report.alarms):
+        warn(text)
+    summary, estimate = report.summary, report.estimate
+    print(f"{summary['method']} of {len(summary['experts'])} models: {', '.join(summary['experts'])}")
+    print(
+        f"{summary['coordinates']:,} weights: {summary['merged_tensors']} tensors merged, "
+        f"{summary['carried_tensors']} carried, written as {', '.join(summary['dtypes'])} in {len(summary['files'])} file(s)"
+    )
+    for key, entry in report.sample.get("experts", {}).items():
+        norm = "-" if entry["relative_norm"] is None else f"{entry['relative_norm']:.2e}"
+        print(f"  {key}: support {entry['support']:.1%}, ‖δ‖/‖θ0‖ {norm}")
+    for pair in report.sample.get("pairs", []):
+        conflict = "-" if pair["conflict"] is None else f"{pair['conflict']:.0%} in sign conflict"
+        print(
+            f"  {pair['experts'][0]} and {pair['experts'][1]}: overlap {pair['overlap']:.1%} of all weights, {conflict}"
+        )
+    print(
+        f"reads {size(estimate['bytes_read'])} in {estimate['passes']} pass(es), writes {size(estimate['bytes_written'])}; "
+        f"disk {size(estimate['disk_bytes'])}; memory about {size(estimate['memory_bytes'])}; "
+        f"roughly {duration(estimate['hours'] * 3600)} on {estimate['threads']} threads"
+    )
+    print(f"all right, checked in {duration(report.seconds)}")

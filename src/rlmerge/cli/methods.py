@@ -1,0 +1,71 @@
+"""`rlmerge methods`: what there is, and what one of them takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .options import Json, Quiet
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="A method; without it, all in one line each.", show_default=False)
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the merge methods, or describe one: formula, source, parameters, defaults, laws."""
+    from rlmerge.methods import get_method, method_names
+
+    wanted = [name] if name else method_names()
+    described = [describe(get_method(each)) for each in wanted]
+    if json_:
+        json.dump(described if name is None else described[0], sys.stdout)
+        print()
+    elif quiet:
+        return
+    elif name is None:
+        for entry in described:
+            print(f"{entry['name']:<16} {entry['summary']}")
+    else:
+        _show(described[0])
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """A method as JSON-able data."""
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "formula": method.formula,
+        "source": method.source,
+        "base": method.arity.base,
+        "models": [method.arity.minimum, method.arity.maximum],
+        "grain": method.grain,
+        "deterministic": method.deterministic,
+        "laws": sorted(method.laws),
+        "parameters": [
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "default": spec.default,
+                "per_model": spec.per_model,
+                "choices": list(spec.choices),
+                "doc": spec.doc,
+            }
+            for spec in method.parameters
+        ],
+    }
+
+
+def _show(entry: dict[str, Any]) -> None:
+    print(f"{entry['name']}: {entry['summary']}\n  {entry['formula']}\n  source: {entry['source']}")
+    print(f"  base model: {entry['base']}; laws: {', '.join(entry['laws']) or 'none'}")
+    for spec in entry["parameters"]:
+        place = "per model or global" if spec["per_model"] else "global"
+        default = "required" if spec["default"] is None else f"default {spec['default']}"
+        choices = f" ({' | '.join(spec['choices'])})" if spec["choices"] else ""
+        print(f"  {spec['name']}: {spec['doc']}{choices}; {default}, {place}")

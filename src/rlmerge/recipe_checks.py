@@ -1,0 +1,314 @@
+"""What a recipe may hold: the values of its keys, and a walk over its data that collects every mistake by line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
+
+from rlmerge.errors import RecipeError, did_you_mean
+from rlmerge.methods.base import Method
+from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
+from rlmerge.yaml_lines import Place, dotted
+
+if TYPE_CHECKING:
+    from rlmerge.recipe import ModelEntry, Recipe
+
+DTYPES = ("float32", "bfloat16", "float16")
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
+"""The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
+LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+
+
+# ---- Values of keys -----------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, str) and value.strip():
+        return value
+    hint = "; write it in quotes" if isinstance(value, (bool, int, float)) else ""
+    raise ValueError("expected text, found nothing" if value == "" else f"expected text, found {show(value)}{hint}")
+
+
+def _reference(value: Any) -> Any:
+    """A path, or mergekit's `{path: ...}` and `{model: {path: ...}}`."""
+    if isinstance(value, dict):
+        if isinstance(value.get("model"), dict) and set(value) == {"model"}:
+            value = value["model"]
+        if other := [key for key in value if key != "path"]:
+            raise ValueError(
+                f"{other[0]!r} of a model is not supported by this version of rlmerge; write the path alone"
+            )
+        value = value.get("path")
+    return _text(value)
+
+
+def _fisher(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError("a mapping is not supported yet; write the path of a Fisher folder")
+    return value if value is None else _text(value)
+
+
+def _dtype(value: Any) -> Any:
+    word = str(value).removeprefix("torch.")
+    word = ALIASES.get(word, word)
+    if value is None or word in DTYPES:
+        return None if value is None else word
+    known = f"it is one of: {', '.join(DTYPES)}"
+    if word in ("float64", "fp64", "double"):
+        raise ValueError(f"{word} is not written by rlmerge (arithmetic is in float64 anyway); {known}")
+    raise ValueError(f"{show(value)} is not a dtype that can be written; {known}.{did_you_mean(word, DTYPES)}")
+
+
+def _patterns(value: Any) -> Any:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)):
+        raise ValueError(f"expected a regular expression or a list of them, found {show(value)}")
+    for pattern in patterns:
+        try:
+            re.compile(_text(pattern))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{show(pattern)} is not a regular expression: {error}") from None
+    return tuple(patterns)
+
+
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {show(value)}")
+    return value
+
+
+def _at_least_zero(value: Any) -> Any:
+    if (number := as_number(value)) < 0:
+        raise ValueError(f"expected a number >= 0, found {show(value)}")
+    return number
+
+
+def _seed(value: Any) -> Any:
+    if not 0 <= (number := as_integer(value)) < 2**63:
+        raise ValueError(f"expected an integer from 0 to 2**63 - 1, found {show(value)}")
+    return number
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Reference = Annotated[str, BeforeValidator(_reference)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+FisherPath = Annotated[str | None, BeforeValidator(_fisher)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+AtLeastZero = Annotated[float, BeforeValidator(_at_least_zero)]
+Seed = Annotated[int, BeforeValidator(_seed)]
+
+
+# ---- The whole recipe ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the recipe comes from: its name, the line of each place, the flags that set a place."""
+
+    name: str
+    lines: Mapping[Place, int] = field(default_factory=dict)
+    flags: Mapping[Place, str] = field(default_factory=dict)
+
+    def line(self, place: Place) -> int:
+        """The line of the place, or of the closest one around it; 0 if none is known."""
+        return next((self.lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in self.lines), 0)
+
+    def at(self, place: Place) -> str:
+        """How a message names the place: 'recipe.yml:12: models[1].parameters.density', or the flag."""
+        for cut in range(len(place), 0, -1):
+            if place[:cut] in self.flags:
+                return self.flags[place[:cut]]
+        line = self.line(place)
+        head = f"{self.name}:{line}" if line else self.name
+        return f"{head}: {dotted(place)}" if place else head
+
+
+def find_method(name: str, methods: Mapping[str, Method] | None) -> Method:
+    """The method of this name; ValueError with a suggestion and the list if there is none."""
+    if methods is None:
+        from rlmerge.methods import get_method, method_names  # methods are loaded when a recipe names them
+
+        names, get = list(method_names()), get_method
+    else:
+        names, get = list(methods), methods.__getitem__
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise ValueError(f"there is no merge method {show(name)}.\n {hint} The methods: {', '.join(sorted(names))}.")
+    return get(name)
+
+
+def in_words(problem: Any) -> str:
+    value = problem["input"]
+    if problem["type"] == "literal_error":
+        choices = [word.strip("'") for word in re.findall(r"'\w+'", problem["ctx"]["expected"])]
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        return f"{show(value)} is not one of: {', '.join(choices)}.{hint}"
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}".rstrip(".") + "."
+    return f"{problem['msg']}, found {show(value)}."
+
+
+class Checker:
+    """Walks over a recipe's data once: collects every mistake with its line, and the canonical data."""
+
+    def __init__(self, source: Source, recipe_keys: Iterable[str], model_keys: Iterable[str]) -> None:
+        self.source = source
+        self.recipe_keys = list(recipe_keys)
+        self.model_keys = list(model_keys)
+        self.data: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.problems: list[tuple[int, str]] = []
+
+    def add(self, place: Place, problem: str) -> None:
+        """Notes a mistake at a place."""
+        self.problems.append((self.source.line(place), f"{self.source.at(place)}: {problem}"))
+
+    def warn(self, place: Place, text: str) -> None:
+        """Notes something that has no effect."""
+        self.warnings.append(f"{self.source.at(place)}: {text}")
+
+    def finish(self) -> None:
+        """Raises what was found."""
+        texts = list(dict.fromkeys(text for _, text in sorted(self.problems, key=lambda problem: problem[0])))
+        if texts:
+            more = [f"... and {len(texts) - 10} more."] if len(texts) > 10 else []
+            raise RecipeError("\n".join(texts[:10] + more))
+
+    def check(self, data: Any, methods: Mapping[str, Method] | None) -> Method:
+        """Notes unknown keys and wrong parameters, which need the method; types of the other keys are pydantic's."""
+        if not isinstance(data, dict):
+            raise RecipeError(f"{self.source.at(())}: a recipe is a mapping of keys and values, found {show(data)}.")
+        method = self._method(data.get("merge_method"), methods)
+        for key in data:
+            if key not in self.recipe_keys:
+                self.add((key,), self._unknown_key(key, method, "parameters:"))
+        self.data = {key: value for key, value in data.items() if key in self.recipe_keys and value is not None}
+        if method is None:
+            self.finish()
+        assert method is not None
+        self._models(method)
+        self.data["parameters"] = self._parameters(method, ("parameters",), self.data.get("parameters"), own=False)
+        return method
+
+    def fit(self, recipe: Recipe, method: Method) -> tuple[ModelEntry, ...]:
+        """The models to merge: notes what does not fit the method (base, keys, number, required parameters)."""
+        kept = dict(enumerate(recipe.models))
+        if method.arity.base == "required" and recipe.base_model is None:
+            self.add((), f"base_model is missing: method {method.name!r} works on differences to a base.")
+        elif method.arity.base == "required" and recipe.base_model is not None:
+            base = os.path.normpath(recipe.base_model)
+            for k in [k for k, entry in kept.items() if os.path.normpath(entry.model) == base]:
+                self.warn(("models", k), "this is the base, which has no difference to itself: the entry is ignored.")
+                del kept[k]
+        self._keys(kept)
+        self._count(method, len(kept))
+        for spec in method.parameters:
+            if spec.default is None and spec.name not in recipe.parameters:
+                lacking = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
+                for place in lacking if spec.per_model else [()]:
+                    needs = f"method {method.name!r} needs {expected(spec)}"
+                    self.add(place, f"parameter {spec.name!r} is missing: {needs}.")
+        self.finish()
+        return tuple(kept.values())
+
+    def _method(self, name: Any, methods: Mapping[str, Method] | None) -> Method | None:
+        try:
+            return find_method(_text(name), methods)
+        except ValueError as error:
+            text = "merge_method is missing: write 'merge_method: sar', or another one." if name is None else str(error)
+            self.add(() if name is None else ("merge_method",), text)
+        return None
+
+    def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str] | None = None) -> str:
+        if known is None and key in LATER:
+            return f"mergekit's {key!r} is not supported by this version of rlmerge."
+        if method is not None and key in {spec.name for spec in method.parameters}:
+            return f"{key!r} is a parameter of method {method.name!r}: write it under {home}"
+        known = list(known or self.recipe_keys)
+        return f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}."
+
+    def _models(self, method: Method) -> None:
+        models = self.data.get("models")
+        if models is None and self.problems:  # 'slices' or a misspelt key say it better
+            return
+        if not isinstance(models, list):
+            found = "'models' is missing" if models is None else f"expected a list, found {show(models)}"
+            self.add(() if models is None else ("models",), f"{found}: list the models, '- model: path' each.")
+            return
+        entries = []
+        for k, entry in enumerate(models):
+            if isinstance(entry, dict) and "model" in entry:
+                entries.append(self._entry(method, ("models", k), entry))
+            else:
+                found = "'model' is missing" if isinstance(entry, dict) else f"found {show(entry)}"
+                self.add(("models", k), f"{found}: an entry is a mapping, '- model: path'.")
+                entries.append({"model": "?"})  # keeps the numbers of the others
+        self.data["models"] = entries
+
+    def _entry(self, method: Method, place: Place, entry: dict[str, Any]) -> dict[str, Any]:
+        known = self.model_keys
+        for key in entry:
+            if key not in known:
+                self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", known))
+        kept = {key: value for key, value in entry.items() if key in known and (value is not None or key == "model")}
+        kept["parameters"] = self._parameters(method, (*place, "parameters"), kept.get("parameters"), own=True)
+        return kept
+
+    def _parameters(self, method: Method, place: Place, given: Any, own: bool) -> dict[str, Any]:
+        """The canonical parameters of a model (`own`) or of the recipe, in the order of the method's specification."""
+        if given is not None and not isinstance(given, dict):
+            self.add(place, f"expected a mapping of parameters, found {show(given)}.")
+        given = given if isinstance(given, dict) else {}
+        specs = {spec.name: spec for spec in method.parameters}
+        values = {}
+        for key, value in given.items():
+            here = (*place, key)
+            if key not in specs and key == "int8_mask":
+                self.warn(here, "has no effect here (in mergekit it changes no bit of the result either).")
+            elif key not in specs:
+                known = [*specs, *SETTINGS] if here in self.source.flags else list(specs)
+                hint = did_you_mean(key, known)
+                self.add(here, f"unknown parameter of method {method.name!r}.\n {hint} {_takes(method)}")
+            elif own and not specs[key].per_model:
+                found = f"{key!r} is a global parameter of method {method.name!r}"
+                self.add(here, f"{found}: move it to the top-level 'parameters:'.")
+            else:
+                try:
+                    values[key] = check_value(specs[key], value)
+                except ValueError as error:
+                    self.add(here, f"{error}".rstrip(".") + ".")
+                    continue
+                if dead_entries(values[key]):
+                    self.warn(here, "the entries after the one that matches every tensor have no effect.")
+        return {key: values[key] for key in specs if key in values and values[key] != []}
+
+    def _keys(self, models: Mapping[int, ModelEntry]) -> None:
+        seen: dict[str, int] = {}
+        for k, entry in models.items():
+            if entry.key in seen:
+                twice = f"{show(entry.key)} is listed twice (also models[{seen[entry.key]}])"
+                self.add(("models", k), f"{twice}: give each its own 'name:'.")
+            seen.setdefault(entry.key, k)
+
+    def _count(self, method: Method, count: int) -> None:
+        low, high = method.arity.minimum, method.arity.maximum
+        if count < low or (high is not None and count > high):
+            limits = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+            noun = "model" if limits.endswith(" 1") else "models"
+            beside = " beside the base" if method.arity.base == "required" else ""
+            self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+
+
+def _takes(method: Method) -> str:
+    """'ties' takes: weight, density (per model); lambda, normalize (global)."""
+    own = ", ".join(spec.name for spec in method.parameters if spec.per_model)
+    rest = ", ".join(spec.name for spec in method.parameters if not spec.per_model)
+    groups = [text for text in (own and f"{own} (per model)", rest and f"{rest} (global)") if text]
+    return f"{method.name!r} takes: {'; '.join(groups) or 'no parameters'}."

@@ -1,0 +1,168 @@
+"""A look at one percent of the weights: what kind of experts these are, and alarms, before a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlmerge.errors import FisherError
+from rlmerge.execute.inputs import Inputs, Space
+from rlmerge.kernels import load_kernels
+from rlmerge.methods.base import Block
+from rlmerge.plan import Plan
+
+SAMPLE = 0.01
+"""Share of the coordinates that is looked at."""
+AT_LEAST, AT_MOST = 2**20, 2**23
+"""Coordinates: small models are looked at more closely, giant ones not longer than this takes."""
+RUN = 2**14
+"""Coordinates of one run of the sample."""
+
+DENSE = 0.9
+STRANGE_COSINE = 0.8
+IGNORED = 0.01
+
+
+def take_sample(plan: Plan) -> dict[str, Any]:
+    """Supports, sizes, conflicts and Fishers in evenly spread runs of coordinates: about 1 % of the model.
+
+    Raises NonFiniteError or FisherError where the sample already shows what the merge would raise.
+    """
+    runs = list(_runs(plan))
+    if not runs or not plan.has_base:
+        return {}
+    inputs = Inputs(plan, load_kernels("numpy"))
+    total = _Tally(len(plan.experts))
+    space = Space()
+    try:
+        for tensor, start, stop in runs:
+            wanted = frozenset({"base", "expert", "fisher"})
+            block = inputs.block(tensor, start, stop, wanted, space)
+            total.add(block)
+    finally:
+        inputs.close()
+    return total.to_dict(plan.experts)
+
+
+def _runs(plan: Plan) -> Sequence[tuple[int, int, int]]:
+    merged = [(t, tensor) for t, tensor in enumerate(plan.tensors) if tensor.carry is None]
+    size = sum(tensor.size for _, tensor in merged)
+    if not size:
+        return []
+    wanted = min(max(SAMPLE * size, AT_LEAST), AT_MOST)
+    every = max(1, round(size / wanted))
+    runs, number = [], 0
+    for t, tensor in merged:
+        length = min(RUN, tensor.block)
+        for start in range(0, tensor.size, length):
+            if number % every == 0:
+                runs.append((t, start, min(start + length, tensor.size)))
+            number += 1
+    return runs
+
+
+class _Tally:
+    """Sums over the sample."""
+
+    def __init__(self, count: int) -> None:
+        self.size = 0
+        self.changed = np.zeros(count, np.int64)
+        self.small = np.zeros(count, np.int64)
+        self.squares = np.zeros((count, 4))
+        self.overlap = np.zeros((count, count), np.int64)
+        self.conflict = np.zeros((count, count), np.int64)
+        self.fisher_zero = np.zeros(count, np.int64)
+        self.fisher_size = 0
+
+    def add(self, block: Block) -> None:
+        """One run of the sample."""
+        self.size += block.size
+        base = block.base.astype(np.float64)
+        deltas = np.empty(block.expert.shape, np.float64)
+        ones = np.ones(len(deltas))
+        block.kernels.deltas(
+            block.base, block.expert, block.reference, block.which, block.additive, ones, block.min_change, deltas
+        )
+        for k, delta in enumerate(deltas):
+            changed = delta != 0
+            value = base + delta
+            self.changed[k] += np.count_nonzero(changed)
+            self.small[k] += np.count_nonzero(changed & (np.abs(delta) <= 1e-5))
+            self.squares[k] += [base @ base, value @ value, base @ value, delta @ delta]
+            for j in range(k):
+                both = changed & (deltas[j] != 0)
+                self.overlap[j, k] += np.count_nonzero(both)
+                self.conflict[j, k] += np.count_nonzero(both & (np.sign(delta) != np.sign(deltas[j])))
+        self._add_fisher(block.fisher)
+
+    def _add_fisher(self, fisher: NDArray[np.float32]) -> None:
+        if not fisher.size:
+            return
+        if (fisher < 0).any():
+            place = int(np.flatnonzero((fisher < 0).any(axis=1))[0])
+            raise FisherError(
+                f"Fisher number {place + 1} has negative entries; a diagonal Fisher is a mean of squares. Estimate it "
+                "again, or use `sensitivity: delta2`."
+            )
+        self.fisher_size += fisher.shape[1]
+        self.fisher_zero += np.count_nonzero(fisher == 0, axis=1)
+
+    def to_dict(self, experts: tuple[str, ...]) -> dict[str, Any]:
+        """Shares and cosines with names."""
+        out: dict[str, Any] = {"coordinates": self.size, "experts": {}}
+        for k, key in enumerate(experts):
+            base, value, product, delta = self.squares[k]
+            entry = {
+                "support": self.changed[k] / self.size,
+                "cosine_to_base": product / np.sqrt(base * value) if base > 0 and value > 0 else None,
+                "relative_norm": float(np.sqrt(delta / base)) if base > 0 else None,
+                "changes_within_1e-5": self.small[k] / self.changed[k] if self.changed[k] else None,
+            }
+            if self.fisher_size:
+                entry["fisher_zero"] = self.fisher_zero[k] / self.fisher_size
+            out["experts"][key] = {name: None if v is None else float(v) for name, v in entry.items()}
+        out["pairs"] = [
+            {
+                "experts": [experts[j], experts[k]],
+                "overlap": self.overlap[j, k] / self.size,
+                "conflict": self.conflict[j, k] / self.overlap[j, k] if self.overlap[j, k] else None,
+            }
+            for k in range(len(experts))
+            for j in range(k)
+        ]
+        return out
+
+
+def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
+    """What the sample says that a user should think about."""
+    found = []
+    method = plan.recipe.merge_method
+    for key, entry in sample.get("experts", {}).items():
+        cosine, support = entry["cosine_to_base"], entry["support"]
+        if support == 0.0:
+            found.append(
+                f"{key}: equals the base in all {sample['coordinates']} coordinates looked at. Is it the right folder?"
+            )
+        elif cosine is not None and cosine < STRANGE_COSINE:
+            found.append(
+                f"{key}: does not look trained from this base (cosine of the weights {cosine:.3f}; fine-tuned models "
+                "have 0.99 and more)."
+            )
+        elif support > DENSE and method == "sar":
+            found.append(
+                f"{key}: {support:.0%} of the weights differ from the base: dense deltas. SAR reduces to per-coordinate "
+                "arbitration; `min_change` filters noise."
+            )
+        if method == "ram" and entry["changes_within_1e-5"]:
+            epsilon = float(plan.recipe.parameters.get("epsilon", 1e-5))
+            ignored = entry["changes_within_1e-5"]
+            if epsilon == 1e-5 and ignored > IGNORED:
+                found.append(
+                    f"{key}: ram's `epsilon: 1e-5` ignores {ignored:.0%} of its changes; `epsilon: 0` counts them all."
+                )
+        if entry.get("fisher_zero", 0.0) > 0.5 and method == "sar":
+            found.append(f"{key}: its Fisher is zero at {entry['fisher_zero']:.0%} of the coordinates looked at.")
+    return found

@@ -1,0 +1,192 @@
+"""One YAML document as plain data, with the line of every place in it, so that a message can say where a mistake is.
+
+Stricter than YAML: no tags of programming languages, no key twice, no alias bombs; `1e-5` is a number.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from rlmerge.errors import RecipeError
+from rlmerge.parameters import NUMBER, show
+
+MAX_BYTES = 2**20
+MAX_VALUES = 20_000
+MAX_DEPTH = 64
+
+Place = tuple[str | int, ...]
+"""Where a value stands: ('models', 1, 'parameters', 'density')."""
+
+
+def dotted(place: Place) -> str:
+    """A place as a message shows it: 'models[1].parameters.density'."""
+    words = [f"[{part}]" if isinstance(part, int) else f".{_word(part)}" for part in place]
+    return "".join(words).removeprefix(".")
+
+
+def _word(key: str) -> str:
+    return key if re.fullmatch(r"[\w-]{1,60}", key) else show(key)
+
+
+_TAG = "tag:yaml.org,2002:"
+_WORDS = {
+    "bool": re.compile("true|True|TRUE|yes|Yes|YES|on|On|ON|false|False|FALSE|no|No|NO|off|Off|OFF"),
+    "null": re.compile("~|null|Null|NULL|"),
+    "int": re.compile(r"[-+]?(?:0|[1-9][0-9]*)"),
+    "float": re.compile(rf"{NUMBER.pattern}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+    "merge": re.compile("<<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only; '1e-5' is a number (YAML 1.1 reads text), dates and '1:30' are text."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+    depth = 0
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        self.nodes += 1
+        if self.nodes > MAX_VALUES:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_VALUES} values", problem_mark=mark)
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes text in quotes wherever YAML 1.1 or this module would read something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern in _WORDS.items():
+    _whole = re.compile(f"(?:{_pattern.pattern})\\Z")
+    _Loader.add_implicit_resolver(_TAG + _name, _whole, None)
+    Dumper.add_implicit_resolver(_TAG + _name, _whole, None)
+
+
+def read_yaml(text: str, source: str, kind: type = dict) -> tuple[Any, dict[Place, int]]:
+    """One YAML document as plain data, and the line of every place in it. RecipeError for everything else."""
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise RecipeError(f"{source}: the recipe is longer than {MAX_BYTES} bytes; that is no recipe.")
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node() if kind is not dict else _single_node(loader, source)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark and kind is dict else ""
+        hint = "\n  Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"{source}{line}: this is no recipe in YAML: {problem}.{hint}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: this is no recipe in YAML: {str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise RecipeError(f"{source}: this is nested too deeply.") from None
+    if node is None:
+        raise RecipeError(f"{source}: the recipe is empty.")
+    reader = _Reader(source)
+    data = reader.read(node, ())
+    return data, reader.lines
+
+
+def _single_node(loader: _Loader, source: str) -> Any:
+    loader.get_event()  # the start of the stream
+    if loader.check_event(yaml.StreamEndEvent):
+        return None
+    node = loader.compose_document()
+    if not loader.check_event(yaml.StreamEndEvent):
+        line = loader.peek_event().start_mark.line + 1
+        raise RecipeError(f"{source}:{line}: a second document starts here: several in one file are not supported yet.")
+    return node
+
+
+class _Reader:
+    """Turns nodes into plain data: no tags of programming languages, no key twice, no alias bombs."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.lines: dict[Place, int] = {}
+        self.count = 0
+        self.open: set[int] = set()
+
+    def fail(self, node: Any, place: Place, problem: str) -> RecipeError:
+        """The error for a node."""
+        where = f"{self.source}:{node.start_mark.line + 1}: " + (f"{dotted(place)}: " if place else "")
+        return RecipeError(where + problem)
+
+    def read(self, node: Any, place: Place) -> Any:
+        """The data of a node; `place` is where it stands in the recipe."""
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise RecipeError(f"{self.source}: with its aliases the recipe has more than {MAX_VALUES} values.")
+        if id(node) in self.open:
+            raise self.fail(node, place, "this alias refers to itself.")
+        self.open.add(id(node))
+        self.lines.setdefault(place, node.start_mark.line + 1)
+        tag = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and tag == "map":
+            data = self._mapping(node, place)
+        elif isinstance(node, yaml.SequenceNode) and tag == "seq":
+            data = [self.read(item, (*place, k)) for k, item in enumerate(node.value)]
+        elif isinstance(node, yaml.ScalarNode):
+            data = self._scalar(node, tag, place)
+        else:
+            raise self.fail(node, place, f"the tag {node.tag!r} is not allowed in a recipe.")
+        self.open.remove(id(node))
+        return data
+
+    def _mapping(self, node: Any, place: Place) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.tag == _TAG + "merge":
+                merged = {**self._merged(value, place), **merged}
+        own: dict[str, int] = {}
+        for key, value in node.value:
+            if key.tag == _TAG + "merge":
+                continue
+            if key.tag != _TAG + "str":
+                shown = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise self.fail(key, place, f"a key must be text, found {shown}; if it is meant, write it in quotes.")
+            line = key.start_mark.line + 1
+            if key.value in own:
+                raise self.fail(key, (*place, key.value), f"the same key stands in line {own[key.value]} already.")
+            own[key.value] = self.lines[(*place, key.value)] = line
+            merged[key.value] = self.read(value, (*place, key.value))
+        return merged
+
+    def _merged(self, node: Any, place: Place) -> dict[str, Any]:
+        """What `<<: *other` or `<<: [*one, *two]` brings; the earlier of several wins."""
+        total: dict[str, Any] = {}
+        for part in reversed(node.value if isinstance(node, yaml.SequenceNode) else [node]):
+            if not isinstance(part, yaml.MappingNode):
+                raise self.fail(part, place, "'<<' takes a mapping or a list of mappings.")
+            total |= self.read(part, place)
+        return total
+
+    def _scalar(self, node: Any, tag: str, place: Place) -> Any:
+        text = node.value
+        if tag == "str":
+            return text
+        if tag not in ("bool", "null", "int", "float"):
+            raise self.fail(node, place, f"the tag {node.tag!r} is not allowed in a recipe.")
+        if not _WORDS[tag].fullmatch(text):
+            raise self.fail(node, place, f"{show(text)} is not a value of the tag {node.tag!r}.")
+        if tag == "bool":
+            return text.lower() in ("true", "yes", "on")
+        if tag == "null":
+            return None
+        return (
+            int(text)
+            if tag == "int" and len(text) < 1000
+            else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        )
