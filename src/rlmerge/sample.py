@@ -81,21 +81,17 @@ class _Tally:
         """One run of the sample."""
         self.size += block.size
         base = block.base.astype(np.float64)
-        deltas = np.empty(block.expert.shape, np.float64)
-        ones = np.ones(len(deltas))
-        block.kernels.deltas(
-            block.base, block.expert, block.reference, block.which, block.additive, ones, block.min_change, deltas
-        )
-        for k, delta in enumerate(deltas):
+        for k, delta in enumerate(block.delta):
             changed = delta != 0
-            value = base + delta
+            value = base.copy()
+            value[block.where] += delta
             self.changed[k] += np.count_nonzero(changed)
             self.small[k] += np.count_nonzero(changed & (np.abs(delta) <= 1e-5))
             self.squares[k] += [base @ base, value @ value, base @ value, delta @ delta]
             for j in range(k):
-                both = changed & (deltas[j] != 0)
+                both = changed & (block.delta[j] != 0)
                 self.overlap[j, k] += np.count_nonzero(both)
-                self.conflict[j, k] += np.count_nonzero(both & (np.sign(delta) != np.sign(deltas[j])))
+                self.conflict[j, k] += np.count_nonzero(both & (np.sign(delta) != np.sign(block.delta[j])))
         self._add_fisher(block.fisher)
 
     def _add_fisher(self, fisher: NDArray[np.float32]) -> None:

@@ -123,8 +123,8 @@ class Inputs:
         plan = self.plan.tensors[tensor]
         count, size = len(plan.experts), stop - start
         base = space.get("base", (size,), np.float32)
-        expert = reference = fisher = NOTHING
-        which = np.zeros(count, np.int64)
+        expert = fisher = NOTHING
+        where, delta, owner = np.empty(0, np.int32), np.empty((count, 0)), np.empty(0, np.int32)
         additive = np.zeros(count, np.bool_)
         if "base" in wanted and plan.base is not None:
             self._decode(plan, plan.base, start, base, space, hashes, 0)
@@ -135,14 +135,31 @@ class Inputs:
             for k, source in enumerate(plan.experts):
                 self._expert(plan, tensor, source, start, base, expert[k], space, hashes, 1 + k)
                 additive[k] = source.kind == "low_rank"
-            reference, which = self._references(plan, base, space)
+            if plan.base is not None:
+                where, delta, owner = self._changes(plan, base, expert, additive, space)
         if "fisher" in wanted and plan.fishers:
             fisher = space.get("fisher", (count, size), np.float32)
             for k, place in enumerate(plan.fishers):
                 self._decode(plan, place, start, fisher[k], space, hashes, 1 + count + k)
-        return Block(
-            base, expert, reference, which, additive, fisher, start, self.min_change, self.kernels
-        )  # fmt: skip
+        return Block(base, expert, additive, fisher, where, delta, owner, start, self.kernels)
+
+    def _changes(
+        self,
+        plan: TensorPlan,
+        base: NDArray[np.float32],
+        expert: NDArray[np.float32],
+        additive: NDArray[np.bool_],
+        space: Space,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int32]]:
+        """The coordinates that some expert changed, the deltas there, and who owns them."""
+        reference, which = self._references(plan, base, space)
+        where = space.get("where", base.shape, np.int32)
+        found = self.kernels.changed(base, expert, reference, which, additive, self.min_change, where)
+        where = where[:found]
+        delta = space.get("delta", (expert.shape[0], found), np.float64)
+        owner = space.get("owner", (found,), np.int32)
+        self.kernels.deltas(base, expert, reference, which, additive, self.min_change, where, delta, owner)
+        return where, delta, owner
 
     def _decode(
         self,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import NonFiniteError
-from rlmerge.methods.base import Block, Result, Stage, Summary, Task
+from rlmerge.methods.base import Block, Merged, Result, Stage, Summary, Task
 from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
 from rlmerge.recipe import Recipe
@@ -119,7 +119,7 @@ class Worker:
                 task = self.task(variant, tensor)
                 merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
                 stats[variant].add(merged.stats)
-                raw = self._encode(plan, variant, task, block, merged.values, stats[variant], space)
+                raw = self._encode(plan, variant, block, merged, stats[variant], space)
                 written[variant].update(raw)
                 write(variant, tensor, start, raw)
         return UnitRecord(
@@ -132,18 +132,11 @@ class Worker:
         )
 
     def _encode(
-        self,
-        plan: TensorPlan,
-        variant: int,
-        task: Task,
-        block: Block,
-        values: NDArray[np.float64],
-        stats: _Stats,
-        space: Space,
+        self, plan: TensorPlan, variant: int, block: Block, merged: Merged, stats: _Stats, space: Space
     ) -> NDArray[np.uint8]:
         """Rounds once, checks, and measures what the rounding left of the update."""
         stored = space.get("stored", (block.size,), np.float32)
-        rounded = values
+        values = rounded = merged.values
         if self.plan.variants[variant].rounding == "stochastic":
             rounded = values.copy()
             seed = self.plan.variants[variant].seed
@@ -163,8 +156,9 @@ class Worker:
             if plan.base is not None and plan.dtype not in ("F32", plan.base.dtype):
                 stored_base = space.get("stored_base", (block.size,), np.float32)
                 cast(block.base.astype(np.float64), plan.dtype, self.kernels, space, stored_base)
+            compared = np.arange(block.size, dtype=np.int32) if merged.everywhere else block.where
             counts, sums = np.zeros(2, np.int64), np.zeros(3)
-            self.kernels.realised(block.base, stored_base, values, stored, counts, sums)
+            self.kernels.realised(block.base, stored_base, values, stored, compared, counts, sums)
             stats.add({"survival": counts, "direction": sums})
         return raw
 
@@ -205,17 +199,7 @@ def _census(block: Block, task: Task) -> dict[str, NDArray[Any]]:
     support, regions = np.zeros(count, np.int64), np.zeros(4, np.int64)
     overlap, conflict = np.zeros((count, count), np.int64), np.zeros((count, count), np.int64)
     block.kernels.census(
-        block.expert,
-        block.reference,
-        block.which,
-        np.sign(weight).astype(np.int64),
-        block.min_change,
-        block.base,
-        block.additive,
-        support,
-        regions,
-        overlap,
-        conflict,
+        block.delta, block.owner, np.sign(weight).astype(np.int64), support, regions, overlap, conflict
     )
     return {"support": support, "regions": regions, "pair_overlap": overlap, "pair_conflict": conflict}
 

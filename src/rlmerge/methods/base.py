@@ -86,31 +86,31 @@ class Task:
 
 @dataclass(slots=True)
 class Block:
-    """A run of consecutive coordinates of one tensor, decoded to fp32.
+    """A run of n consecutive coordinates of one tensor, decoded to fp32, and the m of them that some expert changed.
 
-    The delta of expert k is `float64(expert[k]) - float64(reference[which[k]])`: row 0 of `reference` is the base, the
-    others are the base cast to a narrower dtype and back, or zeros where `expert[k]` already is a delta (LoRA, then
-    `additive[k]` is true). So every method sees one rule, whatever the expert was stored as.
+    A delta is `float64(expert) - float64(reference)`, formed by the engine: the reference is the base, or the base cast
+    to the narrower dtype of the expert and back, or nothing where the expert already is a delta (LoRA; then
+    `additive[k]` is true and expert[k] holds δ). So every method sees one rule, whatever an expert was stored as.
 
-    base         fp32[n]             (equal to reference[0])
-    expert       fp32[K, n]
-    reference    fp32[R, n]
-    which        int64[K]
-    additive     bool[K]             expert[k] is a delta and not a value
+    base         fp32[n]
+    expert       fp32[K, n]; a value, or a delta where additive
+    additive     bool[K]
     fisher       fp32[K, n] or [0, 0]
+    where        int32[m], ascending: the coordinates where some delta is not 0
+    delta        fp64[K, m]: deltas there, unweighted; 0 where that expert changed nothing (η applied)
+    owner        int32[m]: the one expert that changed the coordinate, or -1 where several did
     start        flat offset of the first coordinate in the tensor
-    min_change   η: an update smaller than η·max(|θi|, |θ0|) counts as none
     kernels      the loops to use, `rlmerge.kernels.compiled` or `.plain`: same names, same bits
     """
 
     base: NDArray[np.float32]
     expert: NDArray[np.float32]
-    reference: NDArray[np.float32]
-    which: NDArray[np.int64]
     additive: NDArray[np.bool_]
     fisher: NDArray[np.float32]
+    where: NDArray[np.int32]
+    delta: NDArray[np.float64]
+    owner: NDArray[np.int32]
     start: int
-    min_change: float
     kernels: ModuleType
 
     @property
@@ -121,10 +121,14 @@ class Block:
 
 @dataclass(slots=True)
 class Merged:
-    """What a method makes of one block: values fp64[n], rounded once later, and statistics that add up."""
+    """What a method makes of one block: values fp64[n], rounded once later, and statistics that add up.
+
+    `everywhere` says that coordinates may differ from the base that no expert changed (weights that do not sum to 1).
+    """
 
     values: NDArray[np.float64]
     stats: Summary = field(default_factory=dict)
+    everywhere: bool = False
 
 
 class Stage(ABC):

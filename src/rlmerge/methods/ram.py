@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from .base import Block, Merged, Method, Parameter, Result, Task
-from .task_arithmetic import form_deltas
 
 
 class Ram(Method):
@@ -30,8 +29,7 @@ class Ram(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Mean of the updates that count; statistics say how many do not."""
-        deltas = form_deltas(block, np.ones(len(task.experts)))
         out = np.empty(block.size, np.float64)
         ignored = np.zeros(len(task.experts), np.int64)
-        block.kernels.ram(block.base, deltas, float(task.values["epsilon"]), out, ignored)
+        block.kernels.ram(block.base, block.delta, block.where, float(task.values["epsilon"]), out, ignored)
         return Merged(out, {"ignored": ignored})

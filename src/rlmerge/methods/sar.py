@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .base import Block, Merged, Method, Parameter, Result, Stage, Task
 from .sar_stages import FisherMean, PairConflict, Ranks, dense_ranks
-from .task_arithmetic import LAMBDA, form_deltas
+from .task_arithmetic import LAMBDA
 from .topk import Norms, Scorer, apply_cut, top_k
 
 SENSITIVITY = ("fisher_delta2", "fisher", "delta2")
@@ -34,9 +34,10 @@ def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolve
     """Stage 1 for a block: weighted deltas, resolved updates, and what happened."""
     count = len(task.experts)
     values = task.values
-    deltas = form_deltas(block, task.per_model["weight"])
+    weight = task.per_model["weight"]
+    deltas = block.delta if (weight == 1.0).all() else weight[:, None] * block.delta
     resolved = np.empty(deltas.shape, np.float64)
-    whole = np.empty(block.size, np.uint8)
+    whole = np.empty(block.where.size, np.uint8)
     wins = np.zeros(count, np.int64)
     counts = np.zeros(4, np.int64)
     sensitivity = SENSITIVITY.index(values["sensitivity"]) if task.fisher else SENSITIVITY.index("delta2")
@@ -57,6 +58,8 @@ def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolve
         phi,
         task.keys,
         block.start,
+        block.where,
+        block.owner,
         resolved,
         whole,
         wins,
@@ -118,9 +121,9 @@ class ResolvedUpdates(Scorer):
 
     def scores_of(self, state: _Resolved, block: Block, task: Task) -> NDArray[np.float32]:
         """The scores of updates that are already resolved. Without a Fisher, fisher_magnitude ranks by |d|."""
-        scores = np.empty((self.rows(len(task.experts)), block.size), np.float32)
+        scores = np.empty((self.rows(len(task.experts)), block.where.size), np.float32)
         code = 0 if self.code == 3 and not task.fisher else self.code
-        block.kernels.scores(state.deltas, state.updates, block.fisher, state.mean, code, scores)
+        block.kernels.scores(state.deltas, state.updates, block.fisher, block.where, state.mean, code, scores)
         return scores
 
 
@@ -215,7 +218,7 @@ class Sar(Method):
         scorer = self._scorer(values)
         cuts = values["sparsify"] != "none" and scorer.applies(task)
         eligible = np.count_nonzero(state.updates, axis=1) if cuts else np.zeros(count, np.int64)
-        kept, dropped = np.zeros(count, np.int64), np.zeros(block.size, np.uint8)
+        kept, dropped = np.zeros(count, np.int64), np.zeros(block.where.size, np.uint8)
         if cuts and bool((scorer.density(task) < 1.0).any()):
             kept, dropped = cut(scorer, block, task, results, state.updates, scorer.scores_of(state, block, task))
         elif cuts:
@@ -224,7 +227,19 @@ class Sar(Method):
         scale = float(values["lambda"])
         unit = (scale * gain * task.per_model["weight"] == 1.0) & ~block.additive
         out = np.empty(block.size, np.float64)
-        block.kernels.compose(block.base, block.expert, state.updates, gain, scale, unit, state.whole, dropped, out)
+        block.kernels.compose(
+            block.base,
+            block.expert,
+            state.updates,
+            block.where,
+            block.owner,
+            gain,
+            scale,
+            unit,
+            state.whole,
+            dropped,
+            out,
+        )
         names = ("draws", "delta2_draws", "both_decide", "same_winner")
         stats = {name: state.counts[place : place + 1] for place, name in enumerate(names)}
         return Merged(out, stats | {"wins": state.wins, "eligible": np.asarray(eligible, np.int64), "kept": kept})
@@ -253,6 +268,7 @@ def cut(
         np.minimum(density, 1.0) + epsilon,
         keys,
         block.start,
+        block.where,
         updates,
         task.values["rescale"] == "inverse_probability",
         kept,
@@ -268,9 +284,9 @@ class KeptNorms(Norms):
         """Adds the norms of a block before and after."""
         assert isinstance(self.scorer, ResolvedUpdates)
         updates, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(updates, self.order, summary["before"])
+        block.kernels.kept_norms(updates, block.owner, self.order, summary["before"])
         cut(self.scorer, block, task, results, updates, scores)
-        block.kernels.kept_norms(updates, self.order, summary["after"])
+        block.kernels.kept_norms(updates, block.owner, self.order, summary["after"])
 
 
 def rescale_factors(task: Task, results: Mapping[str, Result]) -> NDArray[np.float64]:

@@ -68,19 +68,7 @@ class PairConflict(Stage):
         support = np.zeros(len(task.experts), np.int64)
         regions = np.zeros(4, np.int64)
         sign = np.sign(task.per_model["weight"]).astype(np.int64)
-        block.kernels.census(
-            block.expert,
-            block.reference,
-            block.which,
-            sign,
-            block.min_change,
-            block.base,
-            block.additive,
-            support,
-            regions,
-            summary["overlap"],
-            summary["conflict"],
-        )
+        block.kernels.census(block.delta, block.owner, sign, support, regions, summary["overlap"], summary["conflict"])
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """φ as a symmetric matrix, flattened by JSON into lists; 0 for pairs that never overlap."""

@@ -6,21 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .base import Block, Merged, Method, Parameter, Result, Task
 
 WEIGHT = Parameter("weight", "number", None, "factor of this model's delta; 0 removes it", per_model=True)
 LAMBDA = Parameter("lambda", "number", 1.0, "factor of the merged delta", late=True)
-
-
-def form_deltas(block: Block, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The deltas of a block times `weight`, fp64[K, n]; 0 outside the supports (design, section 1)."""
-    out = np.empty(block.expert.shape, np.float64)
-    block.kernels.deltas(
-        block.base, block.expert, block.reference, block.which, block.additive, weight, block.min_change, out
-    )
-    return out
 
 
 class TaskArithmetic(Method):
@@ -50,6 +40,5 @@ class TaskArithmetic(Method):
         if task.values["normalize"]:
             scale /= float(np.sum(weight))
         out = np.empty(block.size, np.float64)
-        deltas = form_deltas(block, np.where(weight == 0.0, 0.0, 1.0))
-        block.kernels.task_arithmetic(block.base, deltas, weight, scale, out)
+        block.kernels.task_arithmetic(block.base, block.delta, block.where, weight, scale, out)
         return Merged(out)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Block, Merged, Method, Parameter, Result, Stage, Task
-from .task_arithmetic import LAMBDA, WEIGHT, form_deltas
+from .task_arithmetic import LAMBDA, WEIGHT
 from .topk import Scorer, apply_cut, top_k
 
 
@@ -35,13 +35,10 @@ class Magnitude(Scorer):
     def score(
         self, block: Block, task: Task, results: Mapping[str, Result]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """δ and |δ|, for experts with a weight."""
-        present = np.where(task.per_model["weight"] == 0.0, 0.0, 1.0)
-        deltas = form_deltas(block, present)
-        scores = np.empty(deltas.shape, np.float32)
-        no_fisher = np.empty((0, 0), np.float32)
-        block.kernels.scores(deltas, deltas, no_fisher, np.empty(0), 0, scores)
-        return deltas, scores
+        """δ and |δ|."""
+        scores = np.empty(block.delta.shape, np.float32)
+        block.kernels.scores(block.delta, block.delta, block.fisher, block.where, np.empty(0), 0, scores)
+        return block.delta.copy(), scores
 
 
 class Ties(Method):
@@ -93,6 +90,8 @@ class Ties(Method):
         block.kernels.ties(
             block.base,
             deltas,
+            block.where,
+            block.owner,
             task.per_model["weight"],
             float(task.values["lambda"]),
             bool(task.values["normalize"]),

@@ -24,7 +24,7 @@ ALL = 2**64 - 1
 
 
 class Scorer(ABC):
-    """What a method ranks: values fp64[K, n] and their scores fp32[K or 1, n] (0: not eligible)."""
+    """What a method ranks: values fp64[K, m] and their scores fp32[K or 1, m] (0: not eligible)."""
 
     inputs: frozenset[str] = frozenset({"base", "expert"})
 
@@ -87,7 +87,7 @@ class Coarse(_TopK):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block."""
         _, scores = self.scorer.score(block, task, results)
-        block.kernels.coarse(scores, summary["count"], summary["low"], summary["high"])
+        block.kernels.coarse(scores, block.owner, summary["count"], summary["low"], summary["high"])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Counts add up; extremes are extremes of extremes."""
@@ -172,7 +172,9 @@ class Ties(_TopK):
         keys = self.scorer.keys(task)
         for row, entry in enumerate(_rows(results)):
             if _is_tied(entry):
-                found = block.kernels.tie_hashes(scores[row], np.float32(entry["threshold"]), keys[row], block.start)
+                found = block.kernels.tie_hashes(
+                    scores[row], np.float32(entry["threshold"]), keys[row], block.start, block.where
+                )
                 summary[str(row)] = np.concatenate([summary[str(row)], found])
 
     def combine(self, total: Summary, part: Summary) -> None:
@@ -215,9 +217,9 @@ class Norms(_TopK):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds Σ|v| or Σv² of a block, before and after."""
         values, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(values, self.order, summary["before"])
+        block.kernels.kept_norms(values, block.owner, self.order, summary["before"])
         apply_cut(self.scorer, block, task, results, values, scores)
-        block.kernels.kept_norms(values, self.order, summary["after"])
+        block.kernels.kept_norms(values, block.owner, self.order, summary["after"])
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Norms (not their squares) per expert."""
@@ -233,11 +235,13 @@ def apply_cut(
     values: NDArray[np.float64],
     scores: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Zeroes what the stages cut, in place. Returns kept int64[K] and dropped uint8[n]."""
+    """Zeroes what the stages cut, in place. Returns kept int64[K] and dropped uint8[m]."""
     kept = np.zeros(values.shape[0], np.int64)
     dropped = np.zeros(values.shape[1], np.uint8)
     threshold, cut = cut_of(results["ties"])
-    block.kernels.trim(scores, threshold, cut, scorer.keys(task), block.start, values, kept, dropped)
+    block.kernels.trim(
+        scores, threshold, cut, scorer.keys(task), block.start, block.where, block.owner, values, kept, dropped
+    )
     return kept, dropped
 
 

@@ -10,7 +10,7 @@ from .codec import (
     encode_f32,
     round_stochastically,
 )
-from .combine import deltas, linear, ram, task_arithmetic, ties
+from .combine import changed, deltas, linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, scores
 from .trim import coarse, fine, kept_norms, ramp, tie_hashes, trim
 
@@ -19,6 +19,7 @@ NAME = "numba"
 __all__ = [
     "NAME",
     "census",
+    "changed",
     "coarse",
     "compose",
     "count_nonfinite",

@@ -6,79 +6,52 @@ import numpy as np
 
 from ._jit import kernel
 
-TILE = 1024
-
 
 @kernel
-def census(expert, reference, which, sign, min_change, base, additive, support, regions, overlap, conflict):
-    """Counts who changed what, for K ≤ 64 experts and a block of n coordinates.
+def census(delta, owner, sign, support, regions, overlap, conflict):
+    """Counts who changed what, from deltas fp64[K, m] and their owners.
 
     sign int64[K] is the sign of each weight (0 removes the expert). Adds to support int64[K], to regions int64[4]
     (unique, overlap, conflict, agreement) and, per pair, to overlap and conflict int64[K, K] (upper triangle).
     """
-    count = expert.shape[0]
-    size = expert.shape[1]
-    up = np.empty(TILE, np.uint64)
-    down = np.empty(TILE, np.uint64)
-    for first in range(0, size, TILE):
-        last = min(first + TILE, size)
-        up[:] = np.uint64(0)
-        down[:] = np.uint64(0)
+    count = delta.shape[0]
+    for j in range(delta.shape[1]):
+        k = owner[j]
+        if k >= 0:
+            present = sign[k] != 0
+            support[k] += present
+            regions[0] += present
+            continue
+        up = 0
+        down = 0
         for k in range(count):
-            if sign[k] == 0:
+            value = delta[k, j] * sign[k]
+            if value == 0.0:
                 continue
-            bit = np.uint64(1) << np.uint64(k)
-            row = which[k]
-            plus = bit if sign[k] > 0 else np.uint64(0)
-            minus = np.uint64(0) if sign[k] > 0 else bit
-            if min_change == 0.0:
-                for i in range(first, last):
-                    new = expert[k, i]
-                    old = reference[row, i]
-                    up[i - first] |= plus if new > old else (minus if new < old else np.uint64(0))
-                    down[i - first] |= minus if new > old else (plus if new < old else np.uint64(0))
+            support[k] += 1
+            up += value > 0.0
+            down += value < 0.0
+            for other in range(k):
+                second = delta[other, j] * sign[other]
+                if second != 0.0:
+                    overlap[other, k] += 1
+                    conflict[other, k] += (second > 0.0) != (value > 0.0)
+        if up + down == 1:
+            regions[0] += 1
+        elif up + down > 1:
+            regions[1] += 1
+            if up > 0 and down > 0:
+                regions[2] += 1
             else:
-                for i in range(first, last):
-                    delta = np.float64(expert[k, i]) - np.float64(reference[row, i])
-                    old_ = np.float64(base[i]) if additive[k] else np.float64(reference[row, i])
-                    new_ = old_ + delta if additive[k] else np.float64(expert[k, i])
-                    if abs(delta) > min_change * max(abs(new_), abs(old_)):
-                        up[i - first] |= plus if delta > 0.0 else minus
-                        down[i - first] |= minus if delta > 0.0 else plus
-        for i in range(last - first):
-            active = up[i] | down[i]
-            if active == np.uint64(0):
-                continue
-            several = active & (active - np.uint64(1)) != np.uint64(0)
-            if several:
-                regions[1] += 1
-                mixed = up[i] != np.uint64(0) and down[i] != np.uint64(0)
-                if mixed:
-                    regions[2] += 1
-                else:
-                    regions[3] += 1
-            else:
-                regions[0] += 1
-            for k in range(count):
-                bit = np.uint64(1) << np.uint64(k)
-                if active & bit == np.uint64(0):
-                    continue
-                support[k] += 1
-                if several:
-                    for j in range(k + 1, count):
-                        other = np.uint64(1) << np.uint64(j)
-                        if active & other != np.uint64(0):
-                            overlap[k, j] += 1
-                            if (up[i] & bit != np.uint64(0)) != (up[i] & other != np.uint64(0)):
-                                conflict[k, j] += 1
+                regions[3] += 1
 
 
 @kernel
-def realised(base, stored_base, intended, stored, counts, sums):
+def realised(base, stored_base, intended, stored, where, counts, sums):
     """Compares the intended update with the one that the stored values make.
 
     base fp32[n] as read, stored_base fp32[n] the base cast to the output dtype, intended fp64[n] the values before the
-    cast, stored fp32[n] after it. Adds to counts int64[2] (intended non-zero updates, those that still differ from the
+    cast, stored fp32[n] after it; only the coordinates in `where` are compared. Adds to counts int64[2] (intended non-zero updates, those that still differ from the
     base) and to sums fp64[3] (Σ intended², Σ realised², Σ intended·realised), in coordinate order.
     """
     wanted = 0
@@ -86,7 +59,8 @@ def realised(base, stored_base, intended, stored, counts, sums):
     square = 0.0
     real_square = 0.0
     product = 0.0
-    for i in range(base.shape[0]):
+    for j in range(where.shape[0]):
+        i = where[j]
         update = intended[i] - np.float64(base[i])
         real = np.float64(stored[i]) - np.float64(stored_base[i])
         if update != 0.0:

@@ -1,32 +1,83 @@
-"""Deltas and the simple methods: linear, task arithmetic, TIES, RAM. Sums run over experts in their order."""
+"""Where anything changed, by how much, and the simple methods: linear, task arithmetic, TIES, RAM.
+
+RL updates are sparse, so a block is first reduced to the coordinates that some expert changed: `where` int32[m], the
+deltas fp64[K, m] there, and `owner` int32[m], the one expert that changed a coordinate, or -1 where several did. Every
+other coordinate is the base. Sums run over experts in their order.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import inlined, kernel
+
+TILE = 2048
+
+
+@inlined
+def _is_seen(new, old, base, additive, min_change):
+    delta = np.float64(new) - np.float64(old)
+    if additive:
+        old_ = np.float64(base)
+        new_ = old_ + delta
+    else:
+        old_ = np.float64(old)
+        new_ = np.float64(new)
+    return abs(delta) > min_change * max(abs(new_), abs(old_))
 
 
 @kernel
-def deltas(base, expert, reference, which, additive, weight, min_change, out):
-    """Weighted deltas fp64[K, n]: weight[k]·(expert[k] − reference[which[k]]), 0 where the filter η sees no change."""
+def changed(base, expert, reference, which, additive, min_change, where):
+    """Writes the coordinates that some expert changed to where int32[n], ascending. Returns their number.
+
+    A change is expert[k] != reference[which[k]] (so -0 equals +0, and equal infinities are none) and, with a filter,
+    |δ| > min_change·max(|θk|, |θ0|).
+    """
+    size = expert.shape[1]
+    mask = np.empty(TILE, np.uint8)
+    found = 0
+    for first in range(0, size, TILE):
+        last = min(first + TILE, size)
+        mask[:] = 0
+        for k in range(expert.shape[0]):
+            row = which[k]
+            if min_change == 0.0:
+                for i in range(first, last):
+                    mask[i - first] |= expert[k, i] != reference[row, i]
+            else:
+                for i in range(first, last):
+                    mask[i - first] |= _is_seen(expert[k, i], reference[row, i], base[i], additive[k], min_change)
+        for i in range(first, last):
+            where[found] = i
+            found += mask[i - first]
+    return found
+
+
+@kernel
+def deltas(base, expert, reference, which, additive, min_change, where, out, owner):
+    """Deltas fp64[K, m] at `where`: expert[k] - reference[which[k]], 0 where that is no change; and owner int32[m]."""
+    size = where.shape[0]
+    number = np.zeros(size, np.int32)
     for k in range(expert.shape[0]):
-        row = which[k]
-        factor = weight[k]
-        if factor == 0.0:
-            out[k, :] = 0.0
-        elif min_change == 0.0:
-            for i in range(expert.shape[1]):
-                delta = np.float64(expert[k, i]) - np.float64(reference[row, i])
-                # equal infinities: no update, and not inf − inf
-                out[k, i] = factor * delta if expert[k, i] != reference[row, i] else 0.0
+        new = expert[k]
+        old = reference[which[k]]
+        row = out[k]
+        if min_change == 0.0:
+            for j in range(size):
+                delta = np.float64(new[where[j]]) - np.float64(old[where[j]])
+                # equal infinities are no change, and their difference is not a number
+                row[j] = delta if delta == delta else 0.0
         else:
-            for i in range(expert.shape[1]):
-                delta = np.float64(expert[k, i]) - np.float64(reference[row, i])
-                old = np.float64(base[i]) if additive[k] else np.float64(reference[row, i])
-                new = old + delta if additive[k] else np.float64(expert[k, i])
-                seen = abs(delta) > min_change * max(abs(new), abs(old))
-                out[k, i] = factor * delta if seen else 0.0
+            for j in range(size):
+                i = where[j]
+                seen = new[i] != old[i] and _is_seen(new[i], old[i], base[i], additive[k], min_change)
+                row[j] = np.float64(new[i]) - np.float64(old[i]) if seen else 0.0
+        for j in range(size):
+            active = np.int32(row[j] != 0.0)
+            number[j] += active
+            owner[j] = owner[j] + np.int32(k) * active if k > 0 else np.int32(0)
+    for j in range(size):
+        owner[j] = owner[j] if number[j] == 1 else np.int32(-1)
 
 
 @kernel
@@ -46,70 +97,78 @@ def linear(base, expert, additive, weight, out):
 
 
 @kernel
-def task_arithmetic(base, delta, weight, scale, out):
-    """base + scale·Σ weight[k]·δk into out fp64[n], for delta fp64[K, n]."""
-    out[:] = 0.0
-    for k in range(delta.shape[0]):
-        for i in range(delta.shape[1]):
-            out[i] += weight[k] * delta[k, i]
-    for i in range(out.shape[0]):
-        out[i] = np.float64(base[i]) + scale * out[i]
+def task_arithmetic(base, delta, where, weight, scale, out):
+    """base + scale·Σ weight[k]·δk into out fp64[n]."""
+    for i in range(base.shape[0]):
+        out[i] = np.float64(base[i])
+    for j in range(where.shape[0]):
+        sum_ = 0.0
+        for k in range(delta.shape[0]):
+            sum_ += weight[k] * delta[k, j]
+        out[where[j]] += scale * sum_
 
 
 @kernel
-def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
+def ties(base, delta, where, owner, weight, scale, normalize, cancelled, out, counts):
     """Elects a sign per coordinate and joins those who agree with it: TIES steps 2 and 3, into out fp64[n].
 
-    delta fp64[K, n] is trimmed; the sign is that of Σ weight·δ, and where that is 0 it is `cancelled`: 0 (nobody
+    delta fp64[K, m] is trimmed; the sign is that of Σ weight·δ, and where that is 0 it is `cancelled`: 0 (nobody
     agrees: the base stays) or 1 (mergekit's rule). Adds to counts int64[2]: coordinates with an update, cancelled ones.
     """
-    count = delta.shape[0]
-    for i in range(delta.shape[1]):
+    for i in range(base.shape[0]):
+        out[i] = np.float64(base[i])
+    updates = 0
+    draws = 0
+    for j in range(where.shape[0]):
+        first = 0
+        last = delta.shape[0]
+        if owner[j] >= 0:
+            first = owner[j]
+            last = first + 1
         total = 0.0
         any_ = False
-        for k in range(count):
-            value = weight[k] * delta[k, i]
+        for k in range(first, last):
+            value = weight[k] * delta[k, j]
             total += value
             any_ |= value != 0.0
         if not any_:
-            out[i] = np.float64(base[i])
             continue
-        counts[0] += 1
+        updates += 1
         if total == 0.0:
-            counts[1] += 1
+            draws += 1
             if cancelled == 0:
-                out[i] = np.float64(base[i])
                 continue
         positive = total >= 0.0
         sum_ = 0.0
         divisor = 0.0
-        for k in range(count):
-            value = weight[k] * delta[k, i]
+        for k in range(first, last):
+            value = weight[k] * delta[k, j]
             if value != 0.0 and (value > 0.0) == positive:
                 sum_ += value
                 divisor += weight[k]
         if normalize and divisor != 0.0:
             sum_ = sum_ / divisor
-        out[i] = np.float64(base[i]) + scale * sum_
+        out[where[j]] += scale * sum_
+    counts[0] += updates
+    counts[1] += draws
 
 
 @kernel
-def ram(base, delta, epsilon, out, counts):
+def ram(base, delta, where, epsilon, out, counts):
     """base + mean of the deltas that count as changes, |δ| > epsilon, into out fp64[n] (RAM, "average where shared").
 
     Adds to counts int64[K]: changes that epsilon ignores.
     """
-    count = delta.shape[0]
-    for i in range(delta.shape[1]):
+    for i in range(base.shape[0]):
+        out[i] = np.float64(base[i])
+    for j in range(where.shape[0]):
         sum_ = 0.0
         number = 0
-        for k in range(count):
-            value = delta[k, i]
-            if abs(value) > epsilon:
-                sum_ += value
-                number += 1
-            elif value != 0.0:
-                counts[k] += 1
-        out[i] = np.float64(base[i])
+        for k in range(delta.shape[0]):
+            value = delta[k, j]
+            seen = abs(value) > epsilon
+            sum_ += value if seen else 0.0
+            number += seen
+            counts[k] += (not seen) and value != 0.0
         if number > 0:
-            out[i] += sum_ / number
+            out[where[j]] += sum_ / number

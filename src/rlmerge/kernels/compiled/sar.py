@@ -133,15 +133,17 @@ def resolve(
     phi,
     keys,
     start,
+    where,
+    owner,
     out,
     whole,
     wins,
     counts,
 ):
-    """Stage 1 of SAR: resolved updates t = r·d, fp64[K, n], from weighted deltas d, fp64[K, n].
+    """Stage 1 of SAR: resolved updates t = r·d, fp64[K, m], from weighted deltas d, fp64[K, m].
 
-    fisher fp32[K, n] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
-    for random arbitration. whole uint8[n]: the shares at this coordinate make a whole, or one is 1 and the others 0. Adds to wins int64[K] and to
+    Arrays of m coordinates lie at `where` in the block of n. fisher fp32[K, n] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
+    for random arbitration. whole uint8[m]: the shares at this coordinate make a whole, or one is 1 and the others 0. Adds to wins int64[K] and to
     counts int64[4]: draws, draws under δ², conflicts that both rules decide, of these the same winners.
     """
     experts = delta.shape[0]
@@ -152,22 +154,28 @@ def resolve(
     scratch = np.empty(experts, np.float64)
     chosen = np.empty(experts, np.bool_)
     other = np.empty(experts, np.bool_)
-    out[:] = 0.0
-    whole[:] = 0
-    for i in range(delta.shape[1]):
+    for c in range(delta.shape[1]):
+        if owner[c] >= 0:
+            k = owner[c]
+            out[:, c] = 0.0
+            out[k, c] = delta[k, c]
+            whole[c] = 1
+            continue
+        whole[c] = 0
         count = 0
         positive = 0
         for k in range(experts):
-            if delta[k, i] != 0.0:
+            out[k, c] = 0.0
+            if delta[k, c] != 0.0:
                 who[count] = k
-                value[count] = delta[k, i]
-                positive += delta[k, i] > 0.0
+                value[count] = delta[k, c]
+                positive += delta[k, c] > 0.0
                 count += 1
         if count == 0:
             continue
         if count == 1:
-            out[who[0], i] = value[0]
-            whole[i] = 1
+            out[who[0], c] = value[0]
+            whole[c] = 1
             continue
         for j in range(count):
             chosen[j] = True
@@ -175,10 +183,10 @@ def resolve(
             if sensitivity == 2:
                 sens[j] = square
             else:
-                weight = np.float64(fisher[who[j], i]) / mean[who[j]]
+                weight = np.float64(fisher[who[j], where[c]]) / mean[who[j]]
                 sens[j] = weight * square if sensitivity == 0 else weight
         if positive == 0 or positive == count:
-            whole[i] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
+            whole[c] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
         elif arbitration == 1 or (arbitration == 3 and not _clear(sens, count, margin)):
             _soft(sens, count, power, share)
         elif arbitration == 2:
@@ -194,13 +202,13 @@ def resolve(
                 continue
             for j in range(count):
                 chosen[j] = (value[j] > 0.0) == (up > down)
-            whole[i] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
+            whole[c] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
         else:
             if arbitration == 4:
                 best = np.uint64(0)
                 place = -1
                 for j in range(count):
-                    word = hash64(keys[who[j]] ^ ARBITRATION, np.uint64(start + i))
+                    word = hash64(keys[who[j]] ^ ARBITRATION, np.uint64(start + where[c]))
                     if place < 0 or word > best:
                         best = word
                         place = j
@@ -231,65 +239,69 @@ def resolve(
                     share[j] = 1.0 / number
                 else:
                     share[j] = 0.0
-            whole[i] = 1
+            whole[c] = 1
             if join:
                 for j in range(count):
                     chosen[j] = (value[j] > 0.0) == sign
-                whole[i] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
+                whole[c] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)
         single = 0
         for j in range(count):
             if share[j] != 0.0:
-                out[who[j], i] = share[j] * value[j]
+                out[who[j], c] = share[j] * value[j]
                 single += 1 if share[j] == 1.0 else 2
         if single == 1:
-            whole[i] = 1
+            whole[c] = 1
 
 
 @kernel
-def scores(delta, resolved, fisher, mean, score, out):
-    """The fp32 scores that sparsification ranks, fp32[K, n] or, for merged, fp32[1, n]; 0 where nothing is eligible."""
+def scores(delta, resolved, fisher, where, mean, score, out):
+    """The fp32 scores that sparsification ranks, fp32[K, m] or, for merged, fp32[1, m]; 0 where nothing is eligible."""
     smallest = np.float32(1e-45)
     if score == 2:
-        for i in range(resolved.shape[1]):
+        for j in range(resolved.shape[1]):
             sum_ = 0.0
             for k in range(resolved.shape[0]):
-                sum_ += resolved[k, i]
-            out[0, i] = max(np.float32(abs(sum_)), smallest) if sum_ != 0.0 else np.float32(0.0)
+                sum_ += resolved[k, j]
+            out[0, j] = max(np.float32(abs(sum_)), smallest) if sum_ != 0.0 else np.float32(0.0)
         return
     for k in range(resolved.shape[0]):
-        for i in range(resolved.shape[1]):
-            if resolved[k, i] == 0.0:
-                out[k, i] = np.float32(0.0)
-                continue
-            size = abs(resolved[k, i]) if score == 1 else abs(delta[k, i])
-            if score == 3:
-                size = size * math.sqrt(np.float64(fisher[k, i]) / mean[k])
-            out[k, i] = max(np.float32(size), smallest)
+        if score == 3:
+            for j in range(resolved.shape[1]):
+                size = abs(delta[k, j]) * math.sqrt(np.float64(fisher[k, where[j]]) / mean[k])
+                out[k, j] = max(np.float32(size), smallest) if resolved[k, j] != 0.0 else np.float32(0.0)
+        else:
+            for j in range(resolved.shape[1]):
+                size = abs(resolved[k, j]) if score == 1 else abs(delta[k, j])
+                out[k, j] = max(np.float32(size), smallest) if resolved[k, j] != 0.0 else np.float32(0.0)
 
 
 @kernel
-def compose(base, expert, resolved, gain, scale, unit, whole, dropped, out):
+def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, dropped, out):
     """θ0 + scale·Σ gain[k]·t[k] into out fp64[n]; the stored value where one whole share returns to it.
 
     unit bool[K]: scale·gain·weight is 1 and expert[k] is a stored value. Where the shares make a whole, nothing was
     dropped, and all who contribute are units with one and the same stored value, that value is copied: no rounding.
     """
     for i in range(base.shape[0]):
+        out[i] = np.float64(base[i])
+    for j in range(where.shape[0]):
+        i = where[j]
+        first = 0
+        last = resolved.shape[0]
+        if owner[j] >= 0:
+            first = owner[j]
+            last = first + 1
         sum_ = 0.0
         contributes = False
-        copy = whole[i] == 1 and dropped[i] == 0
+        copy = whole[j] == 1 and dropped[j] == 0
         stored = np.float32(0.0)
-        for k in range(resolved.shape[0]):
-            update = resolved[k, i]
+        for k in range(first, last):
+            update = resolved[k, j]
             if update != 0.0:
                 if not contributes:
                     stored = expert[k, i]
                 copy = copy and unit[k] and expert[k, i] == stored
                 contributes = True
                 sum_ += gain[k] * update
-        if not contributes:
-            out[i] = np.float64(base[i])
-        elif copy:
-            out[i] = np.float64(stored)
-        else:
-            out[i] = np.float64(base[i]) + scale * sum_
+        if contributes:
+            out[i] = np.float64(stored) if copy else np.float64(base[i]) + scale * sum_

@@ -14,15 +14,21 @@ from .hash import hash64
 
 
 @kernel
-def coarse(score, count, low, high):
-    """Adds scores fp32[K, n] to count int64[K, 65536]; low and high uint16[K, 65536] keep the extremes of fine bins.
+def coarse(score, owner, count, low, high):
+    """Adds scores fp32[K, m] to count int64[K, 65536]; low and high uint16[K, 65536] keep the extremes of fine bins.
 
     A coarse bin whose extremes are equal holds one value only and needs no fine histogram: the rule for bf16 deltas.
     """
     bits = score.view(np.uint32)
-    for k in range(score.shape[0]):
-        for i in range(score.shape[1]):
-            word = bits[k, i]
+    rows = score.shape[0]
+    for j in range(score.shape[1]):
+        first = 0
+        last = rows
+        if owner[j] >= 0 and rows > 1:
+            first = owner[j]
+            last = first + 1
+        for k in range(first, last):
+            word = bits[k, j]
             if word != np.uint32(0):
                 bin_ = word >> np.uint32(15)
                 rest = np.uint16(word & np.uint32(0x7FFF))
@@ -35,7 +41,7 @@ def coarse(score, count, low, high):
 
 @kernel
 def fine(score, bin_, count):
-    """Adds the scores fp32[K, n] that lie in coarse bin bin_[k] (negative: none) to count int64[K, 32768]."""
+    """Adds the scores fp32[K, m] that lie in coarse bin bin_[k] (negative: none) to count int64[K, 32768]."""
     bits = score.view(np.uint32)
     for k in range(score.shape[0]):
         if bin_[k] < 0:
@@ -48,84 +54,92 @@ def fine(score, bin_, count):
 
 
 @kernel
-def tie_hashes(score, threshold, key, start):
-    """The hashes uint64[m] of the coordinates of one expert, score fp32[n], that are equal to the threshold."""
+def tie_hashes(score, threshold, key, start, where):
+    """The hashes uint64[t] of the coordinates start + where[j] whose score, fp32[m], is equal to the threshold."""
     found = 0
-    for i in range(score.shape[0]):
-        if score[i] == threshold:
+    for j in range(score.shape[0]):
+        if score[j] == threshold:
             found += 1
     out = np.empty(found, np.uint64)
     found = 0
-    for i in range(score.shape[0]):
-        if score[i] == threshold:
-            out[found] = hash64(key, np.uint64(start + i))
+    for j in range(score.shape[0]):
+        if score[j] == threshold:
+            out[found] = hash64(key, np.uint64(start + where[j]))
             found += 1
     return out
 
 
 @kernel
-def trim(score, threshold, cut, keys, start, values, kept, dropped):
-    """Zeroes, in place, the values fp64[K, n] of eligible coordinates that are not kept.
+def trim(score, threshold, cut, keys, start, where, owner, values, kept, dropped):
+    """Zeroes, in place, the values fp64[K, m] of eligible coordinates that are not kept.
 
-    Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[n] is set to
+    Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[m] is set to
     1 where some expert's eligible coordinate was cut. `score` may have one row for all experts.
     """
     shared = score.shape[0] == 1
-    for k in range(values.shape[0]):
-        row = 0 if shared else k
-        for i in range(score.shape[1]):
-            size = score[row, i]
-            if values[k, i] == 0.0:
+    for j in range(values.shape[1]):
+        first = 0
+        last = values.shape[0]
+        if owner[j] >= 0:
+            first = owner[j]
+            last = first + 1
+        for k in range(first, last):
+            if values[k, j] == 0.0:
                 continue
+            row = 0 if shared else k
+            size = score[row, j]
             keep = size > threshold[row]
             if not keep and size == threshold[row] and size > 0.0:
-                keep = hash64(keys[row], np.uint64(start + i)) <= cut[row]
+                keep = hash64(keys[row], np.uint64(start + where[j])) <= cut[row]
             if keep:
                 kept[k] += 1
             else:
-                values[k, i] = 0.0
-                dropped[i] = 1
+                values[k, j] = 0.0
+                dropped[j] = 1
 
 
 @kernel
-def kept_norms(values, order, total):
-    """Adds Σ|v| (order 1) or Σv² (order 2) over coordinates, for values fp64[K, n], to total fp64[K]."""
+def kept_norms(values, owner, order, total):
+    """Adds Σ|v| (order 1) or Σv² (order 2), per expert in coordinate order, for values fp64[K, m], to total fp64[K]."""
+    sums = np.zeros(values.shape[0])
+    for j in range(values.shape[1]):
+        first = 0
+        last = values.shape[0]
+        if owner[j] >= 0:
+            first = owner[j]
+            last = first + 1
+        for k in range(first, last):
+            value = values[k, j]
+            sums[k] += abs(value) if order == 1 else value * value
     for k in range(values.shape[0]):
-        sum_ = 0.0
-        if order == 1:
-            for i in range(values.shape[1]):
-                sum_ += abs(values[k, i])
-        else:
-            for i in range(values.shape[1]):
-                sum_ += values[k, i] * values[k, i]
-        total[k] += sum_
+        total[k] += sums[k]
 
 
 @kernel
-def ramp(score, rank, low, high, keys, start, values, inverse, kept, dropped):
+def ramp(score, rank, low, high, keys, start, where, values, inverse, kept, dropped):
     """MAGPRUNE: keeps an eligible coordinate with a probability linear in the mid-rank of its score (DELLA, eq. 3).
 
-    rank fp64[K, 65536] is the mid-rank in [0, 1] of a coarse bin; the probability is low[k] + (high[k] − low[k])·rank.
+    rank fp64[K, 65536] is the mid-rank in [0, 1] of a coarse bin; the probability is low[k] + (high[k] - low[k])·rank.
     With `inverse` a survivor is divided by its probability. Otherwise as `trim`.
     """
     shared = score.shape[0] == 1
     bits = score.view(np.uint32)
     for k in range(values.shape[0]):
         row = 0 if shared else k
-        for i in range(score.shape[1]):
-            if values[k, i] == 0.0:
+        for j in range(score.shape[1]):
+            if values[k, j] == 0.0:
                 continue
-            word = bits[row, i]
+            word = bits[row, j]
             keep = False
             chance = 1.0
             if word != np.uint32(0):
                 chance = low[row] + (high[row] - low[row]) * rank[row, word >> np.uint32(15)]
-                uniform = np.float64(hash64(keys[row], np.uint64(start + i)) >> np.uint64(11)) * 2.0**-53
+                uniform = np.float64(hash64(keys[row], np.uint64(start + where[j])) >> np.uint64(11)) * 2.0**-53
                 keep = uniform < chance
             if keep:
                 kept[k] += 1
                 if inverse:
-                    values[k, i] = values[k, i] / chance
+                    values[k, j] = values[k, j] / chance
             else:
-                values[k, i] = 0.0
-                dropped[i] = 1
+                values[k, j] = 0.0
+                dropped[j] = 1

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .hash import coordinates, hash64
+from .hash import hash64
 
 ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 _pow = np.frompyfunc(math.pow, 2, 1)
@@ -96,6 +96,8 @@ def resolve(
     phi,
     keys,
     start,
+    where,
+    owner,
     out,
     whole,
     wins,
@@ -109,7 +111,7 @@ def resolve(
     if sensitivity == 2:
         sens = square
     else:
-        weight = fisher.astype(np.float64) / mean[:, None]
+        weight = fisher[:, where].astype(np.float64) / mean[:, None]
         sens = weight * square if sensitivity == 0 else weight
     sens = np.where(active, sens, 0.0)
     share, is_whole = _agree(agreement, delta, sens, active, phi)
@@ -132,7 +134,7 @@ def resolve(
         complete = np.where(hard, is_whole, complete)
     else:
         if arbitration == 4:
-            places = coordinates(start, delta.shape[1])
+            places = where.astype(np.uint64) + np.uint64(start)
             hashes = np.stack([hash64(key ^ ARBITRATION, places) for key in keys])
             hashes[~active] = 0
             chosen = np.zeros(active.shape, np.bool_)
@@ -165,7 +167,7 @@ def resolve(
     whole[:] = (complete | single) & ~draw & (number > 0)
 
 
-def scores(delta, resolved, fisher, mean, score, out):
+def scores(delta, resolved, fisher, where, mean, score, out):
     """The fp32 scores that sparsification ranks."""
     if score == 2:
         size = np.abs(_sum_over_experts(resolved))[None]
@@ -173,19 +175,22 @@ def scores(delta, resolved, fisher, mean, score, out):
     else:
         size = np.abs(resolved if score == 1 else delta)
         if score == 3:
-            size = size * np.sqrt(fisher.astype(np.float64) / mean[:, None])
+            size = size * np.sqrt(fisher[:, where].astype(np.float64) / mean[:, None])
         eligible = resolved != 0.0
     with np.errstate(over="ignore", under="ignore"):
         out[:] = np.where(eligible, np.maximum(size.astype(np.float32), np.float32(1e-45)), np.float32(0.0))
 
 
-def compose(base, expert, resolved, gain, scale, unit, whole, dropped, out):
+def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, dropped, out):
     """θ0 + scale·Σ gain·t; the stored value where one whole share returns to it."""
     contributes = resolved != 0.0
     sum_ = _sum_over_experts(np.where(contributes, gain[:, None] * resolved, 0.0))
     any_ = contributes.any(axis=0)
-    first = expert[contributes.argmax(axis=0), np.arange(base.shape[0])]
-    same = (~contributes | ((expert == first) & unit[:, None])).all(axis=0)
+    there = expert[:, where]
+    first = there[contributes.argmax(axis=0), np.arange(where.shape[0])]
+    same = (~contributes | ((there == first) & unit[:, None])).all(axis=0)
     copy = any_ & (whole == 1) & (dropped == 0) & same
-    out[:] = np.where(any_, base.astype(np.float64) + scale * sum_, base.astype(np.float64))
-    out[copy] = first[copy].astype(np.float64)
+    out[:] = base.astype(np.float64)
+    value = base[where].astype(np.float64) + scale * sum_
+    value[copy] = first[copy].astype(np.float64)
+    out[where[any_]] = value[any_]

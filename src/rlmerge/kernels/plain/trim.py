@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hash import coordinates, hash64
+from .hash import hash64
 
 
-def coarse(score, count, low, high):
+def _places(start, where):
+    return where.astype(np.uint64) + np.uint64(start)
+
+
+def coarse(score, owner, count, low, high):
     """Adds scores to the coarse histogram and to the extremes of the fine bins."""
     for k in range(score.shape[0]):
         words = score[k].view(np.uint32)
@@ -28,15 +32,14 @@ def fine(score, bin_, count):
             count[k] += np.bincount(words & np.uint32(0x7FFF), minlength=32768)
 
 
-def tie_hashes(score, threshold, key, start):
+def tie_hashes(score, threshold, key, start, where):
     """The hashes of the coordinates whose score equals the threshold."""
-    where = np.flatnonzero(score == threshold).astype(np.uint64)
-    return hash64(key, where + np.uint64(start))
+    return hash64(key, _places(start, where[score == threshold]))
 
 
-def trim(score, threshold, cut, keys, start, values, kept, dropped):
+def trim(score, threshold, cut, keys, start, where, owner, values, kept, dropped):
     """Zeroes the values of eligible coordinates that are not kept."""
-    places = coordinates(start, score.shape[1])
+    places = _places(start, where)
     for k in range(values.shape[0]):
         row = 0 if score.shape[0] == 1 else k
         eligible = values[k] != 0.0
@@ -47,7 +50,7 @@ def trim(score, threshold, cut, keys, start, values, kept, dropped):
         values[k, ~keep] = 0.0
 
 
-def kept_norms(values, order, total):
+def kept_norms(values, owner, order, total):
     """Adds Σ|v| or Σv² in coordinate order (cumsum adds one after the other, np.sum does not)."""
     for k in range(values.shape[0]):
         if values.shape[1]:
@@ -55,9 +58,9 @@ def kept_norms(values, order, total):
             total[k] += np.cumsum(terms)[-1]
 
 
-def ramp(score, rank, low, high, keys, start, values, inverse, kept, dropped):
+def ramp(score, rank, low, high, keys, start, where, values, inverse, kept, dropped):
     """MAGPRUNE: keeps an eligible coordinate with a probability linear in the mid-rank of its score."""
-    places = coordinates(start, score.shape[1])
+    places = _places(start, where)
     for k in range(values.shape[0]):
         row = 0 if score.shape[0] == 1 else k
         words = score[row].view(np.uint32)

@@ -1,0 +1,26 @@
+"""Hypothesis profiles ('default', or HYPOTHESIS_PROFILE=long) and the long suite, which runs only when asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+
+# derandomize: the same examples on every run, so a red test is red everywhere
+settings.register_profile(
+    "default", max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=_CHECKS
+)
+settings.register_profile("long", settings.get_profile("default"), max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `long` unless `-m` speaks of them."""
+    if "long" in (config.option.markexpr or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="long suite: pytest -m long"))

@@ -1,0 +1,112 @@
+"""The three top-k stages together keep exactly what sorting keeps, however the coordinates are cut into blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.kernels.kernel_pairs import COMPILED, FP32, PLAIN, fp32
+
+from rlmerge.kernels.plain.hash import hash64
+from rlmerge.methods import topk
+from rlmerge.methods.base import Block, Task
+
+KEY = 1234567
+
+
+class Sizes(topk.Scorer):
+    """Ranks |expert| itself."""
+
+    def applies(self, task):
+        return True
+
+    def density(self, task):
+        return task.per_model["density"]
+
+    def wanted(self, task, density, eligible):
+        return int(density * eligible)
+
+    def score(self, block, task, results):
+        values = block.expert.astype(np.float64)
+        return values, np.abs(block.expert)
+
+
+def keep(values, density, kernels, step, scope="tensor"):
+    """The mask that the stages and the trim leave, measured in blocks of `step` coordinates, each a unit of its own."""
+    count, size = values.shape
+    task = Task("t", (size,), tuple("abcde"[:count]), {}, {"density": np.full(count, density)},
+                np.arange(count).astype(np.uint64), KEY, False)  # fmt: skip
+    blocks = [
+        Block(values[0, s : s + step], np.ascontiguousarray(values[:, s : s + step]), values[:, s : s + step],
+              np.zeros(count, np.int64), np.zeros(count, np.bool_), np.empty((0, 0), np.float32), s, 0.0, kernels)
+        for s in range(0, size, step)
+    ]  # fmt: skip
+    results = {}
+    for stage in topk.top_k(Sizes(), scope):
+        total = stage.empty(count)
+        if stage.needed(task, results):
+            for block in blocks:
+                part = stage.empty(count)
+                stage.measure(block, task, results, part)
+                stage.combine(total, part)
+        results[stage.name] = stage.reduce(total, task, results)
+    masks = []
+    for block in blocks:
+        kept_values, scores = Sizes().score(block, task, results)
+        kept, dropped = topk.apply_cut(Sizes(), block, task, results, kept_values, scores)
+        mask = kept_values != 0
+        assert kept.tolist() == mask.sum(axis=1).tolist()
+        assert dropped.astype(bool).tolist() == ((block.expert != 0) & ~mask).any(axis=0).tolist()
+        masks.append(mask)
+    return np.concatenate(masks, axis=1) if masks else np.zeros((count, 0), bool)
+
+
+def sorted_keep(row, wanted):
+    """The `wanted` largest by sorting; equal ones by the smaller hash."""
+    places = np.flatnonzero(row)
+    hashes = hash64(KEY, places.astype(np.uint64))
+    order = sorted(range(len(places)), key=lambda p: (-abs(float(row[places[p]])), int(hashes[p])))
+    mask = np.zeros(row.shape, bool)
+    mask[places[order[:wanted]]] = True
+    return mask
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, COMPILED], ids=["numpy", "numba"])
+@given(st.integers(1, 3), st.sampled_from([1, 2, 9, 40]), st.data(), st.sampled_from([0.0, 0.1, 0.5, 0.8, 0.999, 1.0]))
+def test_top_k_is_sorting(kernels, count, size, data, density):
+    values = data.draw(fp32(count, size))
+    expected = np.stack([sorted_keep(row, int(density * np.count_nonzero(row))) for row in values])
+    for step in (size, 7):
+        assert keep(values, density, kernels, step).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, COMPILED], ids=["numpy", "numba"])
+def test_neighbouring_floats_in_one_coarse_bin(kernels):
+    """The fine histogram separates values that differ in the last bit."""
+    bits = np.arange(2000, dtype=np.uint32) * 3 + np.array(1.0, np.float32).view(np.uint32)
+    values = np.random.default_rng(0).permutation(bits).view(np.float32)[None] * np.float32(-1)
+    for density in (0.001, 0.3335, 0.9995):
+        wanted = int(density * 2000)
+        assert keep(values, density, kernels, 333)[0].tolist() == sorted_keep(values[0], wanted).tolist()
+
+
+def test_ties_at_scope_model_are_kept_by_hash_in_proportion():
+    """One class of ties: a share q of them stays, within five standard deviations, and always the smallest hashes."""
+    values = np.full((1, 2**15), FP32[6], np.float32)
+    mask = keep(values, 0.3, COMPILED, 2**12, scope="model")[0]
+    wanted = int(0.3 * 2**15)
+    assert abs(mask.sum() - wanted) < 5 * np.sqrt(2**15 * 0.3 * 0.7)
+    hashes = hash64(KEY, np.arange(2**15, dtype=np.uint64))
+    assert hashes[mask].max() < hashes[~mask].min()
+    assert hashes[mask].max() < wanted * 2**64 // 2**15 <= hashes[~mask].min()
+
+
+def test_larger_tensors_do_not_gather_hashes(monkeypatch):
+    values = np.full((1, 200), 1.0, np.float32)
+    monkeypatch.setattr(topk, "EXACT", 100)
+    hashes = hash64(KEY, np.arange(200, dtype=np.uint64))
+    expected = hashes < np.uint64(100 * 2**64 // 200)
+    assert keep(values, 0.5, PLAIN, 64)[0].tolist() == expected.tolist()
+    monkeypatch.setattr(topk, "EXACT", 200)
+    assert keep(values, 0.5, PLAIN, 64)[0].sum() == 100
