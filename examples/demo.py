@@ -124,18 +124,7 @@ def rows_of(total: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-ORDER = (
-    "support",
-    "overlap",
-    "conflict (",
-    "conflicts won",
-    "draws",
-    "kept",
-    "cancelled",
-    "below",
-    "survival",
-    "cosine",
-)
+ORDER = ("support", "overlap", "conflict (", "conflicts won", "draws", "kept", "cancelled", "below", "survival", "cos")
 
 
 def show(columns: dict[str, dict[str, str]]) -> None:
@@ -179,8 +168,8 @@ def main() -> None:
     for text in warnings:
         print(f"warning: {text}")
     print(
-        "\nSAR settles every sign conflict for one expert (or, by δ² alone, calls a draw) and keeps whole steps, so its\n"
-        "updates survive bf16; an average asks for fractions of a step, and bf16 rounds many of them back to the base.\n"
+        "\nSAR settles each sign conflict for one expert (by δ² alone, often a draw) and keeps whole bf16 steps, so\n"
+        "its updates survive the cast; an average asks for fractions of a step, and bf16 rounds many of them away.\n"
         "Experts and Fishers are synthetic (see the top of examples/demo.py): this shows the mechanism, not quality."
     )
     print(f"\n{len(columns)} merged models in {folder.name}, {time.monotonic() - started:.1f} s.")

@@ -257,6 +257,21 @@ def test_embedding_with_a_wrong_shape(tmp_path: Path) -> None:
         lora(tmp_path, swapped)
 
 
+def test_a_square_embedding_is_transposed(tmp_path: Path) -> None:
+    module = "base_model.model.model.embed_tokens.lora_embedding_"
+    pair = {f"{module}A": random(1, 2, 4), f"{module}B": random(2, 4, 2)}
+    (found,) = lora(tmp_path, pair, {"model.embed_tokens.weight": random(0, 4, 4)}).pairs.values()
+    assert found.transposed
+
+
+def test_a_narrower_copy_is_rounded_to_nearest_even(tmp_path: Path) -> None:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F818001, 0x3F807FFF], np.uint32)
+    even = np.array([0x3F800000, 0x3F820000, 0x3F820000, 0x3F800000], np.uint32)
+    weight, copy = (np.tile(b.view(np.float32), (6, 1)) for b in (bits, even))
+    base = BASE | {"model.layers.0.q_proj.weight": weight}
+    assert lora(tmp_path, GOOD | {f"{Q}.base_layer.weight": (copy, "BF16")}, base).pairs
+
+
 def test_a_copy_of_the_base_in_another_type_is_a_copy(tmp_path: Path) -> None:
     weight = BASE["model.layers.0.q_proj.weight"]
     halves = weight.astype(np.float16)

@@ -97,8 +97,8 @@ def test_missing_shard(tmp_path: Path) -> None:
     refused(tmp_path, "model-00002-of-00002.safetensors", "missing")
 
 
-@pytest.mark.parametrize("name", ["../m.safetensors", "/etc/m.safetensors", "x/m.safetensors", "..", "x\\m.safetensors",
-                                  "m.bin", "a\0.safetensors", ""])  # fmt: skip
+@pytest.mark.parametrize("name", ["../m.safetensors", "/etc/m.safetensors", ".m.safetensors", "x/m.safetensors", "..",
+                                  "x\\m.safetensors", "m.bin", "a\0.safetensors", ""])  # fmt: skip
 def test_index_may_not_leave_its_folder(tmp_path: Path, name: str) -> None:
     write_tensors(tmp_path / "m.safetensors", A)
     write_index(tmp_path / "model", {"a": name})

@@ -1,0 +1,195 @@
+"""Writes docs/methods/: one page a method, from the registry and the notes below.
+
+python docs/generate_methods.py            writes the pages
+python docs/generate_methods.py --check    exit code 1 if a page is not up to date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rlmerge.methods import get_method, method_names
+from rlmerge.methods.base import Method, Parameter
+from rlmerge.parameters import expected
+
+FOLDER = Path(__file__).resolve().parent / "methods"
+
+WHEN = {
+    "linear": """
+Use it as the baseline that every other method must beat.
+
+The average of K experts asks for 1/K of each update. Updates of RLVR experts are often one step between neighbouring
+bf16 numbers, so the average falls between two stored numbers and is rounded, often back to the base. Look at
+`survival`, or write `out_dtype: float32`.
+
+`base_model` may be given. Then it is only the reference for the statistics and the donor of the small files; it has no
+weight in the average unless it is also listed under `models`. Without it, the first model lends names and files.
+""",
+    "ram": """
+Use it for RL experts whose updates rarely meet: an update that only one expert made is kept whole, so it survives bf16.
+
+Where experts contradict each other, their mean is taken as well: opposite updates shrink or cancel. The published
+`epsilon: 1e-5` is absolute and ignores every smaller change; a step between bf16 numbers is smaller than that for
+weights below 2⁻⁹. `rlmerge check` says how large that share is for your experts; `epsilon: 0` counts every change.
+""",
+    "sar": """
+Use it for RLVR experts of one base whose updates are sparse and contradict each other. With Fishers, the expert for
+whom a weight matters most keeps its update; without them, `sensitivity: delta2` lets the larger update win.
+
+## Our reading
+
+The public text of the paper names three stages and their order, not their equations. Each stage is here a choice with
+a name and a default. d = w·δ is an expert's weighted delta, F̂ its Fisher divided by the Fisher's mean, s its
+sensitivity, K the number of experts. A coordinate is *unique* if one expert changed it; where several did, it is in
+*conflict* if their d differ in sign, else in *agreement*.
+
+**1. Resolve.** It gives each expert a share r of its update; t = r·d. A unique update has the share 1.
+
+In a conflict, by `arbitration`:
+
+- `winner`: T is the set of experts with the largest s and, among them, the largest |d|. If the signs within T agree, T
+  shares the update equally and all others get 0. If not, it is a draw: the coordinate returns to the base.
+- `soft`: shares (s / max s)^`power`, normalised.
+- `elect`: the sign with the larger sum of s wins; those who have it are combined by the agreement rule.
+- `margin`: as `winner` where the largest s is at least `margin` times the second; elsewhere as `soft`.
+- `random`: one expert by a hash of the coordinate. A control.
+
+`allies` says what becomes, for K ≥ 3, of the others that have the winner's sign: `drop`, or `join` by the agreement
+rule.
+
+In an agreement, by `agreement`: `sensitivity_mean` (Σ s·d / Σ s; the mean where all s are zero), `mean`, `winner`,
+`sum`, or `multiplicity` (between sum and mean: a pair of experts that conflicts less over the model shares more).
+
+`sensitivity` is `fisher_delta2` (F̂·d²), `fisher` (F̂) or `delta2` (d²). All experts have a Fisher, or none.
+
+**2. Sparsify.** Per expert, over the n coordinates where t ≠ 0, k = max(1, int(`density`·n)) are kept.
+
+- `magnitude`, ranked by `score`: `delta` (|d|, before shares), `share` (|t|), or `merged` (|Σ t|, decided once for all
+  experts).
+- `magprune`: each is kept with a probability that grows linearly with its rank, from density − ε to density + ε.
+- `fisher_magnitude`: ranked by |d|·√F̂.
+- `none`.
+
+Only tensors with at least two dimensions larger than 1 are sparsified. Ties at the threshold are decided by a hash of
+the coordinate; tensors of up to 2²⁰ coordinates keep exactly k.
+
+**3. Rescale.** Per expert, g = norm of t before / norm after the cut, at most `rescale_max`. With `inverse_probability`
+(only with `magprune`) each kept update is divided by its probability.
+
+Then θ = θ0 + λ·Σ g·t. A coordinate whose one share is 1, with λ·g·w = 1, takes the stored value of that expert.
+See [decision 0005](../decisions/0005-sar-as-we-read-it.md).
+""",
+    "task_arithmetic": """
+Use it where experts hardly meet, or with a small `lambda` found by a sweep. The sum keeps unique updates whole, so they
+survive bf16; shared updates are counted once per expert, and opposite ones cancel.
+""",
+    "ties": """
+Use it as the established baseline for conflicts: the sign with the larger weighted sum wins, and those who have it are
+averaged.
+
+`density` is a share of all coordinates, as published. RLVR experts change few, so a density above their support
+cuts nothing; `density_of: support` makes it a share of the non-zero updates.
+
+Updates of equal size and opposite sign cancel exactly, which is common between bf16 RLVR experts. Then nobody is
+elected and the base stays. mergekit elects + there: `cancelled: positive` does the same.
+""",
+}
+
+LAWS = {
+    "permutation": "the order of the models changes nothing",
+    "scaling": "deltas twice as large make a merged delta twice as large",
+    "identity": "one expert alone, with weight 1 and nothing cut, gives that expert",
+    "sign": "deltas of opposite sign make a merged delta of opposite sign",
+    "zero": "experts equal to the base give the base",
+}
+
+
+def page(method: Method) -> str:
+    """The Markdown page of one method."""
+    if method.name not in WHEN:
+        raise SystemExit(f"docs/generate_methods.py: write in WHEN when to use {method.name!r}")
+    low, high = method.arity.minimum, method.arity.maximum
+    models = f"at least {low}" if high is None else str(low) if low == high else f"{low} to {high}"
+    lines = [
+        "<!-- Written by docs/generate_methods.py from the registry; edit that file, not this page. -->",
+        "",
+        f"# {method.name}",
+        "",
+        f"{method.summary[0].upper()}{method.summary[1:]}.",
+        "",
+        f"    {method.formula}",
+        "",
+        f"Source: {method.source}. Base model: {method.arity.base}. Experts: {models}.",
+        "",
+        "## When to use it",
+        "",
+        WHEN[method.name].strip(),
+        "",
+        "## Parameters",
+        "",
+        "| name | value | default | where | meaning |",
+        "|---|---|---|---|---|",
+        *(row(spec) for spec in method.parameters),
+        "",
+        "Numbers may be gradients over the layers, and every parameter may have filters: see [the guide](../guide.md).",
+        "",
+    ]
+    if method.laws:
+        lines += ["## Laws", "", "The method declares these, at its default parameters:", ""]
+        lines += [f"- {law}: {LAWS[law]}" for law in sorted(method.laws)]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def row(spec: Parameter) -> str:
+    """One parameter as a row of the table."""
+    words = ", ".join(f"`{choice}`" for choice in spec.choices) if spec.kind == "choice" else expected(spec)
+    default = {None: "required", True: "`true`", False: "`false`"}.get(spec.default, f"`{spec.default}`")  # type: ignore[arg-type]
+    if isinstance(spec.default, (int, float)) and not isinstance(spec.default, bool):
+        default = f"`{spec.default:g}`"
+    where = "model or global" if spec.per_model else "global"
+    cells = (f"`{spec.name}`", words, default, where, spec.doc)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def index() -> str:
+    """The page that lists the methods."""
+    lines = [
+        "<!-- Written by docs/generate_methods.py from the registry; edit that file, not this page. -->",
+        "",
+        "# Methods",
+        "",
+        "θ0 is the base, θi an expert, δi = θi − θ0 its delta, wi its weight, λ the parameter `lambda`.",
+        "",
+        "| method | what it does | base model |",
+        "|---|---|---|",
+    ]
+    lines += [f"| [{m.name}]({m.name}.md) | {m.summary} | {m.arity.base} |" for m in map(get_method, method_names())]
+    return "\n".join([*lines, ""])
+
+
+def pages() -> dict[str, str]:
+    """Every page by its file name."""
+    return {"index.md": index()} | {f"{name}.md": page(get_method(name)) for name in method_names()}
+
+
+def main() -> int:
+    """Writes or checks the pages."""
+    made = pages()
+    found = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    if "--check" in sys.argv[1:]:
+        stale = sorted(name for name in made.keys() | found.keys() if made.get(name) != found.get(name))
+        if stale:
+            print(f"not up to date: {', '.join(stale)}. Run: python docs/generate_methods.py", file=sys.stderr)
+        return int(bool(stale))
+    FOLDER.mkdir(exist_ok=True)
+    for name in found.keys() - made.keys():
+        (FOLDER / name).unlink()
+    for name, text in made.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
