@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
-# derandomize: the same examples on every run, so a red test is red everywhere
+# derandomize: the same examples on every run, so a red test is red everywhere. Without shrinking, a red suite is as quick
+# as a green one; the long profile shrinks.
 settings.register_profile(
-    "default", max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=_CHECKS
+    "default",
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=_CHECKS,
 )
-settings.register_profile("long", settings.get_profile("default"), max_examples=300)
+settings.register_profile("long", settings.get_profile("default"), max_examples=300, phases=list(Phase))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -120,13 +120,13 @@ def test_all_words_survive_the_round_trip(kernels):
         raw, bad = encode(kernels, form, values)
         assert bad == np.count_nonzero(special)
         assert raw[~nan].tobytes() == ALL[~nan].tobytes()
-        assert set(raw[nan].tolist()) <= {quiet, quiet | 0x8000}
+        assert set(raw[nan].tolist()) <= {quiet, quiet | 0x8000}  # any NaN becomes the quiet one
 
 
 @pytest.mark.parametrize("form", ["bf16", "f16"])
 def test_decoding_is_what_the_format_means(form):
     fraction_bits, low, _ = FORMATS[form]
-    raw, values, _ = agree(f"decode_{form}", ALL, np.zeros(65536, np.float32))[1:3] + [None]
+    _, raw, values = agree(f"decode_{form}", ALL, np.zeros(65536, np.float32))
     finite = np.isfinite(values)
     bits = raw.astype(np.int64) & 0x7FFF
     exponent, fraction = bits >> fraction_bits, bits & (2**fraction_bits - 1)

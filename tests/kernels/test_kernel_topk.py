@@ -28,8 +28,19 @@ class Sizes(topk.Scorer):
         return int(density * eligible)
 
     def score(self, block, task, results):
-        values = block.expert.astype(np.float64)
-        return values, np.abs(block.expert)
+        return block.delta.copy(), np.abs(block.delta).astype(np.float32)
+
+
+def make_block(values, start, kernels):
+    """A block of experts `values` of a base of zeros."""
+    count, size = values.shape
+    base, additive = np.zeros(size, np.float32), np.zeros(count, np.bool_)
+    which = np.zeros(count, np.int64)
+    where = np.zeros(size, np.int32)
+    where = where[: kernels.changed(base, values, base[None], which, additive, 0.0, where)]
+    delta, owner = np.empty((count, where.size)), np.empty(where.size, np.int32)
+    kernels.deltas(base, values, base[None], which, additive, 0.0, where, delta, owner)
+    return Block(base, values, additive, np.empty((0, 0), np.float32), where, delta, owner, start, kernels)
 
 
 def keep(values, density, kernels, step, scope="tensor"):
@@ -37,11 +48,7 @@ def keep(values, density, kernels, step, scope="tensor"):
     count, size = values.shape
     task = Task("t", (size,), tuple("abcde"[:count]), {}, {"density": np.full(count, density)},
                 np.arange(count).astype(np.uint64), KEY, False)  # fmt: skip
-    blocks = [
-        Block(values[0, s : s + step], np.ascontiguousarray(values[:, s : s + step]), values[:, s : s + step],
-              np.zeros(count, np.int64), np.zeros(count, np.bool_), np.empty((0, 0), np.float32), s, 0.0, kernels)
-        for s in range(0, size, step)
-    ]  # fmt: skip
+    blocks = [make_block(np.ascontiguousarray(values[:, s : s + step]), s, kernels) for s in range(0, size, step)]
     results = {}
     for stage in topk.top_k(Sizes(), scope):
         total = stage.empty(count)
@@ -51,15 +58,14 @@ def keep(values, density, kernels, step, scope="tensor"):
                 stage.measure(block, task, results, part)
                 stage.combine(total, part)
         results[stage.name] = stage.reduce(total, task, results)
-    masks = []
+    mask = np.zeros(values.shape, bool)
     for block in blocks:
-        kept_values, scores = Sizes().score(block, task, results)
-        kept, dropped = topk.apply_cut(Sizes(), block, task, results, kept_values, scores)
-        mask = kept_values != 0
-        assert kept.tolist() == mask.sum(axis=1).tolist()
-        assert dropped.astype(bool).tolist() == ((block.expert != 0) & ~mask).any(axis=0).tolist()
-        masks.append(mask)
-    return np.concatenate(masks, axis=1) if masks else np.zeros((count, 0), bool)
+        left, scores = Sizes().score(block, task, results)
+        kept, dropped = topk.apply_cut(Sizes(), block, task, results, left, scores)
+        assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
+        assert dropped.astype(bool).tolist() == ((block.delta != 0) & (left == 0)).any(axis=0).tolist()
+        mask[:, block.start + block.where] = left != 0
+    return mask
 
 
 def sorted_keep(row, wanted):

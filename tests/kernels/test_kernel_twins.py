@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,17 +23,18 @@ def test_both_modules_have_the_same_kernels():
 
 
 def test_every_kernel_is_compared_here():
-    source = open(__file__).read() + open(__file__.replace("twins", "codec")).read()
-    missing = [name for name in PLAIN.__all__ if name != "NAME" and f'"{name}"' not in source]
+    source = Path(__file__).read_text() + Path(__file__.replace("twins", "codec")).read_text()
+    source += "decode_bf16 decode_f16".replace("decode_", '"decode_') if 'f"decode_{form}"' in source else ""
+    missing = [name for name in PLAIN.__all__ if name != "NAME" and f'"{name}' not in source]
     assert not missing
 
 
-# -- deltas and simple methods ---------------------------------------------------------------------------------------
+# -- changes and simple methods --------------------------------------------------------------------------------------
 
 
 @st.composite
 def inputs(draw):
-    """base, expert, reference, which, additive, as the engine makes them; experts often equal their reference."""
+    """base, expert, reference, which, additive, min_change, as the engine makes them; many equal their reference."""
     count, size = draw(shapes())
     rows = draw(st.integers(1, 3))
     reference = draw(fp32(rows, size))
@@ -40,73 +43,93 @@ def inputs(draw):
     equal = np.array(draw(st.lists(st.booleans(), min_size=count * size, max_size=count * size)), bool)
     expert = np.where(equal.reshape(count, size), reference[which], expert)
     additive = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)), np.bool_)
-    weight = np.array(draw(st.lists(WEIGHTS, min_size=count, max_size=count)))
-    return reference[0].copy(), expert, reference, which, additive, weight, draw(st.sampled_from([0.0, 0.0, 1e-3, 0.5]))
+    return reference[0].copy(), expert, reference, which, additive, draw(st.sampled_from([0.0, 0.0, 1e-3, 0.5]))
+
+
+def reduce(base, expert, reference, which, additive, min_change):
+    """where, delta, owner of a block, by the plain kernels."""
+    where = np.zeros(base.size, np.int32)
+    where = where[: PLAIN.changed(base, expert, reference, which, additive, min_change, where)]
+    delta, owner = np.empty((len(expert), where.size)), np.empty(where.size, np.int32)
+    PLAIN.deltas(base, expert, reference, which, additive, min_change, where, delta, owner)
+    return where, delta, owner
 
 
 @given(inputs())
-def test_deltas(given_):
-    base, expert, reference, which, additive, weight, min_change = given_
-    agree("deltas", base, expert, reference, which, additive, weight, min_change, np.full(expert.shape, 7.0))
+def test_changed_and_deltas(given_):
+    base, expert, reference, which, additive, min_change = given_
+    buffers = [np.zeros(base.size, np.int32) for _ in range(2)]
+    found = [k.changed(*given_, where) for k, where in zip((PLAIN, COMPILED), buffers)]  # "changed"
+    assert found[0] == found[1]
+    where = buffers[0][: found[0]]
+    assert where.tolist() == buffers[1][: found[1]].tolist()  # what lies behind is undefined
+    out, owner = np.full((len(expert), where.size), 7.0), np.full(where.size, 7, np.int32)
+    *_, out, owner = agree("deltas", *given_, where, out, owner)
+    # what they mean, in words of the design: support is "differs", filtered by η; every other coordinate is left out
+    exact = expert.astype(np.float64) - reference[which].astype(np.float64)
+    old = np.where(additive[:, None], base, reference[which]).astype(np.float64)
+    new = np.where(additive[:, None], old + exact, expert)
+    active = (exact != 0) & (np.abs(exact) > min_change * np.maximum(np.abs(old), np.abs(new)))
+    assert where.tolist() == np.flatnonzero(active.any(axis=0)).tolist()
+    assert (out == np.where(active, exact, 0.0)[:, where]).all()
+    sole = active[:, where].sum(axis=0) == 1
+    assert owner.tolist() == np.where(sole, active[:, where].argmax(axis=0), -1).tolist()
 
 
-@given(inputs())
-def test_linear(given_):
-    base, expert, _, _, additive, weight, _ = given_
+def test_changes_in_more_coordinates_than_a_tile():
+    rng = np.random.default_rng(1)
+    base = rng.integers(-1, 2, 5001).astype(np.float32)
+    expert = np.where(rng.random((3, 5001)) < 0.3, base + 1, base).astype(np.float32)
+    where = np.zeros(5001, np.int32)
+    which, additive = np.zeros(3, np.int64), np.zeros(3, np.bool_)
+    found = COMPILED.changed(base, expert, base[None], which, additive, 0.0, where)
+    assert where[:found].tolist() == np.flatnonzero((expert != base).any(axis=0)).tolist()
+
+
+@given(inputs(), st.data())
+def test_linear(given_, data):
+    base, expert, _, _, additive, _ = given_
+    weight = np.array([data.draw(WEIGHTS) for _ in expert])
     agree("linear", base, expert, additive, weight, np.full(base.shape, 7.0))
 
 
-@given(inputs())
-def test_census(given_):
-    base, expert, reference, which, additive, weight, min_change = given_
-    count = len(expert)
-    sign = np.sign(weight).astype(np.int64)
+@given(inputs(), st.data())
+def test_census(given_, data):
+    where, delta, owner = reduce(*given_)
+    count = len(delta)
+    sign = np.array([data.draw(st.sampled_from([-1, 0, 1, 1])) for _ in delta], np.int64)
     pairs = [np.ones((count, count), np.int64) for _ in range(2)]
-    counts = [np.ones(count, np.int64), np.ones(4, np.int64)]
-    agree("census", expert, reference, which, sign, min_change, base, additive, *counts, *pairs)
+    agree("census", delta, owner, sign, np.ones(count, np.int64), np.ones(4, np.int64), *pairs)
 
 
-def test_census_of_more_coordinates_than_a_tile():
-    rng = np.random.default_rng(1)
-    reference = rng.integers(-1, 2, (1, 3000)).astype(np.float32)
-    expert = rng.integers(-1, 2, (5, 3000)).astype(np.float32)
-    counts = [np.zeros(5, np.int64), np.zeros(4, np.int64), np.zeros((5, 5), np.int64), np.zeros((5, 5), np.int64)]
-    which, additive = np.zeros(5, np.int64), np.zeros(5, np.bool_)
-    found = agree("census", expert, reference, which, np.ones(5, np.int64), 0.0, reference[0], additive, *counts)
-    assert found[8].tolist() == (expert != reference).sum(axis=1).tolist()
+@given(inputs(), st.data(), st.sampled_from([1.0, 0.0, -0.5, 1.3]))
+def test_task_arithmetic(given_, data, scale):
+    where, delta, _ = reduce(*given_)
+    weight = np.array([data.draw(WEIGHTS) for _ in delta])
+    agree("task_arithmetic", given_[0], delta, where, weight, scale, np.full(given_[0].shape, 7.0))
 
 
-@st.composite
-def weighted_deltas(draw):
-    count, size = draw(shapes())
-    delta = draw(fp64(count, size))
-    weight = np.array(draw(st.lists(WEIGHTS, min_size=count, max_size=count)))
-    return draw(fp32(size)), delta, weight, draw(st.sampled_from([1.0, 0.0, -0.5, 1.3]))
+@given(inputs(), st.data(), st.sampled_from([1.0, 0.0, -0.5, 1.3]), st.booleans(), st.sampled_from([0, 1]))
+def test_ties(given_, data, scale, normalize, cancelled):
+    where, delta, owner = reduce(*given_)
+    delta = cut_some(delta, data)
+    weight = np.array([data.draw(WEIGHTS) for _ in delta])
+    out, counts = np.full(given_[0].shape, 7.0), np.ones(2, np.int64)
+    agree("ties", given_[0], delta, where, owner, weight, scale, normalize, cancelled, out, counts)
 
 
-@given(weighted_deltas())
-def test_task_arithmetic(given_):
-    base, delta, weight, scale = given_
-    agree("task_arithmetic", base, delta, weight, scale, np.full(base.shape, 7.0))
-
-
-@given(weighted_deltas(), st.booleans(), st.sampled_from([0, 1]))
-def test_ties(given_, normalize, cancelled):
-    base, delta, weight, scale = given_
-    agree("ties", base, delta, weight, scale, normalize, cancelled, np.full(base.shape, 7.0), np.ones(2, np.int64))
-
-
-@given(weighted_deltas(), st.sampled_from([0.0, 1e-5, 2.0**-9, 1.0]))
+@given(inputs(), st.sampled_from([0.0, 1e-5, 2.0**-9, 1.0]))
 def test_ram(given_, epsilon):
-    base, delta, weight, _ = given_
-    agree("ram", base, delta, epsilon, np.full(base.shape, 7.0), np.ones(len(weight), np.int64))
+    where, delta, _ = reduce(*given_)
+    agree("ram", given_[0], delta, where, epsilon, np.full(given_[0].shape, 7.0), np.ones(len(delta), np.int64))
 
 
 @given(st.sampled_from(SIZES), st.data())
 def test_realised(size, data):
     base, stored_base, stored = (data.draw(fp32(size)) for _ in range(3))
     intended = data.draw(fp64(size))
-    agree("realised", base, stored_base, intended, stored, np.ones(2, np.int64), np.array([0.1, 0.2, 0.3]))
+    where = np.array([i for i in range(size) if data.draw(st.booleans())], np.int32)
+    agree("realised", base, stored_base, intended, stored, where, np.ones(2, np.int64), np.array([0.1, 0.2, 0.3]))
 
 
 @given(shapes(), st.data())
@@ -124,17 +147,29 @@ def test_fisher_sums_of_long_rows(size):
 # -- sar -------------------------------------------------------------------------------------------------------------
 
 
+def cut_some(values, data):
+    """Some entries set to zero, as a trim does: owners stay."""
+    cut = [data.draw(st.booleans()) for _ in range(values.shape[1])]
+    return np.where(np.array(cut, bool)[None] & (np.arange(len(values)) % 2 == 0)[:, None], 0.0, values)
+
+
 @st.composite
 def conflicts(draw):
-    """Deltas with many zeros and ties, Fishers with zeros."""
+    """where, deltas with many ties and no empty column, owners; Fishers of the whole block, with zeros."""
     count, size = draw(shapes())
-    pool = st.sampled_from([0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-160, -1e-160, 5e-324, 6.8e38, *FP64[:8]])
-    delta = np.array(draw(st.lists(pool, min_size=count * size, max_size=count * size)), np.float64)
+    pool = st.sampled_from([0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-45, -1e-45, 6.8e38, *FP64[:8]])
+    flat = draw(st.lists(pool, min_size=count * size, max_size=count * size))
+    delta = np.array(flat, np.float64).reshape(count, size)
+    where = np.flatnonzero((delta != 0).any(axis=0)).astype(np.int32)
+    delta = np.ascontiguousarray(delta[:, where])
+    sole = (delta != 0).sum(axis=0) == 1
+    owner = np.where(sole, (delta != 0).argmax(axis=0), -1).astype(np.int32)
+    weight = np.array(draw(st.lists(st.sampled_from([1.0, 1.0, -1.0, 0.5]), min_size=count, max_size=count)))
     fisher = draw(fp32(count, size, least=0.0))
     mean = np.array(draw(st.lists(st.sampled_from([1.0, 0.3, 1e-12, 7.5]), min_size=count, max_size=count)))
     flat = draw(st.lists(st.sampled_from([0.0, 1.0, 0.25, 1 / 3]), min_size=25, max_size=25))
     phi = np.triu(np.array(flat).reshape(5, 5)[:count, :count], 1)
-    return delta.reshape(count, size), fisher, mean, phi + phi.T
+    return where, weight[:, None] * delta, owner, fisher, mean, phi + phi.T
 
 
 @pytest.mark.parametrize("arbitration", range(5))
@@ -144,42 +179,43 @@ def conflicts(draw):
     st.sampled_from([0.0, 1.0, 2.0]), st.data(),
 )  # fmt: skip
 def test_resolve(arbitration, agreement, given_, sensitivity, join, power, margin, data):
-    delta, fisher, mean, phi = given_
+    where, delta, owner, fisher, mean, phi = given_
     count, size = delta.shape
     keys, start = data.draw(words(count)), data.draw(START)
     if sensitivity == 2:
-        fisher, mean = np.empty((0, 0), np.float32), np.empty(0)
+        fisher, mean = np.empty((0, where.max(initial=0) + 1), np.float32), np.empty(0)
     found = agree(
         "resolve", delta, fisher, mean, sensitivity, arbitration, agreement, join, power, margin, phi, keys, start,
-        np.full(delta.shape, 7.0), np.full(size, 7, np.uint8), np.ones(count, np.int64), np.ones(4, np.int64),
+        where, owner, np.full(delta.shape, 7.0), np.full(size, 7, np.uint8), np.ones(count, np.int64),
+        np.ones(4, np.int64),
     )  # fmt: skip
-    resolved, whole = found[13], found[14]
+    resolved, whole = found[15], found[16]
     assert not resolved[delta == 0].any()
     assert set(whole.tolist()) <= {0, 1}
 
 
 @pytest.mark.parametrize("score", range(4))
-@given(conflicts())
-def test_scores(score, given_):
-    delta, fisher, mean, _ = given_
-    resolved = np.where(np.arange(delta.size).reshape(delta.shape) % 3 == 0, 0.0, delta * 0.5)
+@given(conflicts(), st.data())
+def test_scores(score, given_, data):
+    where, delta, _, fisher, mean, _ = given_
+    resolved = cut_some(delta, data) * 0.5
     out = np.full((1 if score == 2 else delta.shape[0], delta.shape[1]), 7.0, np.float32)
     with np.errstate(over="ignore"):
-        agree("scores", delta, resolved, fisher, mean, score, out)
+        agree("scores", delta, resolved, fisher, where, mean, score, out)
 
 
 @given(conflicts(), st.data(), st.sampled_from([1.0, 0.5]))
 def test_compose(given_, data, scale):
-    resolved = given_[0]
-    count, size = resolved.shape
+    where, resolved, owner, fisher, _, _ = given_
+    count, size = fisher.shape
+    resolved = cut_some(resolved, data)
     base, expert = data.draw(fp32(size)), data.draw(fp32(count, size))
     expert = np.where(expert > 1.0, np.float32(1.0), expert)  # equal stored values must be common
     gain = np.array(data.draw(st.lists(st.sampled_from([1.0, 1.2]), min_size=count, max_size=count)))
     unit = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)), np.bool_)
-    whole, dropped = (
-        np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)), np.uint8) for _ in range(2)
-    )
-    agree("compose", base, expert, resolved, gain, scale, unit, whole, dropped, np.full(size, 7.0))
+    whole, dropped = (np.array([data.draw(st.integers(0, 1)) for _ in where], np.uint8) for _ in range(2))
+    out = np.full(size, 7.0)
+    agree("compose", base, expert, resolved, where, owner, gain, scale, unit, whole, dropped, out)
 
 
 # -- trim ------------------------------------------------------------------------------------------------------------
@@ -187,26 +223,26 @@ def test_compose(given_, data, scale):
 
 @st.composite
 def ranked(draw):
-    """Values and scores as a method gives them: score 0 exactly where a value is 0; one row for all, sometimes."""
-    count, size = draw(shapes())
-    values = draw(fp64(count, size))
+    """where, values, owners and scores as a method gives them: 0 exactly where a value is 0; one row for all, sometimes."""
+    where, values, owner, *_ = draw(conflicts())
     shared = draw(st.booleans())
     with np.errstate(over="ignore"):
         scores = np.abs(values.astype(np.float32))
     scores = np.where(values != 0.0, np.maximum(scores, np.float32(1e-45)), np.float32(0.0))
-    return values, np.ascontiguousarray(scores[:1] if shared else scores)
+    return where, values, owner, np.ascontiguousarray(scores[:1] if shared else scores)
 
 
 @given(ranked())
 def test_coarse(given_):
-    _, scores = given_
+    _, _, owner, scores = given_
     shape = (len(scores), 65536)
-    agree("coarse", scores, np.ones(shape, np.int64), np.full(shape, 65535, np.uint16), np.zeros(shape, np.uint16))
+    counts = np.ones(shape, np.int64), np.full(shape, 65535, np.uint16), np.zeros(shape, np.uint16)
+    agree("coarse", scores, owner if len(scores) > 1 else np.full_like(owner, -1), *counts)
 
 
 @given(ranked(), st.data())
 def test_fine(given_, data):
-    _, scores = given_
+    scores = given_[3]
     present = [-1, *sorted({int(word) >> 15 for word in scores.view(np.uint32).ravel()})]
     bins = np.array([data.draw(st.sampled_from(present)) for _ in scores], np.int64)
     agree("fine", scores, bins, np.ones((len(scores), 32768), np.int64))
@@ -219,35 +255,38 @@ def threshold_of(scores, data):
 
 @given(ranked(), st.data(), START)
 def test_tie_hashes(given_, data, start):
-    _, scores = given_
+    where, _, _, scores = given_
     key = np.uint64(data.draw(st.integers(0, 2**64 - 1)))
-    agree("tie_hashes", scores[0], threshold_of(scores, data)[0], key, start)
+    agree("tie_hashes", scores[0], threshold_of(scores, data)[0], key, start, where)
 
 
 @given(ranked(), st.data(), START)
 def test_trim(given_, data, start):
-    values, scores = given_
-    count, size = values.shape
+    where, values, owner, scores = given_
     threshold, keys = threshold_of(scores, data), data.draw(words(len(scores)))
     cut = data.draw(words(len(scores)))
-    kept, dropped = np.ones(count, np.int64), np.zeros(size, np.uint8)
-    agree("trim", scores, threshold, cut, keys, start, values, kept, dropped)
+    kept, dropped = np.ones(len(values), np.int64), np.zeros(where.size, np.uint8)
+    found = agree("trim", scores, threshold, cut, keys, start, where, owner, values, kept, dropped)
+    after = found[8]
+    assert (found[9] - 1).tolist() == np.count_nonzero(after, axis=1).tolist()
+    assert found[10].astype(bool).tolist() == ((values != 0) & (after == 0)).any(axis=0).tolist()
 
 
 @given(ranked(), st.data(), START, st.booleans())
 def test_ramp(given_, data, start, inverse):
-    values, scores = given_
+    where, values, _, scores = given_
     rank = np.zeros((len(scores), 65536))
     rank[:] = np.arange(65536) / 65536
     low, high = np.full(len(scores), 0.2), np.full(len(scores), 0.9)
     keys = data.draw(words(len(scores)))
-    kept, dropped = np.ones(len(values), np.int64), np.zeros(values.shape[1], np.uint8)
-    agree("ramp", scores, rank, low, high, keys, start, values, inverse, kept, dropped)
+    kept, dropped = np.ones(len(values), np.int64), np.zeros(where.size, np.uint8)
+    agree("ramp", scores, rank, low, high, keys, start, where, values, inverse, kept, dropped)
 
 
-@given(shapes(), st.sampled_from([1, 2]), st.data())
-def test_kept_norms(shape, order, data):
-    agree("kept_norms", data.draw(fp64(*shape)), order, np.full(shape[0], 0.1))
+@given(conflicts(), st.sampled_from([1, 2]), st.data())
+def test_kept_norms(given_, order, data):
+    _, delta, owner, *_ = given_
+    agree("kept_norms", cut_some(delta, data), owner, order, np.full(len(delta), 0.1))
 
 
 # -- hash ------------------------------------------------------------------------------------------------------------

@@ -284,9 +284,9 @@ class KeptNorms(Norms):
         """Adds the norms of a block before and after."""
         assert isinstance(self.scorer, ResolvedUpdates)
         updates, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(updates, block.owner, self.order, summary["before"])
+        block.kernels.kept_norms(updates, self.order, summary["before"])
         cut(self.scorer, block, task, results, updates, scores)
-        block.kernels.kept_norms(updates, block.owner, self.order, summary["after"])
+        block.kernels.kept_norms(updates, self.order, summary["after"])
 
 
 def rescale_factors(task: Task, results: Mapping[str, Result]) -> NDArray[np.float64]:

@@ -91,7 +91,6 @@ class Ties(Method):
             block.base,
             deltas,
             block.where,
-            block.owner,
             task.per_model["weight"],
             float(task.values["lambda"]),
             bool(task.values["normalize"]),

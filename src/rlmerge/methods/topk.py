@@ -217,9 +217,9 @@ class Norms(_TopK):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds Σ|v| or Σv² of a block, before and after."""
         values, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(values, block.owner, self.order, summary["before"])
+        block.kernels.kept_norms(values, self.order, summary["before"])
         apply_cut(self.scorer, block, task, results, values, scores)
-        block.kernels.kept_norms(values, block.owner, self.order, summary["after"])
+        block.kernels.kept_norms(values, self.order, summary["after"])
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Norms (not their squares) per expert."""
@@ -240,7 +240,7 @@ def apply_cut(
     dropped = np.zeros(values.shape[1], np.uint8)
     threshold, cut = cut_of(results["ties"])
     block.kernels.trim(
-        scores, threshold, cut, scorer.keys(task), block.start, block.where, block.owner, values, kept, dropped
+        scores, threshold, cut, scorer.keys(task), block.start, block.where, values, kept, dropped
     )
     return kept, dropped
 

@@ -17,4 +17,4 @@ def kernel(function: F) -> F:
 
 def inlined(function: F) -> F:
     """A helper that kernels call per coordinate."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", inline="never")(function)  # type: ignore[return-value]
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[return-value]

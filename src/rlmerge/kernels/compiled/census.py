@@ -15,13 +15,21 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
     (unique, overlap, conflict, agreement) and, per pair, to overlap and conflict int64[K, K] (upper triangle).
     """
     count = delta.shape[0]
-    for j in range(delta.shape[1]):
-        k = owner[j]
-        if k >= 0:
-            present = sign[k] != 0
-            support[k] += present
-            regions[0] += present
-            continue
+    alone = np.zeros(count + 1, np.int64)
+    for j in range(owner.shape[0]):
+        alone[owner[j] + 1] += 1
+    for k in range(count):
+        if sign[k] != 0:
+            support[k] += alone[k + 1]
+            regions[0] += alone[k + 1]
+    several = np.empty(alone[0], np.int32)
+    found = 0
+    for j in range(owner.shape[0]):
+        if owner[j] < 0:
+            several[found] = j
+            found += 1
+    for place in range(found):
+        j = several[place]
         up = 0
         down = 0
         for k in range(count):
@@ -63,11 +71,10 @@ def realised(base, stored_base, intended, stored, where, counts, sums):
         i = where[j]
         update = intended[i] - np.float64(base[i])
         real = np.float64(stored[i]) - np.float64(stored_base[i])
-        if update != 0.0:
-            wanted += 1
-            survived += real != 0.0
-            square += update * update
-            product += update * real
+        wanted += update != 0.0
+        survived += update != 0.0 and real != 0.0
+        square += update * update
+        product += update * real
         real_square += real * real
     counts[0] += wanted
     counts[1] += survived

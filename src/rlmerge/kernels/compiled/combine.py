@@ -101,15 +101,20 @@ def task_arithmetic(base, delta, where, weight, scale, out):
     """base + scale·Σ weight[k]·δk into out fp64[n]."""
     for i in range(base.shape[0]):
         out[i] = np.float64(base[i])
-    for j in range(where.shape[0]):
-        sum_ = 0.0
+    sum_ = np.empty(TILE, np.float64)
+    for first in range(0, where.shape[0], TILE):
+        size = min(TILE, where.shape[0] - first)
+        sum_[:] = 0.0
         for k in range(delta.shape[0]):
-            sum_ += weight[k] * delta[k, j]
-        out[where[j]] += scale * sum_
+            row = delta[k, first : first + size]
+            for j in range(size):
+                sum_[j] += weight[k] * row[j]
+        for j in range(size):
+            out[where[first + j]] += scale * sum_[j]
 
 
 @kernel
-def ties(base, delta, where, owner, weight, scale, normalize, cancelled, out, counts):
+def ties(base, delta, where, weight, scale, normalize, cancelled, out, counts):
     """Elects a sign per coordinate and joins those who agree with it: TIES steps 2 and 3, into out fp64[n].
 
     delta fp64[K, m] is trimmed; the sign is that of Σ weight·δ, and where that is 0 it is `cancelled`: 0 (nobody
@@ -119,36 +124,36 @@ def ties(base, delta, where, owner, weight, scale, normalize, cancelled, out, co
         out[i] = np.float64(base[i])
     updates = 0
     draws = 0
-    for j in range(where.shape[0]):
-        first = 0
-        last = delta.shape[0]
-        if owner[j] >= 0:
-            first = owner[j]
-            last = first + 1
-        total = 0.0
-        any_ = False
-        for k in range(first, last):
-            value = weight[k] * delta[k, j]
-            total += value
-            any_ |= value != 0.0
-        if not any_:
-            continue
-        updates += 1
-        if total == 0.0:
-            draws += 1
-            if cancelled == 0:
-                continue
-        positive = total >= 0.0
-        sum_ = 0.0
-        divisor = 0.0
-        for k in range(first, last):
-            value = weight[k] * delta[k, j]
-            if value != 0.0 and (value > 0.0) == positive:
-                sum_ += value
-                divisor += weight[k]
-        if normalize and divisor != 0.0:
-            sum_ = sum_ / divisor
-        out[where[j]] += scale * sum_
+    total = np.empty(TILE, np.float64)
+    sum_ = np.empty(TILE, np.float64)
+    divisor = np.empty(TILE, np.float64)
+    any_ = np.empty(TILE, np.bool_)
+    for first in range(0, where.shape[0], TILE):
+        size = min(TILE, where.shape[0] - first)
+        total[:] = 0.0
+        sum_[:] = 0.0
+        divisor[:] = 0.0
+        any_[:] = False
+        for k in range(delta.shape[0]):
+            row = delta[k, first : first + size]
+            for j in range(size):
+                value = weight[k] * row[j]
+                total[j] += value
+                any_[j] |= value != 0.0
+        for k in range(delta.shape[0]):
+            row = delta[k, first : first + size]
+            for j in range(size):
+                value = weight[k] * row[j]
+                agrees = (value > 0.0) if total[j] >= 0.0 else (value < 0.0)
+                sum_[j] += value if agrees else 0.0
+                divisor[j] += weight[k] if agrees else 0.0
+        for j in range(size):
+            nobody = any_[j] and total[j] == 0.0
+            updates += any_[j]
+            draws += nobody
+            mean = sum_[j] / divisor[j] if normalize and divisor[j] != 0.0 else sum_[j]
+            i = where[first + j]
+            out[i] = out[i] + (0.0 if nobody and cancelled == 0 else scale * mean) if any_[j] else out[i]
     counts[0] += updates
     counts[1] += draws
 
@@ -161,14 +166,21 @@ def ram(base, delta, where, epsilon, out, counts):
     """
     for i in range(base.shape[0]):
         out[i] = np.float64(base[i])
-    for j in range(where.shape[0]):
-        sum_ = 0.0
-        number = 0
+    sum_ = np.empty(TILE, np.float64)
+    number = np.empty(TILE, np.float64)
+    for first in range(0, where.shape[0], TILE):
+        size = min(TILE, where.shape[0] - first)
+        sum_[:] = 0.0
+        number[:] = 0.0
         for k in range(delta.shape[0]):
-            value = delta[k, j]
-            seen = abs(value) > epsilon
-            sum_ += value if seen else 0.0
-            number += seen
-            counts[k] += (not seen) and value != 0.0
-        if number > 0:
-            out[where[j]] += sum_ / number
+            row = delta[k, first : first + size]
+            ignored = 0
+            for j in range(size):
+                seen = abs(row[j]) > epsilon
+                sum_[j] += row[j] if seen else 0.0
+                number[j] += 1.0 if seen else 0.0
+                ignored += row[j] != 0.0 and not seen
+            counts[k] += ignored
+        for j in range(size):
+            i = where[first + j]
+            out[i] = out[i] + sum_[j] / number[j] if number[j] > 0.0 else out[i]

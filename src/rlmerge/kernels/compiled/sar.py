@@ -14,6 +14,7 @@ import numpy as np
 from ._jit import inlined, kernel
 from .hash import hash64
 
+TILE = 2048
 ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 """Keeps the random winners apart from the random numbers of magprune, which have the same keys."""
 
@@ -119,6 +120,49 @@ def _clear(sens, count, margin):
     return first >= margin * second
 
 
+@inlined
+def _settle_pair(c, i, value, who, fisher, mean, sensitivity, agreement, out, whole, wins, counts):
+    """Two experts under the default rules: what the general path below does, without its scratch arrays."""
+    a = who[0]
+    b = who[1]
+    first = value[0]
+    second = value[1]
+    s = first * first
+    z = second * second
+    if sensitivity != 2:
+        weight_a = np.float64(fisher[a, i]) / mean[a]
+        weight_b = np.float64(fisher[b, i]) / mean[b]
+        s = weight_a * s if sensitivity == 0 else weight_a
+        z = weight_b * z if sensitivity == 0 else weight_b
+    if (first > 0.0) == (second > 0.0):
+        share_a = 0.5
+        share_b = 0.5
+        total = s + z
+        if agreement == 0 and total != 0.0:
+            share_a = s / total
+            share_b = z / total
+        out[a, c] = share_a * first
+        out[b, c] = share_b * second
+        whole[c] = 1
+        return
+    size_a = abs(first)
+    size_b = abs(second)
+    # 1: the first expert wins, -1: the second, 0: a draw
+    larger = (1 if size_a > size_b else 0) - (1 if size_a < size_b else 0)
+    winner = (1 if s > z else 0) - (1 if s < z else 0)
+    winner = winner if winner != 0 else larger
+    if sensitivity != 2:
+        counts[1] += larger == 0
+        counts[2] += larger != 0 and winner != 0
+        counts[3] += larger != 0 and winner == larger
+    counts[0] += winner == 0
+    wins[a] += winner > 0
+    wins[b] += winner < 0
+    out[a, c] = first if winner > 0 else 0.0
+    out[b, c] = second if winner < 0 else 0.0
+    whole[c] = winner != 0
+
+
 @kernel
 def resolve(
     delta,
@@ -154,13 +198,16 @@ def resolve(
     scratch = np.empty(experts, np.float64)
     chosen = np.empty(experts, np.bool_)
     other = np.empty(experts, np.bool_)
-    for c in range(delta.shape[1]):
-        if owner[c] >= 0:
-            k = owner[c]
-            out[:, c] = 0.0
-            out[k, c] = delta[k, c]
-            whole[c] = 1
-            continue
+    # where one expert changed the coordinate its update stays: copy everything, then settle the overlaps
+    out[:] = delta
+    whole[:] = 1
+    several = np.empty(owner.shape[0], np.int32)
+    found = 0
+    for c in range(owner.shape[0]):
+        several[found] = c
+        found += owner[c] < 0
+    for entry in range(found):
+        c = several[entry]
         whole[c] = 0
         count = 0
         positive = 0
@@ -171,6 +218,9 @@ def resolve(
                 value[count] = delta[k, c]
                 positive += delta[k, c] > 0.0
                 count += 1
+        if count == 2 and arbitration == 0 and agreement <= 1 and not join:
+            _settle_pair(c, where[c], value, who, fisher, mean, sensitivity, agreement, out, whole, wins, counts)
+            continue
         if count == 0:
             continue
         if count == 1:
@@ -275,6 +325,20 @@ def scores(delta, resolved, fisher, where, mean, score, out):
                 out[k, j] = max(np.float32(size), smallest) if resolved[k, j] != 0.0 else np.float32(0.0)
 
 
+@inlined
+def _common(expert, resolved, unit, c, i, otherwise):
+    """The stored value on which all who contribute at coordinate c agree, or `otherwise`."""
+    found = False
+    stored = np.float32(0.0)
+    for k in range(resolved.shape[0]):
+        if resolved[k, c] != 0.0:
+            if not unit[k] or (found and expert[k, i] != stored):
+                return otherwise
+            found = True
+            stored = expert[k, i]
+    return np.float64(stored)
+
+
 @kernel
 def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, dropped, out):
     """θ0 + scale·Σ gain[k]·t[k] into out fp64[n]; the stored value where one whole share returns to it.
@@ -284,24 +348,27 @@ def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, drop
     """
     for i in range(base.shape[0]):
         out[i] = np.float64(base[i])
-    for j in range(where.shape[0]):
-        i = where[j]
-        first = 0
-        last = resolved.shape[0]
-        if owner[j] >= 0:
-            first = owner[j]
-            last = first + 1
-        sum_ = 0.0
-        contributes = False
-        copy = whole[j] == 1 and dropped[j] == 0
-        stored = np.float32(0.0)
-        for k in range(first, last):
-            update = resolved[k, j]
-            if update != 0.0:
-                if not contributes:
-                    stored = expert[k, i]
-                copy = copy and unit[k] and expert[k, i] == stored
-                contributes = True
-                sum_ += gain[k] * update
-        if contributes:
-            out[i] = np.float64(stored) if copy else np.float64(base[i]) + scale * sum_
+    copies = False
+    for k in range(unit.shape[0]):
+        copies = copies or unit[k]
+    sum_ = np.empty(TILE, np.float64)
+    any_ = np.empty(TILE, np.bool_)
+    for first in range(0, where.shape[0], TILE):
+        size = min(TILE, where.shape[0] - first)
+        sum_[:] = 0.0
+        any_[:] = False
+        for k in range(resolved.shape[0]):
+            row = resolved[k, first : first + size]
+            for j in range(size):
+                sum_[j] += gain[k] * row[j]
+                any_[j] |= row[j] != 0.0
+        for j in range(size):
+            c = first + j
+            i = where[c]
+            moved = np.float64(base[i]) + scale * sum_[j]
+            if copies:
+                if owner[c] >= 0:
+                    moved = np.float64(expert[owner[c], i]) if unit[owner[c]] else moved
+                elif whole[c] == 1 and dropped[c] == 0 and any_[j]:
+                    moved = _common(expert, resolved, unit, c, i, moved)
+            out[i] = moved if any_[j] else out[i]

@@ -70,49 +70,65 @@ def tie_hashes(score, threshold, key, start, where):
 
 
 @kernel
-def trim(score, threshold, cut, keys, start, where, owner, values, kept, dropped):
+def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     """Zeroes, in place, the values fp64[K, m] of eligible coordinates that are not kept.
 
     Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[m] is set to
     1 where some expert's eligible coordinate was cut. `score` may have one row for all experts.
     """
-    shared = score.shape[0] == 1
-    for j in range(values.shape[1]):
-        first = 0
-        last = values.shape[0]
-        if owner[j] >= 0:
-            first = owner[j]
-            last = first + 1
-        for k in range(first, last):
-            if values[k, j] == 0.0:
-                continue
-            row = 0 if shared else k
-            size = score[row, j]
-            keep = size > threshold[row]
-            if not keep and size == threshold[row] and size > 0.0:
-                keep = hash64(keys[row], np.uint64(start + where[j])) <= cut[row]
-            if keep:
-                kept[k] += 1
-            else:
-                values[k, j] = 0.0
-                dropped[j] = 1
+    for k in range(values.shape[0]):
+        row = 0 if score.shape[0] == 1 else k
+        value = values[k]
+        size = score[row]
+        bound = threshold[row]
+        # one sweep without branches cuts what is below; ties are rarer and need a hash
+        number = 0
+        for j in range(value.shape[0]):
+            eligible = value[j] != 0.0
+            keep = size[j] >= bound
+            number += eligible and keep
+            dropped[j] |= np.uint8(eligible and not keep)
+            value[j] = value[j] if keep else 0.0
+        if bound > 0.0 and cut[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
+            for j in range(value.shape[0]):
+                if size[j] == bound and value[j] != 0.0 and hash64(keys[row], np.uint64(start + where[j])) > cut[row]:
+                    value[j] = 0.0
+                    dropped[j] = 1
+                    number -= 1
+        kept[k] += number
 
 
 @kernel
-def kept_norms(values, owner, order, total):
-    """Adds Σ|v| (order 1) or Σv² (order 2), per expert in coordinate order, for values fp64[K, m], to total fp64[K]."""
-    sums = np.zeros(values.shape[0])
-    for j in range(values.shape[1]):
-        first = 0
-        last = values.shape[0]
-        if owner[j] >= 0:
-            first = owner[j]
-            last = first + 1
-        for k in range(first, last):
-            value = values[k, j]
-            sums[k] += abs(value) if order == 1 else value * value
+def kept_norms(values, order, total):
+    """Adds Σ|v| (order 1) or Σv² (order 2), per expert in eight interleaved lanes, of fp64[K, m] to total fp64[K]."""
     for k in range(values.shape[0]):
-        total[k] += sums[k]
+        value = values[k]
+        even = value.shape[0] - value.shape[0] % 8
+        a = b = c = d = e = f = g = h = 0.0
+        if order == 1:
+            for i in range(0, even, 8):
+                a += abs(value[i])
+                b += abs(value[i + 1])
+                c += abs(value[i + 2])
+                d += abs(value[i + 3])
+                e += abs(value[i + 4])
+                f += abs(value[i + 5])
+                g += abs(value[i + 6])
+                h += abs(value[i + 7])
+        else:
+            for i in range(0, even, 8):
+                a += value[i] * value[i]
+                b += value[i + 1] * value[i + 1]
+                c += value[i + 2] * value[i + 2]
+                d += value[i + 3] * value[i + 3]
+                e += value[i + 4] * value[i + 4]
+                f += value[i + 5] * value[i + 5]
+                g += value[i + 6] * value[i + 6]
+                h += value[i + 7] * value[i + 7]
+        rest = 0.0
+        for i in range(even, value.shape[0]):
+            rest += abs(value[i]) if order == 1 else value[i] * value[i]
+        total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
 
 
 @kernel

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .lanes import sum_in_lanes
+
 
 def census(delta, owner, sign, support, regions, overlap, conflict):
     """Counts who changed what."""
@@ -34,12 +36,6 @@ def realised(base, stored_base, intended, stored, where, counts, sums):
 
 def fisher_sums(fisher, total, negative):
     """Adds the sum of each row, in eight interleaved lanes; counts negative entries."""
-    even = fisher.shape[1] - fisher.shape[1] % 8
     for k, row in enumerate(fisher.astype(np.float64)):
-        lanes = np.zeros(8)
-        if even:
-            lanes = np.cumsum(row[:even].reshape(-1, 8), axis=0)[-1]
-        rest = np.cumsum(row[even:])[-1] if even < len(row) else 0.0
-        a, b, c, d, e, f, g, h = lanes
-        total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
+        total[k] += sum_in_lanes(row)
         negative[k] += np.count_nonzero(row < 0)

@@ -55,7 +55,7 @@ def task_arithmetic(base, delta, where, weight, scale, out):
     out[where] += scale * sum_
 
 
-def ties(base, delta, where, owner, weight, scale, normalize, cancelled, out, counts):
+def ties(base, delta, where, weight, scale, normalize, cancelled, out, counts):
     """Elects a sign per coordinate and joins those who agree with it."""
     values = weight[:, None] * delta
     total = np.zeros(delta.shape[1])

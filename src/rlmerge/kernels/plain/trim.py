@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .hash import hash64
+from .lanes import sum_in_lanes
 
 
 def _places(start, where):
@@ -37,7 +38,7 @@ def tie_hashes(score, threshold, key, start, where):
     return hash64(key, _places(start, where[score == threshold]))
 
 
-def trim(score, threshold, cut, keys, start, where, owner, values, kept, dropped):
+def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     """Zeroes the values of eligible coordinates that are not kept."""
     places = _places(start, where)
     for k in range(values.shape[0]):
@@ -50,12 +51,10 @@ def trim(score, threshold, cut, keys, start, where, owner, values, kept, dropped
         values[k, ~keep] = 0.0
 
 
-def kept_norms(values, owner, order, total):
-    """Adds Σ|v| or Σv² in coordinate order (cumsum adds one after the other, np.sum does not)."""
-    for k in range(values.shape[0]):
-        if values.shape[1]:
-            terms = np.abs(values[k]) if order == 1 else values[k] * values[k]
-            total[k] += np.cumsum(terms)[-1]
+def kept_norms(values, order, total):
+    """Adds Σ|v| or Σv² per expert, in eight interleaved lanes."""
+    for k, value in enumerate(values):
+        total[k] += sum_in_lanes(np.abs(value) if order == 1 else value * value)
 
 
 def ramp(score, rank, low, high, keys, start, where, values, inverse, kept, dropped):
