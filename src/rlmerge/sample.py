@@ -39,9 +39,7 @@ def take_sample(plan: Plan) -> dict[str, Any]:
     space = Space()
     try:
         for tensor, start, stop in runs:
-            wanted = frozenset({"base", "expert", "fisher"})
-            block = inputs.block(tensor, start, stop, wanted, space)
-            total.add(block)
+            total.add(inputs.block(tensor, start, stop, space))
     finally:
         inputs.close()
     return total.to_dict(plan.experts)
@@ -87,7 +85,7 @@ class _Tally:
             value[block.where] += delta
             self.changed[k] += np.count_nonzero(changed)
             self.small[k] += np.count_nonzero(changed & (np.abs(delta) <= 1e-5))
-            self.squares[k] += [base @ base, value @ value, base @ value, delta @ delta]
+            self.squares[k] += [np.sum(x * y) for x, y in ((base, base), (value, value), (base, value), (delta, delta))]
             for j in range(k):
                 both = changed & (block.delta[j] != 0)
                 self.overlap[j, k] += np.count_nonzero(both)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_a_full_disk_is_known_before_anything_is_written(recipe, tmp_path, monke
 def test_a_disk_that_fills_up_later_is_one_message(recipe, tmp_path, monkeypatch, call):
     """Weights (pwrite) or journal (write): OutputError, and the same command continues."""
     original = getattr(os, call)
-    left = [12]
+    left = [3]
 
     def full(handle, *arguments):
         left[0] -= 1
@@ -218,8 +219,6 @@ def test_a_disk_that_fills_up_later_is_one_message(recipe, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
-        if call == "write":
-            left[0] = 3
         with pytest.raises(OutputError, match="No space left"):
             merge(recipe, tmp_path / "out", threads=2)
     assert not (tmp_path / "out").exists()
@@ -227,8 +226,6 @@ def test_a_disk_that_fills_up_later_is_one_message(recipe, tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_full_for_the_small_files_is_one_message(recipe, tmp_path, monkeypatch):
-    from pathlib import Path
-
     def full(self, data):
         raise OSError(28, "No space left on device")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from tests.methods.small_models import make_recipe, small_blocks, some_fishers, 
 
 import rlmerge
 from rlmerge.errors import OutputError
-from rlmerge.execute.local import LocalRun
+from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.work import Worker
 
 # the command line in a process of its own, with units small enough that kills land between many of them
@@ -217,7 +219,7 @@ def test_finished_units_are_not_read_again(models, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cut", [1, 2, 30, "line"])
 def test_a_journal_line_cut_in_half(models, tmp_path, monkeypatch, cut):
-    recipe = recipe_of(models, "sar", SAR["default"])
+    recipe = recipe_of(models, "ram", {})  # has no stages, so the last line is a unit's
     expected = contents(finish(recipe, tmp_path / "whole").out)
     journal = interrupted(monkeypatch, recipe, tmp_path / "out", 4) / "journal.jsonl"
     data = journal.read_bytes()
@@ -292,6 +294,7 @@ def test_only_its_own_merge_is_continued(models, tmp_path, monkeypatch, change):
         rlmerge.merge_to_folder(other, tmp_path / "out")
     assert "out.unfinished" in str(caught.value)
     expected = contents(finish(other, tmp_path / "whole").out)
+    # the refusal gave the folder free again
     outcome = finish(other, tmp_path / "out", overwrite=True)
     assert (outcome.resumed_units, contents(outcome.out)) == (0, expected)
 
@@ -321,9 +324,6 @@ def test_an_unfinished_sweep_is_continued(models, tmp_path, monkeypatch):
 
 # -- the last moments --------------------------------------------------------------------------------------------------
 
-MOMENTS = ["before the small files", "before the rename", "after the old folder moved", "before the old one is removed"]
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moment", range(6))
 def test_stopped_at_the_end(models, tmp_path, monkeypatch, overwrite, moment):
@@ -350,21 +350,16 @@ def test_stopped_at_the_end(models, tmp_path, monkeypatch, overwrite, moment):
         started: list[bool] = []
         for name in ("rename", "unlink", "rmdir"):
             guard(name, Path)
-        guard("rmtree", __import__("shutil"))
+        guard("rmtree", shutil)
         guard("rename", os)
         guard("replace", os)
-        finish_folder = rlmerge.execute.folder.OutputFolder.finish
-        patch.setattr(
-            "rlmerge.execute.folder.OutputFolder.finish", lambda self: started.append(True) or finish_folder(self)
-        )
-        try:
+        last = OutputFolder.finish
+        patch.setattr(OutputFolder, "finish", lambda self: started.append(True) or last(self))
+        with contextlib.suppress(Stop):
             finish(recipe, tmp_path / "out", overwrite=overwrite)
-        except Stop:
-            pass
     out = tmp_path / "out"
     if out.exists() and contents(out, but=("run.log", "journal.jsonl", "lock")) == expected:
         return  # it is whole: at most something to tidy away
     if overwrite:
         assert out.exists() or (tmp_path / "out.unfinished").exists()
     assert contents(finish(recipe, out, overwrite=overwrite).out) == expected
-    assert issubclass(LocalRun, object)

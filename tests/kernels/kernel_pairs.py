@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -44,22 +45,28 @@ def words(size: int) -> st.SearchStrategy[Any]:
     return hnp.arrays(np.uint64, size, elements=st.integers(0, 2**64 - 1))
 
 
-def raw(value: Any) -> Any:
-    return value.tobytes() if isinstance(value, np.ndarray) else value
+def names_of(kernels: Any, name: str) -> list[str]:
+    function = getattr(kernels, name)
+    return list(inspect.signature(getattr(function, "py_func", function)).parameters)
 
 
-def agree(name: str, *arguments: Any) -> list[Any]:
-    """Calls both twins of a kernel with copies of the arguments; returns those of the plain one, as it left them."""
+def agree(name: str, **arguments: Any) -> dict[str, Any]:
+    """Calls both twins of a kernel with copies of those arguments that it takes, and compares what they leave.
+
+    Returns the arguments as the plain one left them, and its 'result'.
+    """
+    names = names_of(PLAIN, name)
+    assert names == names_of(COMPILED, name)
     found = []
     for kernels in (PLAIN, COMPILED):
-        copies = [value.copy() if isinstance(value, np.ndarray) else value for value in arguments]
-        result = getattr(kernels, name)(*copies)
-        found.append([result, *copies])
-    for place, (plain, compiled) in enumerate(zip(*found)):
+        copies = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in arguments.items()}
+        result = getattr(kernels, name)(*(copies[key] for key in names))
+        found.append({"result": result} | copies)
+    for key, plain in found[0].items():
+        compiled = found[1][key]
         if isinstance(plain, np.ndarray):
             assert plain.dtype == compiled.dtype
-            where = f"{name}, argument {place - 1}" if place else f"result of {name}"
-            assert raw(plain) == raw(compiled), f"{where}:\n{plain!r}\n{compiled!r}"
+            assert plain.tobytes() == compiled.tobytes(), f"{name}, {key}:\n{plain!r}\n{compiled!r}"
         else:
-            assert plain == compiled, f"{name}, {place}: {plain} {compiled}"
+            assert plain == compiled, f"{name}, {key}: {plain} {compiled}"
     return found[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import CheckpointError, NonFiniteError
-from rlmerge.methods.base import Block
+from rlmerge.methods.base import Block, Kept
 from rlmerge.plan import BLOCK, ExpertSource, Place, Plan, TensorPlan
 
 NOTHING = np.empty((0, 0), np.float32)
@@ -41,21 +41,192 @@ class Space:
         return flat[:size].reshape(shape)
 
 
-@dataclass(slots=True)
 class Hashes:
-    """Running xxh3-128 of the bytes that a unit reads: base, experts, Fishers."""
+    """Running xxh3-128 of what a unit reads of each input: base, experts, Fishers, in the order of coordinates.
 
-    states: list[Any] = field(default_factory=list)
+    Several stages read the same bytes; each input is hashed the first time that it is read from the start.
+    """
 
-    def update(self, place: int, data: Any) -> None:
-        """Adds bytes of input number `place`."""
-        while len(self.states) <= place:
-            self.states.append(xxhash.xxh3_128())
-        self.states[place].update(data)
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.states: dict[int, Any] = {}
+        self.reached: dict[int, int] = {}
 
-    def digests(self) -> list[str]:
-        """Hexadecimal digests, in the order of the inputs."""
-        return [state.hexdigest() for state in self.states]
+    def update(self, number: int, start: int, stop: int, data: Any) -> None:
+        """Adds the bytes of coordinates [start, stop) of input `number`, unless they were added before."""
+        if self.reached.get(number, self.start) == start:
+            self.states.setdefault(number, xxhash.xxh3_128()).update(data)
+            self.reached[number] = stop
+
+    def digests(self, count: int) -> list[str]:
+        """Hexadecimal digests of inputs 0 … count - 1; '' for one that was never read."""
+        return [self.states[number].hexdigest() if number in self.states else "" for number in range(count)]
+
+
+class Memo:
+    """What stages keep of blocks for the next stage of the same tensor, within a number of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._held: dict[int, dict[tuple[int, Hashable], Any]] = {}
+        self._bytes: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def get(self, tensor: int, start: int, key: Hashable) -> Any:
+        """What is kept, or None."""
+        return self._held.get(tensor, {}).get((start, key))
+
+    def put(self, tensor: int, start: int, key: Hashable, value: Any) -> bool:
+        """Keeps a value if there is room."""
+        size = bytes_of(value)
+        with self._lock:
+            if sum(self._bytes.values()) + size > self.budget:
+                return False
+            self._held.setdefault(tensor, {})[start, key] = value
+            self._bytes[tensor] = self._bytes.get(tensor, 0) + size
+            return True
+
+    def drop(self, tensor: int) -> None:
+        """Forgets a tensor."""
+        with self._lock:
+            self._held.pop(tensor, None)
+            self._bytes.pop(tensor, None)
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of the arrays in a value: an array, a tuple or dict of values, an object with __dict__."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, (tuple, list)):
+        return sum(map(bytes_of, value))
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
+    return bytes_of(vars(value)) if hasattr(value, "__dict__") else 32
+
+
+class InputBlock(Block):
+    """A block that reads what is asked of it, once."""
+
+    def __init__(
+        self, inputs: Inputs, tensor: int, start: int, stop: int, space: Space, hashes: Hashes | None, memo: Memo | None
+    ) -> None:
+        self.start = start
+        self.size = stop - start
+        self.kernels = inputs.kernels
+        self._inputs = inputs
+        self._tensor = tensor
+        self._plan = inputs.plan.tensors[tensor]
+        self._space = space
+        self._hashes = hashes
+        self._memo = memo
+        self._read: dict[str, Any] = {}
+
+    @property
+    def base(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if "base" not in self._read:
+            out = self._space.get("base", (self.size,), np.float32)
+            if self._plan.base is None:
+                out[:] = 0.0
+            else:
+                self._inputs.decode(self._plan, self._plan.base, self.start, out, self._space, self._hashes, 0)
+            self._read["base"] = out
+        return self._read["base"]
+
+    @property
+    def expert(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if "expert" not in self._read:
+            out = self._space.get("expert", (len(self._plan.experts), self.size), np.float32)
+            for k, source in enumerate(self._plan.experts):
+                if source.kind == "base":
+                    out[k] = self.base
+                elif source.place is not None:
+                    place, number = source.place, 1 + k
+                    self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
+                else:
+                    self._inputs.low_rank(self._tensor, k, self.start, out[k], self._space, self._hashes)
+            self._read["expert"] = out
+        return self._read["expert"]
+
+    @property
+    def additive(self) -> NDArray[np.bool_]:
+        """From the plan."""
+        return np.array([source.kind == "low_rank" for source in self._plan.experts], np.bool_)
+
+    @property
+    def fisher(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if not self._plan.fishers:
+            return NOTHING
+        if "fisher" not in self._read:
+            count = len(self._plan.experts)
+            out = self._space.get("fisher", (count, self.size), np.float32)
+            for k, place in enumerate(self._plan.fishers):
+                number = 1 + count + k
+                self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
+            self._read["fisher"] = out
+        return self._read["fisher"]
+
+    @property
+    def where(self) -> NDArray[np.int32]:
+        """Found on first use, or kept from an earlier stage."""
+        return self._support()[0]
+
+    @property
+    def owner(self) -> NDArray[np.int32]:
+        """Found on first use, or kept from an earlier stage."""
+        return self._support()[1]
+
+    @property
+    def delta(self) -> NDArray[np.float64]:
+        """Formed on first use."""
+        if "delta" not in self._read:
+            self._find_changes()
+        return self._read["delta"]
+
+    def _support(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        if "support" not in self._read:
+            kept = None if self._memo is None else self._memo.get(self._tensor, self.start, "support")
+            if kept is not None:
+                self._read["support"] = kept
+            else:
+                self._find_changes()
+        return self._read["support"]
+
+    def _find_changes(self) -> None:
+        plan, base, expert, space = self._plan, self.base, self.expert, self._space
+        reference, which = self._inputs.references(plan, base, space)
+        eta, additive = self._inputs.min_change, self.additive
+        buffer = space.get("where", base.shape, np.int32)
+        found = self.kernels.changed(base, expert, reference, which, additive, eta, buffer)
+        where = buffer[:found].copy()
+        delta = space.get("delta", (expert.shape[0], found), np.float64)
+        owner = np.empty(found, np.int32)
+        self.kernels.deltas(base, expert, reference, which, additive, eta, where, delta, owner)
+        self._read["delta"] = delta
+        if "support" not in self._read:
+            self._read["support"] = (where, owner)
+            if self._memo is not None:
+                self._memo.put(self._tensor, self.start, "support", (where, owner))
+
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """From memory if it is there."""
+        if self._memo is None:
+            return make()
+        kept = self._memo.get(self._tensor, self.start, key)
+        if kept is None:
+            kept = make()
+            self._memo.put(self._tensor, self.start, key, kept)
+        return kept
+
+    def read_all(self) -> None:
+        """Reads what no stage has asked for, so that its bytes are in the provenance."""
+        assert self._hashes is not None
+        for number in range(1 + len(self._plan.experts) + len(self._plan.fishers)):
+            if self._hashes.reached.get(number, self._hashes.start) <= self.start:
+                _ = (self.base, self.expert, self.fisher)
+                return
 
 
 class Inputs:
@@ -117,51 +288,18 @@ class Inputs:
         return self._handles[file]
 
     def block(
-        self, tensor: int, start: int, stop: int, wanted: frozenset[str], space: Space, hashes: Hashes | None = None
-    ) -> Block:
-        """Coordinates [start, stop) of a tensor, decoded; only what is `wanted` of base, expert, fisher is read."""
-        plan = self.plan.tensors[tensor]
-        count, size = len(plan.experts), stop - start
-        base = space.get("base", (size,), np.float32)
-        expert = fisher = NOTHING
-        where, delta, owner = np.empty(0, np.int32), np.empty((count, 0)), np.empty(0, np.int32)
-        additive = np.zeros(count, np.bool_)
-        if "base" in wanted and plan.base is not None:
-            self._decode(plan, plan.base, start, base, space, hashes, 0)
-        elif "expert" in wanted:
-            base[:] = 0.0
-        if "expert" in wanted:
-            expert = space.get("expert", (count, size), np.float32)
-            for k, source in enumerate(plan.experts):
-                self._expert(plan, tensor, source, start, base, expert[k], space, hashes, 1 + k)
-                additive[k] = source.kind == "low_rank"
-            if plan.base is not None:
-                where, delta, owner = self._changes(plan, base, expert, additive, space)
-        if "fisher" in wanted and plan.fishers:
-            fisher = space.get("fisher", (count, size), np.float32)
-            for k, place in enumerate(plan.fishers):
-                self._decode(plan, place, start, fisher[k], space, hashes, 1 + count + k)
-        return Block(base, expert, additive, fisher, where, delta, owner, start, self.kernels)
-
-    def _changes(
         self,
-        plan: TensorPlan,
-        base: NDArray[np.float32],
-        expert: NDArray[np.float32],
-        additive: NDArray[np.bool_],
+        tensor: int,
+        start: int,
+        stop: int,
         space: Space,
-    ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int32]]:
-        """The coordinates that some expert changed, the deltas there, and who owns them."""
-        reference, which = self._references(plan, base, space)
-        where = space.get("where", base.shape, np.int32)
-        found = self.kernels.changed(base, expert, reference, which, additive, self.min_change, where)
-        where = where[:found]
-        delta = space.get("delta", (expert.shape[0], found), np.float64)
-        owner = space.get("owner", (found,), np.int32)
-        self.kernels.deltas(base, expert, reference, which, additive, self.min_change, where, delta, owner)
-        return where, delta, owner
+        hashes: Hashes | None = None,
+        memo: Memo | None = None,
+    ) -> InputBlock:
+        """Coordinates [start, stop) of a tensor; valid until the next block is made with the same space."""
+        return InputBlock(self, tensor, start, stop, space, hashes, memo)
 
-    def _decode(
+    def decode(
         self,
         tensor: TensorPlan,
         place: Place,
@@ -171,11 +309,14 @@ class Inputs:
         hashes: Hashes | None,
         number: int,
     ) -> None:
+        """Fills out fp32[n] with stored values from coordinate `start`; NonFiniteError unless the recipe allows it."""
         width = WIDTH[place.dtype]
         if place.dtype == "F32":
             raw = out.view(np.uint8)
             self.read_into(place, start * width, raw)
-            bad = self.kernels.count_nonfinite(out)
+            # bytes that were hashed before were also looked at before
+            seen = hashes is not None and hashes.reached.get(number, hashes.start) > start
+            bad = 0 if seen else self.kernels.count_nonfinite(out)
         else:
             words = space.get("raw", (out.shape[0],), np.uint16)
             raw = words.view(np.uint8)
@@ -183,7 +324,7 @@ class Inputs:
             decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
             bad = decode(words, out)
         if hashes is not None:
-            hashes.update(number, raw)
+            hashes.update(number, start, start + out.shape[0], raw)
         if bad and not self.allow_nonfinite:
             self._refuse(tensor, place, start, out)
 
@@ -196,32 +337,21 @@ class Inputs:
             "lets inputs pass where the result stays finite."
         )
 
-    def _expert(
-        self,
-        plan: TensorPlan,
-        tensor: int,
-        source: ExpertSource,
-        start: int,
-        base: NDArray[np.float32],
-        out: NDArray[np.float32],
-        space: Space,
-        hashes: Hashes | None,
-        number: int,
+    def low_rank(
+        self, tensor: int, k: int, start: int, out: NDArray[np.float32], space: Space, hashes: Hashes | None
     ) -> None:
-        if source.kind == "base":
-            out[:] = base
-        elif source.place is not None:
-            self._decode(plan, source.place, start, out, space, hashes, number)
-        else:
-            a, b, raw = self._factors(tensor, number, source, plan, space)
-            if hashes is not None:
-                hashes.update(number, raw)
-            row = prod(plan.shape[1:])
-            first, last = start // row, -(-(start + out.shape[0]) // row)
-            rows = a[:, first:last].T @ b.T if source.transposed else b[first:last] @ a
-            offset = start - first * row
-            # fp32 of the fp64 product, never rounded to the storage dtype (design, section 5)
-            out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
+        """Fills out fp32[n] with scale·B·A (or its transpose) from coordinate `start` of adapter number k."""
+        plan = self.plan.tensors[tensor]
+        source = plan.experts[k]
+        a, b, digest = self._factors(tensor, k, source, plan, space)
+        if hashes is not None:
+            hashes.update(1 + k, start, start + out.shape[0], digest)
+        row = prod(plan.shape[1:])
+        first, last = start // row, -(-(start + out.shape[0]) // row)
+        rows = a[:, first:last].T @ b.T if source.transposed else b[first:last] @ a
+        offset = start - first * row
+        # fp32 of the fp64 product, never rounded to the storage dtype (design, section 5)
+        out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
 
     def _factors(
         self, tensor: int, number: int, source: ExpertSource, plan: TensorPlan, space: Space
@@ -256,7 +386,7 @@ class Inputs:
         decode = self.kernels.decode_bf16 if dtype == "BF16" else self.kernels.decode_f16
         return decode(raw.view(np.uint16), out)
 
-    def _references(
+    def references(
         self, plan: TensorPlan, base: NDArray[np.float32], space: Space
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Row 0 is the base; further rows are the base cast to an expert's narrower dtype, or zeros for adapters."""

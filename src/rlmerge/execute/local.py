@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rlmerge.methods.base import Result, Stage, Summary, Task
+from rlmerge.methods.base import Result, Stage, Summary
 
 from .inputs import Space
 from .journal import Journal
-from .work import EVERYTHING, UnitRecord, Worker, Write
+from .work import Worker, Write
 
 T = TypeVar("T")
 Wanted = list[tuple[int, Stage]]
@@ -163,7 +163,7 @@ class LocalRun:
             results = [self.journal.results.of(g, name) for g in range(len(self.worker.leaders))]
             record = self.worker.merge(walk.tensor, unit, results, write, self._space())
             self.journal.unit(record)
-            return lambda: None
+            return lambda: self._merged(walk)
 
         self._run(queue, work, more)
 
@@ -176,6 +176,11 @@ class LocalRun:
         if walk.left == 0:
             self._finish(walk, {g: total.total for (g, _), total in zip(walk.wanted, walk.totals)})
             self._advance(walk, last, merges, queue)
+
+    def _merged(self, walk: _Walk) -> None:
+        walk.left -= 1
+        if walk.left == 0:
+            self.worker.memo.drop(walk.tensor)
 
     def _finish(self, walk: _Walk, totals: dict[int, Summary]) -> None:
         """Reduces one step of a tensor for every group that has it."""
@@ -207,7 +212,10 @@ class LocalRun:
         walk.step, walk.wanted = last, []
         if merges:
             left = [unit for unit in units if (walk.tensor, unit) not in self.journal.units]
+            walk.left = len(left)
             queue.extendleft((walk, unit) for unit in reversed(left))
+        else:
+            self.worker.memo.drop(walk.tensor)
 
     # -- threads --------------------------------------------------------------------------------------------------
 
@@ -268,6 +276,3 @@ class LocalRun:
             raise
         if failures:
             raise failures[0]
-
-
-__all__ = ["EVERYTHING", "LocalRun", "Task", "UnitRecord"]

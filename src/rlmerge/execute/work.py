@@ -7,7 +7,7 @@ stages and a unit, the outcome is determined to the bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,9 +23,8 @@ from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
 from rlmerge.recipe import Recipe
 
-from .inputs import Hashes, Inputs, Space, blocks_of, cast
+from .inputs import Hashes, InputBlock, Inputs, Memo, Space, blocks_of, cast
 
-EVERYTHING = frozenset({"base", "expert", "fisher"})
 FORMATS = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126)}
 """Fraction bits and smallest exponent, for stochastic rounding."""
 
@@ -48,9 +47,11 @@ class UnitRecord:
 class Worker:
     """A plan ready to be worked on: open inputs, resolved tasks, stages. Threads share it."""
 
-    def __init__(self, plan: Plan, kernels: ModuleType) -> None:
+    def __init__(self, plan: Plan, kernels: ModuleType, keep_bytes: int = 0) -> None:
         self.plan = plan
         self.kernels = kernels
+        self.memo = Memo(keep_bytes)
+        self._hashes: dict[tuple[int, int], Hashes] = {}
         self.inputs = Inputs(plan, kernels)
         self._tasks: dict[tuple[int, int], Task] = {}
         self.resolvers = [Resolver(recipe, recipe.method, plan.layers) for recipe in plan.variants]
@@ -92,11 +93,12 @@ class Worker:
         plan = self.plan.tensors[tensor]
         count = len(plan.experts)
         summaries = [stage.empty(count) for _, stage, _ in wanted]
-        reads = frozenset().union(*(stage.inputs for _, stage, _ in wanted))
-        for start, stop in blocks_of(plan, unit):
-            block = self.inputs.block(tensor, start, stop, reads, space)
+        for block in self._blocks(tensor, unit, space):
             for (group, stage, results), summary in zip(wanted, summaries):
-                stage.measure(block, self.task(self.leaders[group], tensor), results, summary)
+                task = self.task(self.leaders[group], tensor)
+                stage.measure(block, task, results, summary)
+                if stage.scope == "tensor":
+                    self._census(block, group, task)
         return summaries
 
     def merge(
@@ -107,29 +109,39 @@ class Worker:
         if plan.carry is not None:
             return self._carry(plan, tensor, unit, write)
         variants = range(len(self.plan.variants))
-        hashes, written = Hashes(), [xxhash.xxh3_128() for _ in variants]
+        written = [xxhash.xxh3_128() for _ in variants]
         stats = [_Stats() for _ in variants]
         census = [_Stats() for _ in self.leaders]
-        for start, stop in blocks_of(plan, unit):
-            block = self.inputs.block(tensor, start, stop, EVERYTHING, space, hashes)
+        for block in self._blocks(tensor, unit, space):
+            block.read_all()
             if self.plan.has_base:
                 for group, leader in enumerate(self.leaders):
-                    census[group].add(_census(block, self.task(leader, tensor)))
+                    census[group].add(self._census(block, group, self.task(leader, tensor)))
             for variant in variants:
                 task = self.task(variant, tensor)
                 merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
                 stats[variant].add(merged.stats)
                 raw = self._encode(plan, variant, block, merged, stats[variant], space)
                 written[variant].update(raw)
-                write(variant, tensor, start, raw)
+                write(variant, tensor, block.start, raw)
+        hashes = self._hashes.pop((tensor, unit))
         return UnitRecord(
             tensor,
             unit,
             [state.hexdigest() for state in written],
-            hashes.digests(),
+            hashes.digests(1 + len(plan.experts) + len(plan.fishers)),
             [entry.to_lists() for entry in stats],
             [entry.to_lists() for entry in census],
         )
+
+    def _blocks(self, tensor: int, unit: int, space: Space) -> Iterator[InputBlock]:
+        plan = self.plan.tensors[tensor]
+        hashes = self._hashes.setdefault((tensor, unit), Hashes(plan.units[unit][0]))
+        for start, stop in blocks_of(plan, unit):
+            yield self.inputs.block(tensor, start, stop, space, hashes, self.memo)
+
+    def _census(self, block: Block, group: int, task: Task) -> dict[str, NDArray[Any]]:
+        return block.keep(("census", group), lambda: count_changes(block, task))
 
     def _encode(
         self, plan: TensorPlan, variant: int, block: Block, merged: Merged, stats: _Stats, space: Space
@@ -167,16 +179,16 @@ class Worker:
         place = plan.base
         assert place is not None
         width = WIDTH[place.dtype]
-        written, hashes = xxhash.xxh3_128(), Hashes()
+        written, hashes = xxhash.xxh3_128(), Hashes(plan.units[unit][0])
         for start, stop in blocks_of(plan, unit):
             raw = np.empty((stop - start) * width, np.uint8)
             self.inputs.read_into(place, start * width, raw)
-            hashes.update(0, raw)
+            hashes.update(0, start, stop, raw)
             written.update(raw)
             for variant in range(len(self.plan.variants)):
                 write(variant, tensor, start, raw)
         digest = written.hexdigest()
-        return UnitRecord(tensor, unit, [digest] * len(self.plan.variants), hashes.digests(), [], [])
+        return UnitRecord(tensor, unit, [digest] * len(self.plan.variants), hashes.digests(1), [], [])
 
 
 class _Stats:
@@ -193,7 +205,8 @@ class _Stats:
         return {key: value.tolist() for key, value in self.total.items()}
 
 
-def _census(block: Block, task: Task) -> dict[str, NDArray[Any]]:
+def count_changes(block: Block, task: Task) -> dict[str, NDArray[Any]]:
+    """Supports, regions and conflicts of pairs in a block, as arrays that add up."""
     count = len(task.experts)
     weight = task.per_model.get("weight", np.ones(count))
     support, regions = np.zeros(count, np.int64), np.zeros(4, np.int64)

@@ -8,10 +8,10 @@ add up in block order, and a reduction to a small result. Stages and merge see t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ Scope = Literal["tensor", "model"]
 Law = Literal["permutation", "scaling", "identity", "sign", "zero"]
 Summary = dict[str, NDArray[Any]]
 Result = dict[str, Any]
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,39 +85,65 @@ class Task:
         return sum(side > 1 for side in self.shape) >= 2
 
 
-@dataclass(slots=True)
-class Block:
+class Block(ABC):
     """A run of n consecutive coordinates of one tensor, decoded to fp32, and the m of them that some expert changed.
 
-    A delta is `float64(expert) - float64(reference)`, formed by the engine: the reference is the base, or the base cast
-    to the narrower dtype of the expert and back, or nothing where the expert already is a delta (LoRA; then
-    `additive[k]` is true and expert[k] holds δ). So every method sees one rule, whatever an expert was stored as.
+    Nothing is read before it is asked for: a method that never looks at `fisher` costs no byte of it. A delta is
+    `float64(expert) - float64(reference)`, formed by the engine: the reference is the base, or the base cast to the
+    narrower dtype of the expert and back, or nothing where the expert already is a delta (LoRA; then `additive[k]` is
+    true and expert[k] holds δ). So every method sees one rule, whatever an expert was stored as. Arrays belong to the
+    engine: read them, copy them, do not write into them.
 
-    base         fp32[n]
-    expert       fp32[K, n]; a value, or a delta where additive
-    additive     bool[K]
-    fisher       fp32[K, n] or [0, 0]
-    where        int32[m], ascending: the coordinates where some delta is not 0
-    delta        fp64[K, m]: deltas there, unweighted; 0 where that expert changed nothing (η applied)
-    owner        int32[m]: the one expert that changed the coordinate, or -1 where several did
     start        flat offset of the first coordinate in the tensor
+    size         n
     kernels      the loops to use, `rlmerge.kernels.compiled` or `.plain`: same names, same bits
     """
 
-    base: NDArray[np.float32]
-    expert: NDArray[np.float32]
-    additive: NDArray[np.bool_]
-    fisher: NDArray[np.float32]
-    where: NDArray[np.int32]
-    delta: NDArray[np.float64]
-    owner: NDArray[np.int32]
     start: int
+    size: int
     kernels: ModuleType
 
     @property
-    def size(self) -> int:
-        """Number of coordinates."""
-        return self.base.shape[0]
+    @abstractmethod
+    def base(self) -> NDArray[np.float32]:
+        """fp32[n]; zeros where the merge has no base."""
+
+    @property
+    @abstractmethod
+    def expert(self) -> NDArray[np.float32]:
+        """fp32[K, n]: values, or deltas where additive."""
+
+    @property
+    @abstractmethod
+    def additive(self) -> NDArray[np.bool_]:
+        """bool[K]."""
+
+    @property
+    @abstractmethod
+    def fisher(self) -> NDArray[np.float32]:
+        """fp32[K, n], or [0, 0] where this tensor has none."""
+
+    @property
+    @abstractmethod
+    def where(self) -> NDArray[np.int32]:
+        """int32[m], ascending: the coordinates where some delta is not 0."""
+
+    @property
+    @abstractmethod
+    def owner(self) -> NDArray[np.int32]:
+        """int32[m]: the one expert that changed the coordinate, or -1 where several did."""
+
+    @property
+    @abstractmethod
+    def delta(self) -> NDArray[np.float64]:
+        """fp64[K, m]: deltas at `where`, unweighted; 0 where that expert changed nothing (the filter η applied)."""
+
+    @abstractmethod
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """`make()`, or what it returned in an earlier stage if there was memory to keep it.
+
+        For arrays (or tuples and objects of arrays) that cost more to make than to hold. They must own their data.
+        """
 
 
 @dataclass(slots=True)
@@ -136,8 +163,6 @@ class Stage(ABC):
 
     name: str
     scope: Scope = "tensor"
-    inputs: frozenset[str] = frozenset({"base", "expert"})
-    """Which of base, expert, fisher the measure reads; the engine reads nothing else for it."""
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Whether this tensor must be measured; if not, the tensor has no share in the summary."""

@@ -13,6 +13,7 @@ The paper's public text (arXiv 2606.18521) names three stages and their order, n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,28 @@ SENSITIVITY = ("fisher_delta2", "fisher", "delta2")
 ARBITRATION = ("winner", "soft", "elect", "margin", "random")
 AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
 SCORE = ("delta", "share", "merged")
+RESOLVES = (
+    *("sensitivity", "arbitration", "agreement", "allies", "power", "margin"),
+    *("sparsify", "score"),
+)
+"""The global choices on which resolved updates and their scores depend."""
+NO_FISHER = np.empty((0, 0), np.float32)
 SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
 
 
+def sensitivity_reads(values: Mapping[str, Any]) -> bool:
+    """Whether these choices look at a Fisher."""
+    return values["sensitivity"] != "delta2" or values["sparsify"] == "fisher_magnitude"
+
+
 def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
-    """Stage 1 for a block: weighted deltas, resolved updates, and what happened."""
+    """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
+    choices = tuple(task.values[name] for name in RESOLVES)
+    key = ("resolved", choices, task.per_model["weight"].tobytes())
+    return block.keep(key, lambda: _resolve(block, task, results))
+
+
+def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
     count = len(task.experts)
     values = task.values
     weight = task.per_model["weight"]
@@ -40,14 +58,15 @@ def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolve
     whole = np.empty(block.where.size, np.uint8)
     wins = np.zeros(count, np.int64)
     counts = np.zeros(4, np.int64)
-    sensitivity = SENSITIVITY.index(values["sensitivity"]) if task.fisher else SENSITIVITY.index("delta2")
+    sensitivity = SENSITIVITY.index(values["sensitivity"] if task.fisher else "delta2")
     mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if task.fisher else np.empty(0)
     phi = np.zeros((count, count))
     if values["agreement"] == "multiplicity":
         phi = np.asarray(results["pair_conflict"]["phi"], np.float64).reshape(count, count)
+    fisher = block.fisher if task.fisher and sensitivity_reads(values) else NO_FISHER
     block.kernels.resolve(
         deltas,
-        block.fisher,
+        fisher,
         mean,
         sensitivity,
         ARBITRATION.index(values["arbitration"]),
@@ -65,36 +84,37 @@ def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolve
         wins,
         counts,
     )
-    return _Resolved(deltas, resolved, whole, mean, wins, counts)
+    code = 3 if values["sparsify"] == "fisher_magnitude" else SCORE.index(values["score"])
+    code = 0 if code == 3 and not task.fisher else code
+    scores = np.empty((1 if values["score"] == "merged" else count, block.where.size), np.float32)
+    if values["sparsify"] != "none" and task.is_matrix:
+        block.kernels.scores(deltas, resolved, fisher, block.where, mean, code, scores)
+    return _Resolved(resolved, scores, whole, wins, counts)
 
 
+@dataclass(slots=False)
 class _Resolved:
-    """What stage 1 leaves of a block."""
+    """What stage 1 leaves of a block; arrays to be copied before they are cut.
 
-    def __init__(
-        self,
-        deltas: NDArray[np.float64],
-        updates: NDArray[np.float64],
-        whole: NDArray[np.uint8],
-        mean: NDArray[np.float64],
-        wins: NDArray[np.int64],
-        counts: NDArray[np.int64],
-    ) -> None:
-        self.deltas = deltas
-        self.updates = updates
-        self.whole = whole
-        self.mean = mean
-        self.wins = wins
-        self.counts = counts
+    updates      fp64[K, m], t = r·d
+    scores       fp32[K or 1, m], what sparsification ranks
+    whole        uint8[m], the shares make a whole
+    wins         int64[K]
+    counts       int64[4]: draws, draws under δ², conflicts that both decide, of these with the same winner
+    """
+
+    updates: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    whole: NDArray[np.uint8]
+    wins: NDArray[np.int64]
+    counts: NDArray[np.int64]
 
 
 class ResolvedUpdates(Scorer):
     """Ranks the resolved updates of each expert; only tensors with two dimensions of size > 1 are sparsified."""
 
-    def __init__(self, sparsify: str, score: str, inputs: frozenset[str]) -> None:
+    def __init__(self, score: str) -> None:
         self.merged = score == "merged"
-        self.code = 3 if sparsify == "fisher_magnitude" else SCORE.index(score)
-        self.inputs = inputs
 
     def applies(self, task: Task) -> bool:
         """Matrices, and only if something is to be cut."""
@@ -117,14 +137,7 @@ class ResolvedUpdates(Scorer):
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Resolved updates and their scores."""
         state = resolve(block, task, results)
-        return state.updates, self.scores_of(state, block, task)
-
-    def scores_of(self, state: _Resolved, block: Block, task: Task) -> NDArray[np.float32]:
-        """The scores of updates that are already resolved. Without a Fisher, fisher_magnitude ranks by |d|."""
-        scores = np.empty((self.rows(len(task.experts)), block.where.size), np.float32)
-        code = 0 if self.code == 3 and not task.fisher else self.code
-        block.kernels.scores(state.deltas, state.updates, block.fisher, block.where, state.mean, code, scores)
-        return scores
+        return state.updates.copy(), state.scores
 
 
 class Sar(Method):
@@ -183,11 +196,7 @@ class Sar(Method):
 
     def uses_fisher(self, values: Mapping[str, Any]) -> bool:
         """All but delta2, and sparsification by Fisher magnitude."""
-        return values["sensitivity"] != "delta2" or values["sparsify"] == "fisher_magnitude"
-
-    def _scorer(self, values: Mapping[str, Any]) -> ResolvedUpdates:
-        inputs = {"base", "expert"} | ({"fisher"} if self.uses_fisher(values) else set())
-        return ResolvedUpdates(values["sparsify"], values["score"], frozenset(inputs))
+        return sensitivity_reads(values)
 
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
         """Fisher means, conflict shares of pairs, thresholds (or ranks), norms: those that these choices need."""
@@ -197,7 +206,7 @@ class Sar(Method):
         if values["agreement"] == "multiplicity":
             stages.append(PairConflict())
         if values["sparsify"] != "none":
-            scorer = self._scorer(values)
+            scorer = ResolvedUpdates(values["score"])
             if values["sparsify"] == "magprune":
                 stages.append(Ranks(scorer, values["scope"]))
             else:
@@ -215,22 +224,25 @@ class Sar(Method):
         values = task.values
         count = len(task.experts)
         state = resolve(block, task, results)
-        scorer = self._scorer(values)
+        scorer = ResolvedUpdates(values["score"])
         cuts = values["sparsify"] != "none" and scorer.applies(task)
-        eligible = np.count_nonzero(state.updates, axis=1) if cuts else np.zeros(count, np.int64)
+        updates = state.updates.copy()
+        eligible = np.count_nonzero(updates, axis=1) if cuts else np.zeros(count, np.int64)
         kept, dropped = np.zeros(count, np.int64), np.zeros(block.where.size, np.uint8)
         if cuts and bool((scorer.density(task) < 1.0).any()):
-            kept, dropped = cut(scorer, block, task, results, state.updates, scorer.scores_of(state, block, task))
+            kept, dropped = cut(scorer, block, task, results, updates, state.scores)
         elif cuts:
             kept = eligible
         gain = rescale_factors(task, results)
         scale = float(values["lambda"])
         unit = (scale * gain * task.per_model["weight"] == 1.0) & ~block.additive
+        # stored values are copied only where a factor of exactly 1 makes that possible
+        expert = block.expert if unit.any() else NO_FISHER
         out = np.empty(block.size, np.float64)
         block.kernels.compose(
             block.base,
-            block.expert,
-            state.updates,
+            expert,
+            updates,
             block.where,
             block.owner,
             gain,

@@ -18,7 +18,6 @@ class FisherMean(Stage):
 
     name = "fisher_mean"
     scope = "model"
-    inputs = frozenset({"fisher"})
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Tensors that every Fisher has."""

@@ -12,6 +12,8 @@ from .base import Block, Merged, Method, Parameter, Result, Stage, Task
 from .task_arithmetic import LAMBDA, WEIGHT
 from .topk import Scorer, apply_cut, top_k
 
+NO_FISHER = np.empty((0, 0), np.float32)
+
 
 class Magnitude(Scorer):
     """Ranks unweighted deltas by |δ|; density counts all coordinates (as published) or the support."""
@@ -36,9 +38,10 @@ class Magnitude(Scorer):
         self, block: Block, task: Task, results: Mapping[str, Result]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """δ and |δ|."""
-        scores = np.empty(block.delta.shape, np.float32)
-        block.kernels.scores(block.delta, block.delta, block.fisher, block.where, np.empty(0), 0, scores)
-        return block.delta.copy(), scores
+        delta = block.keep("delta", lambda: block.delta.copy())
+        scores = np.empty(delta.shape, np.float32)
+        block.kernels.scores(delta, delta, NO_FISHER, block.where, np.empty(0), 0, scores)
+        return delta.copy(), scores
 
 
 class Ties(Method):

@@ -26,8 +26,6 @@ ALL = 2**64 - 1
 class Scorer(ABC):
     """What a method ranks: values fp64[K, m] and their scores fp32[K or 1, m] (0: not eligible)."""
 
-    inputs: frozenset[str] = frozenset({"base", "expert"})
-
     @abstractmethod
     def applies(self, task: Task) -> bool:
         """Whether this tensor is sparsified at all."""
@@ -66,7 +64,6 @@ class _TopK(Stage):
     def __init__(self, scorer: Scorer, scope: str) -> None:
         self.scorer = scorer
         self.scope = scope  # type: ignore[assignment]
-        self.inputs = scorer.inputs
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Only tensors that are sparsified, and only where some density cuts."""
@@ -87,7 +84,7 @@ class Coarse(_TopK):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block."""
         _, scores = self.scorer.score(block, task, results)
-        block.kernels.coarse(scores, block.owner, summary["count"], summary["low"], summary["high"])
+        block.kernels.coarse(scores, summary["count"], summary["low"], summary["high"])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Counts add up; extremes are extremes of extremes."""
@@ -239,9 +236,7 @@ def apply_cut(
     kept = np.zeros(values.shape[0], np.int64)
     dropped = np.zeros(values.shape[1], np.uint8)
     threshold, cut = cut_of(results["ties"])
-    block.kernels.trim(
-        scores, threshold, cut, scorer.keys(task), block.start, block.where, values, kept, dropped
-    )
+    block.kernels.trim(scores, threshold, cut, scorer.keys(task), block.start, block.where, values, kept, dropped)
     return kept, dropped
 
 

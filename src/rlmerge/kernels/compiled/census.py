@@ -4,7 +4,61 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import inlined, kernel
+
+
+FEW = 5
+"""Up to so many experts, coordinates are counted by their pattern of signs (3^K patterns)."""
+TILE = 2048
+
+
+@inlined
+def _census_of_few(delta, sign, support, regions, overlap, conflict):
+    """The census by patterns: one number in base 3 a coordinate (digit 1 up, 2 down), counted, then read off."""
+    count = delta.shape[0]
+    code = np.empty(TILE, np.int32)
+    table = np.zeros(3**count, np.int64)
+    for first in range(0, delta.shape[1], TILE):
+        size = min(TILE, delta.shape[1] - first)
+        code[:] = 0
+        place = np.int32(1)
+        for k in range(count):
+            row = delta[k, first : first + size]
+            plus = place if sign[k] > 0 else np.int32(2) * place if sign[k] < 0 else np.int32(0)
+            minus = np.int32(2) * place if sign[k] > 0 else place if sign[k] < 0 else np.int32(0)
+            for j in range(size):
+                code[j] += (plus if row[j] > 0.0 else np.int32(0)) + (minus if row[j] < 0.0 else np.int32(0))
+            place *= np.int32(3)
+        for j in range(size):
+            table[code[j]] += 1
+    digit = np.zeros(count, np.int64)
+    for pattern in range(1, table.shape[0]):
+        number = table[pattern]
+        if number == 0:
+            continue
+        left = pattern
+        up = 0
+        down = 0
+        for k in range(count):
+            digit[k] = left % 3
+            left //= 3
+            up += digit[k] == 1
+            down += digit[k] == 2
+            if digit[k] != 0:
+                support[k] += number
+                for other in range(k):
+                    if digit[other] != 0:
+                        overlap[other, k] += number
+                        if digit[other] != digit[k]:
+                            conflict[other, k] += number
+        if up + down == 1:
+            regions[0] += number
+        else:
+            regions[1] += number
+            if up > 0 and down > 0:
+                regions[2] += number
+            else:
+                regions[3] += number
 
 
 @kernel
@@ -15,6 +69,9 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
     (unique, overlap, conflict, agreement) and, per pair, to overlap and conflict int64[K, K] (upper triangle).
     """
     count = delta.shape[0]
+    if count <= FEW:
+        _census_of_few(delta, sign, support, regions, overlap, conflict)
+        return
     alone = np.zeros(count + 1, np.int64)
     for j in range(owner.shape[0]):
         alone[owner[j] + 1] += 1

@@ -15,6 +15,7 @@ from ._jit import inlined, kernel
 from .hash import hash64
 
 TILE = 2048
+SETTLE = 512
 ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 """Keeps the random winners apart from the random numbers of magprune, which have the same keys."""
 
@@ -121,46 +122,121 @@ def _clear(sens, count, margin):
 
 
 @inlined
-def _settle_pair(c, i, value, who, fisher, mean, sensitivity, agreement, out, whole, wins, counts):
-    """Two experts under the default rules: what the general path below does, without its scratch arrays."""
-    a = who[0]
-    b = who[1]
-    first = value[0]
-    second = value[1]
-    s = first * first
-    z = second * second
-    if sensitivity != 2:
-        weight_a = np.float64(fisher[a, i]) / mean[a]
-        weight_b = np.float64(fisher[b, i]) / mean[b]
-        s = weight_a * s if sensitivity == 0 else weight_a
-        z = weight_b * z if sensitivity == 0 else weight_b
-    if (first > 0.0) == (second > 0.0):
-        share_a = 0.5
-        share_b = 0.5
-        total = s + z
-        if agreement == 0 and total != 0.0:
-            share_a = s / total
-            share_b = z / total
-        out[a, c] = share_a * first
-        out[b, c] = share_b * second
-        whole[c] = 1
-        return
-    size_a = abs(first)
-    size_b = abs(second)
-    # 1: the first expert wins, -1: the second, 0: a draw
-    larger = (1 if size_a > size_b else 0) - (1 if size_a < size_b else 0)
-    winner = (1 if s > z else 0) - (1 if s < z else 0)
-    winner = winner if winner != 0 else larger
-    if sensitivity != 2:
-        counts[1] += larger == 0
-        counts[2] += larger != 0 and winner != 0
-        counts[3] += larger != 0 and winner == larger
-    counts[0] += winner == 0
-    wins[a] += winner > 0
-    wins[b] += winner < 0
-    out[a, c] = first if winner > 0 else 0.0
-    out[b, c] = second if winner < 0 else 0.0
-    whole[c] = winner != 0
+def _settle_many(several, where, delta, fisher, mean, sensitivity, agreement, out, whole, wins, counts):
+    """The default rules (arbitration winner, allies drop; agreement sensitivity_mean, mean or winner) without branches.
+
+    `several` int32[s] are the overlaps; a tile of them is gathered and settled with one vector operation a step, where
+    the general path below goes coordinate by coordinate. Same sums in the same order, hence the same bits.
+    """
+    experts = delta.shape[0]
+    value = np.empty((experts, SETTLE), np.float64)
+    sens = np.empty((experts, SETTLE), np.float64)
+    best = np.empty(SETTLE, np.float64)
+    size = np.empty(SETTLE, np.float64)
+    largest = np.empty(SETTLE, np.float64)
+    total = np.empty(SETTLE, np.float64)
+    active = np.empty(SETTLE, np.float64)
+    number = np.empty(SETTLE, np.float64)
+    balance = np.empty(SETTLE, np.float64)
+    winners = np.empty(SETTLE, np.float64)
+    plain = np.empty(SETTLE, np.float64)
+    plain_winners = np.empty(SETTLE, np.float64)
+    same = np.empty(SETTLE, np.float64)
+    fight = np.empty(SETTLE, np.float64)
+    draw = np.empty(SETTLE, np.float64)
+    size_of_both = np.empty(SETTLE, np.float64)
+    won_here = np.empty(SETTLE, np.float64)
+    moved = np.empty(SETTLE, np.float64)
+    for first in range(0, several.shape[0], SETTLE):
+        length = min(SETTLE, several.shape[0] - first)
+        best[:] = -1.0
+        size[:] = -1.0
+        largest[:] = -1.0
+        total[:] = 0.0
+        active[:] = 0.0
+        number[:] = 0.0
+        balance[:] = 0.0
+        winners[:] = 0.0
+        plain[:] = 0.0
+        plain_winners[:] = 0.0
+        same[:] = 0.0
+        for k in range(experts):
+            row = delta[k]
+            for j in range(length):
+                value[k, j] = row[several[first + j]]
+            if sensitivity == 2:
+                for j in range(length):
+                    sens[k, j] = value[k, j] * value[k, j]
+            else:
+                scale = mean[k]
+                there = fisher[k]
+                for j in range(length):
+                    sens[k, j] = np.float64(there[where[several[first + j]]]) / scale
+                for j in range(length):
+                    square = value[k, j] * value[k, j]
+                    sens[k, j] = sens[k, j] * (square if sensitivity == 0 else 1.0)
+            for j in range(length):
+                v = value[k, j]
+                moves = v != 0.0
+                sens[k, j] = sens[k, j] if moves else -1.0
+                total[j] += sens[k, j] if moves else 0.0
+                active[j] += 1.0 if moves else 0.0
+                balance[j] += (1.0 if v > 0.0 else 0.0) - (1.0 if v < 0.0 else 0.0)
+                best[j] = max(best[j], sens[k, j])
+                largest[j] = max(largest[j], abs(v))
+        for k in range(experts):
+            for j in range(length):
+                size[j] = max(size[j], abs(value[k, j]) if sens[k, j] == best[j] else -1.0)
+        for k in range(experts):
+            for j in range(length):
+                v = value[k, j]
+                sign = (1.0 if v > 0.0 else 0.0) - (1.0 if v < 0.0 else 0.0)
+                chosen = 1.0 if (sens[k, j] == best[j]) & (abs(v) == size[j]) else 0.0
+                also = 1.0 if abs(v) == largest[j] else 0.0
+                number[j] += chosen
+                winners[j] += chosen * sign
+                plain[j] += also
+                plain_winners[j] += also * sign
+                same[j] += abs(chosen - also)
+        for j in range(length):
+            # a conflict: signs do not add up to the number; a draw: those of the winners do not either
+            fight[j] = 1.0 if abs(balance[j]) != active[j] else 0.0
+            draw[j] = fight[j] if abs(winners[j]) != number[j] else 0.0
+            both = fight[j] - draw[j] if abs(plain_winners[j]) == plain[j] else 0.0
+            largest[j] = fight[j] if abs(plain_winners[j]) != plain[j] else 0.0
+            size_of_both[j] = both
+            same[j] = both if same[j] == 0.0 else 0.0
+        draws = plain_draws = decided = equal = 0.0
+        for j in range(length):
+            draws += draw[j]
+            plain_draws += largest[j]
+            decided += size_of_both[j]
+            equal += same[j]
+            whole[several[first + j]] = (active[j] > 0.0) & (draw[j] == 0.0)
+        counts[0] += np.int64(draws)
+        if sensitivity != 2:
+            counts[1] += np.int64(plain_draws)
+            counts[2] += np.int64(decided)
+            counts[3] += np.int64(equal)
+        for k in range(experts):
+            won = 0.0
+            for j in range(length):
+                v = value[k, j]
+                chosen = (sens[k, j] == best[j]) & (abs(v) == size[j]) & (v != 0.0)
+                lead = 1.0 / number[j] if chosen else 0.0
+                even = 1.0 / active[j]
+                blend = sens[k, j] / total[j] if (agreement == 0) & (total[j] > 0.0) else even
+                blend = lead if agreement == 2 else blend
+                share = lead if fight[j] != 0.0 else blend
+                keeps = (v != 0.0) & (draw[j] == 0.0) & (share != 0.0)
+                won_here[j] = fight[j] if chosen & (draw[j] == 0.0) else 0.0
+                moved[j] = share * v if keeps else 0.0
+            for j in range(length):
+                won += won_here[j]
+            wins[k] += np.int64(won)
+            row = out[k]
+            for j in range(length):
+                row[several[first + j]] = moved[j]
 
 
 @kernel
@@ -206,6 +282,9 @@ def resolve(
     for c in range(owner.shape[0]):
         several[found] = c
         found += owner[c] < 0
+    if arbitration == 0 and agreement <= 2 and not join:
+        _settle_many(several[:found], where, delta, fisher, mean, sensitivity, agreement, out, whole, wins, counts)
+        return
     for entry in range(found):
         c = several[entry]
         whole[c] = 0
@@ -218,9 +297,6 @@ def resolve(
                 value[count] = delta[k, c]
                 positive += delta[k, c] > 0.0
                 count += 1
-        if count == 2 and arbitration == 0 and agreement <= 1 and not join:
-            _settle_pair(c, where[c], value, who, fisher, mean, sensitivity, agreement, out, whole, wins, counts)
-            continue
         if count == 0:
             continue
         if count == 1:

@@ -13,25 +13,27 @@ from ._jit import kernel
 from .hash import hash64
 
 
+TILE = 2048
+
+
 @kernel
-def coarse(score, owner, count, low, high):
+def coarse(score, count, low, high):
     """Adds scores fp32[K, m] to count int64[K, 65536]; low and high uint16[K, 65536] keep the extremes of fine bins.
 
     A coarse bin whose extremes are equal holds one value only and needs no fine histogram: the rule for bf16 deltas.
     """
     bits = score.view(np.uint32)
-    rows = score.shape[0]
-    for j in range(score.shape[1]):
-        first = 0
-        last = rows
-        if owner[j] >= 0 and rows > 1:
-            first = owner[j]
-            last = first + 1
-        for k in range(first, last):
-            word = bits[k, j]
-            if word != np.uint32(0):
-                bin_ = word >> np.uint32(15)
-                rest = np.uint16(word & np.uint32(0x7FFF))
+    filled = np.empty(TILE + 1, np.uint32)
+    for k in range(score.shape[0]):
+        for first in range(0, score.shape[1], TILE):
+            row = bits[k, first : min(first + TILE, score.shape[1])]
+            found = 0
+            for j in range(row.shape[0]):
+                filled[found] = row[j]
+                found += row[j] != np.uint32(0)
+            for j in range(found):
+                bin_ = filled[j] >> np.uint32(15)
+                rest = np.uint16(filled[j] & np.uint32(0x7FFF))
                 count[k, bin_] += 1
                 if rest < low[k, bin_]:
                     low[k, bin_] = rest
@@ -76,6 +78,7 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[m] is set to
     1 where some expert's eligible coordinate was cut. `score` may have one row for all experts.
     """
+    tied = np.empty(values.shape[1] + 1, np.int32)
     for k in range(values.shape[0]):
         row = 0 if score.shape[0] == 1 else k
         value = values[k]
@@ -90,11 +93,16 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
             dropped[j] |= np.uint8(eligible and not keep)
             value[j] = value[j] if keep else 0.0
         if bound > 0.0 and cut[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
+            found = 0
             for j in range(value.shape[0]):
-                if size[j] == bound and value[j] != 0.0 and hash64(keys[row], np.uint64(start + where[j])) > cut[row]:
-                    value[j] = 0.0
-                    dropped[j] = 1
-                    number -= 1
+                tied[found] = j
+                found += size[j] == bound and value[j] != 0.0
+            for place in range(found):
+                j = tied[place]
+                lost = hash64(keys[row], np.uint64(start + where[j])) > cut[row]
+                value[j] = 0.0 if lost else value[j]
+                dropped[j] |= np.uint8(lost)
+                number -= lost
         kept[k] += number
 
 

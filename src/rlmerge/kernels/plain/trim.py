@@ -12,7 +12,7 @@ def _places(start, where):
     return where.astype(np.uint64) + np.uint64(start)
 
 
-def coarse(score, owner, count, low, high):
+def coarse(score, count, low, high):
     """Adds scores to the coarse histogram and to the extremes of the fine bins."""
     for k in range(score.shape[0]):
         words = score[k].view(np.uint32)
