@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
-# derandomize: the same examples on every run, so a red test is red everywhere. Without shrinking, a red suite is as quick
-# as a green one; the long profile shrinks.
+# derandomize: the same examples on every run, so a red test is red everywhere. Without shrinking, a red suite is as
+# quick as a green one; the long profile shrinks.
 settings.register_profile(
     "default",
     max_examples=15,

@@ -1,4 +1,4 @@
-"""The public functions: arrays, folders and loaded models get the same merge; outputs load elsewhere; verify sees all."""
+"""Arrays, folders and loaded models get the same merge; outputs load elsewhere; verify sees every change."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ import pytest
 from safetensors import safe_open
 from tests.checkpoint.checkpoint_files import write_model
 from tests.methods.small_models import (
-    make_recipe, merge_values, needed_weights, read_values, read_words, representable, same_bits, small_blocks,
-    some_fishers, sparse_model, write_all,
+    make_recipe,
+    merge_values,
+    needed_weights,
+    read_values,
+    read_words,
+    representable,
+    same_bits,
+    small_blocks,
+    some_fishers,
+    sparse_model,
+    write_all,
 )  # fmt: skip
 
 import rlmerge
@@ -35,7 +44,7 @@ def golden_recipe(**top):
     return make_recipe(GOLDEN, "sar", ["expert0", "expert1", "expert2"], {"sensitivity": "delta2"}, **top)
 
 
-# -- arrays ------------------------------------------------------------------------------------------------------------
+# -- arrays ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
@@ -118,7 +127,9 @@ def test_provenance_hashes_all_bytes_of_all_inputs(recipe, tmp_path):
         path = tmp_path / file
         data = path.read_bytes()
         path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
-        second = json.loads((rlmerge.merge_to_folder(recipe, tmp_path / f"o{k}").out / "rlmerge.json").read_text())["inputs"]
+        second = json.loads((rlmerge.merge_to_folder(recipe, tmp_path / f"o{k}").out / "rlmerge.json").read_text())[
+            "inputs"
+        ]
         assert [a["xxh3"] == b["xxh3"] for a, b in zip(first, second)] == [place != k for place in range(5)], file
         path.write_bytes(data)
 
@@ -137,7 +148,7 @@ def test_provenance_hashes_do_not_depend_on_the_method_or_kernels(recipe, tmp_pa
     assert found == [expected, expected]
 
 
-# -- loaded models and transformers --------------------------------------------------------------------------------------
+# -- loaded models and transformers ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +231,7 @@ def read_values_as_fp32(folder):
     return {name: value.astype(np.float32) for name, value in read_values(folder).items()}
 
 
-# -- verify ------------------------------------------------------------------------------------------------------------
+# -- verify ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -325,7 +336,7 @@ def test_verify_of_nothing(tmp_path):
         rlmerge.verify(tmp_path / "out")
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
+# -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def test_other_tokenizers_are_refused_unless_accepted(tmp_path):

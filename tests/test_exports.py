@@ -42,6 +42,8 @@ def test_import_is_light(module):
 
 
 def test_merging_imports_no_torch():
-    code = "import sys, rlmerge.api, rlmerge.kernels.plain; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, rlmerge.api, rlmerge.kernels.plain; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False False"

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.checkpoint.checkpoint_files import write_model, write_shards
 from tests.methods.small_models import (
-    make_recipe, needed_weights, read_words, small_blocks, some_fishers, sparse_model, write_all,
+    make_recipe,
+    needed_weights,
+    read_words,
+    small_blocks,
+    some_fishers,
+    sparse_model,
+    write_all,
 )  # fmt: skip
 
 import rlmerge
@@ -26,7 +32,10 @@ def shaped(folder, shapes, dtype="F32"):
 
 
 SHAPES = st.dictionaries(
-    st.text("abcxyz.", min_size=1, max_size=6), st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6
+    st.text("abcxyz.", min_size=1, max_size=6),
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -63,7 +72,9 @@ def test_the_planned_bytes_are_those_written(tmp_path):
     recipe = shaped(tmp_path, {"a": (5, 4), "b": (3,), "c": (2, 2, 2)})
     plan = make_plan(recipe, shard_bytes=40)
     out = rlmerge.merge_to_folder(recipe, tmp_path / "out", shard_bytes=40).out
-    assert {file.name: file.size for file in plan.outputs} == {p.name: p.stat().st_size for p in out.glob("*.safetensors")}
+    assert {file.name: file.size for file in plan.outputs} == {
+        p.name: p.stat().st_size for p in out.glob("*.safetensors")
+    }
     for file in plan.outputs:
         assert (out / file.name).read_bytes().startswith(file.header)
     assert len(plan.outputs) == 3

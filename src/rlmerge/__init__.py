@@ -30,7 +30,25 @@ _HOMES = {
     "verify": "api",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Outcome",
+    "Recipe",
+    "RlmergeError",
+    "Step",
+    "__version__",
+    "check",
+    "convert",
+    "explain",
+    "get_method",
+    "load_recipe",
+    "merge",
+    "merge_to",
+    "merge_to_folder",
+    "method_names",
+    "parse_recipe",
+    "recipe_from_parts",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from .api import Outcome, Step, merge, merge_to, merge_to_folder, verify
@@ -39,6 +57,7 @@ if TYPE_CHECKING:
     from .errors import RlmergeError
     from .methods import get_method, method_names
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
+    from .version import VERSION as __version__
 
 
 def __getattr__(name: str) -> Any:

@@ -99,22 +99,23 @@ def merge_to_folder(
     """Merges into a folder that appears whole or, when interrupted, is continued by the same call.
 
     sweep    settings such as [{'lambda': 0.3}, {'lambda': 1.0}]: one sub-folder each, all from one reading
-    threads  workers (default: the processors at hand); `memory` in bytes lowers them; neither changes a bit of the result
+    threads  workers (default: the processors at hand); `memory` in bytes lowers them; no bit depends on it
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
     recipe = as_recipe(recipe)
+    check_run(threads, kernels, shard_bytes)
     variants = tuple(recipe.with_settings(settings) for settings in sweep)
-    names = tuple(sweep_name(settings) for settings in sweep) or ("",)
+    names = sweep_names(sweep)
     if len(set(names)) < len(names):
         raise RecipeError(f"--set: a value is given twice: {', '.join(names)}.")
     plan = make_plan(recipe, variants, shard_bytes)
     notes = (*plan.notes, *check_tokenizers(plan, accept_tokenizers))
+    target = OutputFolder(plan, Path(out), names, overwrite, fsync)
+    target.check()
     warnings = tuple(alarms(plan, take_sample(plan)))
     for text in (*notes, *warnings):
         progress(Step(0, 0, 0, f"warning: {text}"))
-    target = OutputFolder(plan, Path(out), names, overwrite, fsync)
-    target.check()
     threads = limit_threads(threads or default_threads(), memory, plan)
     if kernels == "numba" and not is_compiled():
         progress(Step(0, 0, 0, "compiling the kernels: once, some seconds"))
@@ -190,9 +191,21 @@ def merge_to(model: Any, recipe: Recipe | Path | str, *, threads: int | None = N
     return model
 
 
-def sweep_name(settings: dict[str, Any]) -> str:
-    """The folder of one point of a sweep: 'lambda=0.3,density=0.5'."""
-    return ",".join(f"{key}={value}" for key, value in settings.items())
+def check_run(threads: int | None, kernels: str, shard_bytes: int) -> None:
+    """Raises RecipeError for settings of a run that cannot mean anything."""
+    if kernels not in ("numba", "numpy"):
+        raise RecipeError(f"kernels {kernels!r}: choose numba, or numpy (the same bits, slowly).")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads {threads}: at least one is needed.")
+    if shard_bytes < 10**6:
+        raise RecipeError(f"shard size {shard_bytes} bytes: write at least 1MB, for instance 5GB.")
+
+
+def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The folder of each point of a sweep, by what varies: 'lambda=0.3,density=0.5'; '' for a single merge."""
+    varying = [key for key in (sweep[0] if sweep else {}) if len({str(point[key]) for point in sweep}) > 1]
+    names = [",".join(f"{key}={point[key]}" for key in varying) for point in sweep]
+    return tuple(names) or ("",)
 
 
 def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:

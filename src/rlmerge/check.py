@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlmerge.api import as_recipe, check_tokenizers, default_threads, thread_bytes
+from rlmerge.api import (
+    DEFAULT_SHARD_BYTES,
+    as_recipe,
+    check_run,
+    check_tokenizers,
+    default_threads,
+    limit_threads,
+    sweep_names,
+    thread_bytes,
+)
+from rlmerge.execute.folder import OutputFolder
 from rlmerge.parameters import Resolver
 from rlmerge.parameters import explain as explain_parameters
 from rlmerge.plan import Plan, make_plan, sum_bytes
@@ -30,19 +41,31 @@ class CheckReport:
     seconds: float = field(default=0.0)
 
 
-def check(recipe: Recipe | Path | str, *, threads: int | None = None, accept_tokenizers: bool = False) -> CheckReport:
-    """Plans the merge, compares tokenizers, looks at a sample of the weights. Writes nothing.
+def check(
+    recipe: Recipe | Path | str,
+    *,
+    sweep: Sequence[dict[str, Any]] = (),
+    out: Path | str | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    accept_tokenizers: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> CheckReport:
+    """Plans the merge, compares tokenizers, looks at a sample of the weights; with `out`, at the output folder too.
 
-    Raises a subclass of RlmergeError for everything that would make the merge fail and can be known now.
+    Writes nothing. Raises a subclass of RlmergeError for everything that would make the merge fail and can be known.
     """
     started = time.monotonic()
     recipe = as_recipe(recipe)
-    plan = make_plan(recipe)
+    check_run(threads, "numba", shard_bytes)
+    plan = make_plan(recipe, tuple(recipe.with_settings(point) for point in sweep), shard_bytes)
     notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
+    if out is not None:
+        OutputFolder(plan, Path(out), sweep_names(sweep), overwrite).check()
+    threads = limit_threads(threads or default_threads(), memory, plan)
     sample = take_sample(plan)
-    report = CheckReport(
-        notes, alarms(plan, sample), sample, estimate(plan, threads or default_threads()), summarise(plan)
-    )
+    report = CheckReport(notes, alarms(plan, sample), sample, estimate(plan, threads), summarise(plan))
     report.seconds = time.monotonic() - started
     return report
 

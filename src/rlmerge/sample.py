@@ -134,7 +134,12 @@ def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
     """What the sample says that a user should think about."""
     found = []
     method = plan.recipe.merge_method
+    same = {
+        key for key, model in zip(plan.experts, plan.models) if plan.base and model.folder.samefile(plan.base.folder)
+    }
     for key, entry in sample.get("experts", {}).items():
+        if key in same:
+            continue
         cosine, support = entry["cosine_to_base"], entry["support"]
         if support == 0.0:
             found.append(
@@ -147,8 +152,8 @@ def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
             )
         elif support > DENSE and method == "sar":
             found.append(
-                f"{key}: {support:.0%} of the weights differ from the base: dense deltas. SAR reduces to per-coordinate "
-                "arbitration; `min_change` filters noise."
+                f"{key}: {support:.0%} of the weights differ from the base: dense deltas. SAR reduces to "
+                "per-coordinate arbitration; `min_change` filters noise."
             )
         if method == "ram" and entry["changes_within_1e-5"]:
             epsilon = float(plan.recipe.parameters.get("epsilon", 1e-5))

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.methods.small_models import (
-    make_recipe, merge_values, needed_weights, read_values, read_words, representable, small_blocks, write_all,
+    make_recipe,
+    merge_values,
+    needed_weights,
+    read_values,
+    read_words,
+    representable,
+    small_blocks,
+    write_all,
 )  # fmt: skip
 
 import rlmerge
@@ -75,7 +82,9 @@ def test_a_narrow_and_a_wide_expert_together(tmp_path):
     write_model(tmp_path / "base", {"w": base})
     write_model(tmp_path / "narrow", {"w": narrow}, dtype="BF16")
     write_model(tmp_path / "wide", {"w": wide})
-    recipe = make_recipe(tmp_path, "task_arithmetic", ["narrow", "wide"], {}, needed_weights("task_arithmetic", ["narrow", "wide"]))
+    recipe = make_recipe(
+        tmp_path, "task_arithmetic", ["narrow", "wide"], {}, needed_weights("task_arithmetic", ["narrow", "wide"])
+    )
     found = merge_values(recipe)["w"]
     expected = base.copy()
     cast = torch.from_numpy(base).to(torch.bfloat16).to(torch.float32).numpy()

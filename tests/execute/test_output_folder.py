@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.execute.test_resume import digest, interrupted
 from tests.execute.test_same_bytes import contents, recipe_of
-from tests.methods.small_models import make_recipe, sparse_model, write_all
+from tests.methods.small_models import make_recipe, refusal, sparse_model, write_all
 
 import rlmerge
 from rlmerge.errors import OutputError
@@ -77,10 +77,8 @@ def test_neighbours_are_left_alone(recipe, tmp_path, name, overwrite):
         merge(recipe, tmp_path / "out")
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_text("mine")
-    try:
-        merge(recipe, tmp_path / "out", overwrite=overwrite)
-    except OutputError as error:
-        assert name in str(error)
+    said = refusal(lambda: merge(recipe, tmp_path / "out", overwrite=overwrite))
+    assert said is None or name in said
     assert (tmp_path / name / "precious").read_text() == "mine"
 
 
@@ -91,10 +89,8 @@ def test_inputs_may_be_called_like_a_neighbour(models, tmp_path, overwrite):
     recipe = make_recipe(models, "ram", ["e0", "e1"], base="m.old")
     before = digest(models / "m.old")
     for _ in range(2 if overwrite else 1):
-        try:
-            merge(recipe, models / "m", overwrite=overwrite)
-        except OutputError as error:
-            assert "m.old" in str(error)
+        said = refusal(lambda: merge(recipe, models / "m", overwrite=overwrite))
+        assert said is None or "m.old" in said
     assert (models / "m.old").is_dir()
     assert digest(models / "m.old") == before
 
@@ -180,7 +176,8 @@ def test_a_second_process_is_refused(models, recipe, tmp_path):
         "from rlmerge.execute.work import Worker\n"
         "def wait(*arguments): print('ready', flush=True); time.sleep(60)\n"
         "Worker.merge = wait\n"
-        f"rlmerge.merge_to_folder({str(models / 'recipe.yml')!r}, {str(tmp_path / 'out')!r}, kernels='numpy', threads=1)"
+        f"recipe, out = {str(models / 'recipe.yml')!r}, {str(tmp_path / 'out')!r}\n"
+        "rlmerge.merge_to_folder(recipe, out, kernels='numpy', threads=1)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ def small_blocks(block: int, unit: int | None = None):
         mock.patch.object(plan_module, "UNIT", max(unit or plan_module.UNIT, block)),
     ):
         yield
+
+
+def refusal(call: Callable[[], Any]) -> str | None:
+    """What an RlmergeError says, or None if the call went through."""
+    try:
+        call()
+    except rlmerge.RlmergeError as error:
+        return str(error)
+    return None
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.methods.small_models import (
-    DTYPE, FORMS, SHAPES, make_recipe, merge_values, representable, same_bits, same_values, some_fishers, sparse_model,
+    DTYPE,
+    FORMS,
+    SHAPES,
+    make_recipe,
+    merge_values,
+    representable,
+    same_bits,
+    same_values,
+    some_fishers,
+    sparse_model,
     write_all,
 )  # fmt: skip
 
@@ -95,7 +104,9 @@ def test_a_power_of_two_times_the_deltas_scales_the_merged_delta(
     rng = np.random.default_rng(seed)
     _, experts = sparse_model(rng, 3, dtype)
     base = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    scaled = {key: {n: value * np.float32(2.0**power) for n, value in tensors.items()} for key, tensors in experts.items()}
+    scaled = {
+        key: {n: value * np.float32(2.0**power) for n, value in tensors.items()} for key, tensors in experts.items()
+    }
     parameters = {"sensitivity": "delta2", "arbitration": arbitration, "agreement": agreement, "density": density}
     first, second = (
         merged(fresh(tmp_path_factory), base, tensors, parameters, dtype=dtype, out_dtype="float32")

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.methods.small_models import (
-    SHAPES, make_recipe, read_values, representable, small_blocks, some_fishers, sparse_model, write_all,
+    SHAPES,
+    make_recipe,
+    read_values,
+    representable,
+    small_blocks,
+    some_fishers,
+    sparse_model,
+    write_all,
 )  # fmt: skip
 from tests.reference.sar import sar
 
@@ -140,9 +147,7 @@ def test_sar_agrees_with_the_reference(tmp_path_factory, case, random):
 
 PAIRS = [
     choice
-    for choice in (
-        dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())
-    )
+    for choice in (dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values()))
     if is_possible(choice) and choice["allies"] == "join" and choice["sensitivity"] == "fisher_delta2"
 ]
 

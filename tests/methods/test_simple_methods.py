@@ -1,4 +1,4 @@
-"""linear, task_arithmetic, ties and ram against the plain references and the golden files; declared laws of all methods."""
+"""linear, task_arithmetic, ties, ram against plain references and golden files; the declared laws of all methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.methods.small_models import (
-    SHAPES, make_recipe, merge_values, needed_weights, read_values, same_bits, same_values, small_blocks, sparse_model,
+    SHAPES,
+    make_recipe,
+    merge_values,
+    needed_weights,
+    read_values,
+    same_bits,
+    same_values,
+    small_blocks,
+    sparse_model,
     write_all,
 )  # fmt: skip
 from tests.reference import simple
@@ -51,7 +59,9 @@ def test_linear(tmp_path_factory, seed, weights, normalize, with_base):
     if normalize and sum(weights) == 0:
         return
     own = own_of(experts, weights)
-    recipe = make_recipe(folder, "linear", list(experts), {"normalize": normalize}, own, base="base" if with_base else None)
+    recipe = make_recipe(
+        folder, "linear", list(experts), {"normalize": normalize}, own, base="base" if with_base else None
+    )
     weight = dict(zip(experts, weights))
     close(merge_values(recipe), simple.linear(experts, weight=weight, normalize=normalize))
 

@@ -1,4 +1,4 @@
-"""The small files of an output: configuration with the right dtype, model card, provenance. The same bytes every time."""
+"""The small files of an output: configuration with the right dtype, model card. The same bytes every time."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _CHILD = (
 )
 
 
-def convert(source: Path, out: Path, note: Callable[[str], None] | None = None) -> list[Path]:
+def convert(source: Path | str, out: Path | str, note: Callable[[str], None] | None = None) -> list[Path]:
     """Convert the pickled weights of a folder (or one pickle file) to safetensors in the new folder `out`.
 
     Tensors that share their memory (tied weights) are stored once, under the name that is not the head's, unless
@@ -37,6 +37,7 @@ def convert(source: Path, out: Path, note: Callable[[str], None] | None = None) 
     folder is copied. Returns the files of `out`. Raises CheckpointError for what is no state dict of tensors,
     OutputError when `out` exists, MissingExtraError without torch. Nothing that a pickle asks for is executed.
     """
+    source, out = Path(source), Path(out)
     note = note or logging.getLogger("rlmerge").warning
     if os.path.lexists(out):
         raise OutputError(f"{out}: exists already, and nothing is ever overwritten. Write the name of a new folder.")

@@ -28,7 +28,7 @@ class OutputFile:
 
 
 def plan_files(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_bytes: int) -> tuple[OutputFile, ...]:
-    """Shards in the order of the tensors (name, dtype, shape), each of at most `shard_bytes` unless one tensor is larger.
+    """Shards in the order of the tensors (name, dtype, shape), of at most `shard_bytes` unless one tensor is larger.
 
     One shard is 'model.safetensors'; more are 'model-00001-of-0000N.safetensors', as Hugging Face names them.
     """

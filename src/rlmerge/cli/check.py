@@ -50,7 +50,8 @@ def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:
     print(f"{summary['method']} of {len(summary['experts'])} models: {', '.join(summary['experts'])}")
     print(
         f"{summary['coordinates']:,} weights: {summary['merged_tensors']} tensors merged, "
-        f"{summary['carried_tensors']} carried, written as {', '.join(summary['dtypes'])} in {len(summary['files'])} file(s)"
+        f"{summary['carried_tensors']} carried, written as {', '.join(summary['dtypes'])} in "
+        f"{len(summary['files'])} file(s)"
     )
     for key, entry in report.sample.get("experts", {}).items():
         norm = "-" if entry["relative_norm"] is None else f"{entry['relative_norm']:.2e}"
@@ -61,7 +62,8 @@ def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:
             f"  {pair['experts'][0]} and {pair['experts'][1]}: overlap {pair['overlap']:.1%} of all weights, {conflict}"
         )
     print(
-        f"reads {size(estimate['bytes_read'])} in {estimate['passes']} pass(es), writes {size(estimate['bytes_written'])}; "
+        f"reads {size(estimate['bytes_read'])} in {estimate['passes']} pass(es), "
+        f"writes {size(estimate['bytes_written'])}; "
         f"disk {size(estimate['disk_bytes'])}; memory about {size(estimate['memory_bytes'])}; "
         f"roughly {duration(estimate['hours'] * 3600)} on {estimate['threads']} threads"
     )

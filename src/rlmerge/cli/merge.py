@@ -42,8 +42,6 @@ def merge(
     """
     from rlmerge.api import merge_to_folder
 
-    if kernels not in ("numba", "numpy"):
-        raise RecipeError(f"--kernels {kernels}: choose numba or numpy.")
     path, out = (first, second) if second is not None else (None, first)
     if second is None and not expert:
         raise RecipeError(f"give a recipe and an output folder: rlmerge merge {first} OUT")
@@ -54,9 +52,17 @@ def merge(
 
         from .check import show_report
 
-        for point in sweep:
-            recipe.with_settings(point)
-        show_report(check(recipe, threads=threads, accept_tokenizers=accept_tokenizers), json_, quiet)
+        report = check(
+            recipe,
+            sweep=sweep,
+            out=out,
+            threads=threads,
+            memory=parse_bytes(memory, "--memory"),
+            overwrite=overwrite,
+            accept_tokenizers=accept_tokenizers,
+            shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
+        )
+        show_report(report, json_, quiet)
         return
     line = ProgressLine(quiet)
     try:
@@ -71,9 +77,13 @@ def merge(
             fsync=fsync,
             sha256=sha256,
             accept_tokenizers=accept_tokenizers,
-            shard_bytes=parse_bytes(shard_size, "--shard-size") or 1,
+            shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
             progress=line,
         )
+    except KeyboardInterrupt:
+        line.close()
+        print(f"rlmerge: interrupted. The same command continues {out}.", file=sys.stderr)
+        raise typer.Exit(130) from None
     finally:
         line.close()
     if json_:

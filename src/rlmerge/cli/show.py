@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -83,7 +85,7 @@ def statistics_table(title: str, total: dict[str, Any]) -> None:
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
     table.add_column("all", justify="right")
-    for key in experts:
+    for key in short_names(experts):
         table.add_column(key, justify="right", overflow="fold")
     rows = [
         ("support (of coordinates)", "changed", "support"),
@@ -108,4 +110,12 @@ def statistics_table(title: str, total: dict[str, Any]) -> None:
     if "rescale" in total:
         factors = total["rescale"]
         table.add_row("rescale factor, mean", f"{factors['mean']:.4f}", *[""] * len(experts))
-    Console(highlight=False, markup=False).print(table)
+    buffer = io.StringIO()
+    Console(file=buffer, width=shutil.get_terminal_size((120, 24)).columns, highlight=False, markup=False).print(table)
+    print("\n".join(row.rstrip() for row in buffer.getvalue().splitlines()).rstrip())
+
+
+def short_names(keys: list[str]) -> list[str]:
+    """The last component of each path, where that tells them apart."""
+    last = [key.rstrip("/").rsplit("/", 1)[-1] for key in keys]
+    return last if len(set(last)) == len(keys) and all(last) else keys

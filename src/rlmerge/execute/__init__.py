@@ -1,1 +1,1 @@
-"""Carries out a plan: inputs (read blocks), work (measure and merge a unit), journal, folder (where bytes go), local."""
+"""Carries out a plan: inputs (read blocks), work (measure and merge a unit), journal, folder (the output), local."""

@@ -62,8 +62,8 @@ class OutputFolder:
                 swept = [child for child in self.out.iterdir() if (child / "rlmerge.json").exists()]
                 if not swept:
                     raise OutputError(
-                        f"{self.out}: holds files that rlmerge did not write (there is no rlmerge.json), so --overwrite "
-                        "does not replace it. Remove it yourself, or choose another folder."
+                        f"{self.out}: holds files that rlmerge did not write (there is no rlmerge.json), so "
+                        "--overwrite does not replace it. Remove it yourself, or choose another folder."
                     )
         parent = self.out.parent
         if not parent.is_dir():
@@ -154,13 +154,14 @@ class OutputFolder:
         plan = self.plan.tensors[tensor]
         place = self._file_of[plan.name]
         offset = self.plan.outputs[place].offsets[plan.name] + start * WIDTH[plan.dtype]
-        view, done = memoryview(data).cast("B"), 0
+        view, done = data.data.cast("B"), 0
         while done < len(view):
             try:
                 done += os.pwrite(self._handles[variant, place], view[done:], offset + done)
             except OSError as error:
                 raise OutputError(
-                    f"{self.work}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+                    f"{self.work}: cannot be written: {error.strerror}. What is done is kept; the same command "
+                    "continues."
                 ) from error
 
     def _is_written(self, key: tuple[int, int], digests: list[str]) -> bool:

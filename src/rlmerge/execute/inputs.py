@@ -256,10 +256,10 @@ class Inputs:
             found.append([status.st_size, status.st_mtime_ns])
         return found
 
-    def read_into(self, place: Place, first: int, data: memoryview | NDArray[np.uint8]) -> None:
+    def read_into(self, place: Place, first: int, data: NDArray[np.uint8]) -> None:
         """Fills `data` with bytes of a stored tensor from byte `first` of it."""
         handle = self._handle(place.file)
-        view = memoryview(data).cast("B")
+        view = data.data.cast("B")
         offset, done = place.start + first, 0
         while done < len(view):
             try:
@@ -270,8 +270,8 @@ class Inputs:
                 ) from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self.plan.files[place.file].path}: ends at byte {offset + done}, where its header promised more: "
-                    "it was changed while rlmerge was reading it. Start again when nobody writes it."
+                    f"{self.plan.files[place.file].path}: ends at byte {offset + done}, where its header promised "
+                    "more: it was changed while rlmerge was reading it. Start again when nobody writes it."
                 )
             done += count
         self.bytes_read += len(view)
@@ -324,7 +324,7 @@ class Inputs:
             decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
             bad = decode(words, out)
         if hashes is not None:
-            hashes.update(number, start, start + out.shape[0], raw)
+            hashes.update(number, start, start + out.shape[0], raw.data)
         if bad and not self.allow_nonfinite:
             self._refuse(tensor, place, start, out)
 
@@ -366,7 +366,7 @@ class Inputs:
                 assert place is not None
                 raw = np.empty(place.nbytes, np.uint8)
                 self.read_into(place, 0, raw)
-                digest.update(raw)
+                digest.update(raw.data)
                 out = np.empty(place.nbytes // WIDTH[place.dtype], np.float32)
                 bad = self._decode_all(place.dtype, raw, out)
                 if bad and not self.allow_nonfinite:

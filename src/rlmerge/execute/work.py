@@ -7,7 +7,7 @@ stages and a unit, the outcome is determined to the bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -87,7 +87,7 @@ class Worker:
         return Task("", (size,), first.experts, first.values, first.per_model, first.keys, first.key, first.fisher)
 
     def measure(
-        self, wanted: list[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space
+        self, wanted: Sequence[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space
     ) -> list[Summary]:
         """Summaries of one unit for several stages (group, stage, results so far), in one reading."""
         plan = self.plan.tensors[tensor]
@@ -102,7 +102,7 @@ class Worker:
         return summaries
 
     def merge(
-        self, tensor: int, unit: int, results: list[Mapping[str, Result]], write: Write, space: Space
+        self, tensor: int, unit: int, results: Sequence[Mapping[str, Result]], write: Write, space: Space
     ) -> UnitRecord:
         """Merges one unit for every variant; `results` are those of the groups. Writes through `write`."""
         plan = self.plan.tensors[tensor]
@@ -122,7 +122,7 @@ class Worker:
                 merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
                 stats[variant].add(merged.stats)
                 raw = self._encode(plan, variant, block, merged, stats[variant], space)
-                written[variant].update(raw)
+                written[variant].update(raw.data)
                 write(variant, tensor, block.start, raw)
         hashes = self._hashes.pop((tensor, unit))
         return UnitRecord(
@@ -183,8 +183,8 @@ class Worker:
         for start, stop in blocks_of(plan, unit):
             raw = np.empty((stop - start) * width, np.uint8)
             self.inputs.read_into(place, start * width, raw)
-            hashes.update(0, start, stop, raw)
-            written.update(raw)
+            hashes.update(0, start, stop, raw.data)
+            written.update(raw.data)
             for variant in range(len(self.plan.variants)):
                 write(variant, tensor, start, raw)
         digest = written.hexdigest()
@@ -223,7 +223,7 @@ def hash_key(seed: int, method: str, expert: str, tensor: str) -> int:
 
 
 def _group(variants: tuple[Recipe, ...]) -> tuple[list[int], list[int]]:
-    """Variants that differ only in parameters used by the merge itself share their stages: group of each, and leaders."""
+    """Variants that differ only in `late` parameters share their stages: the group of each, and the leaders."""
     seen: dict[str, int] = {}
     group_of, leaders = [], []
     for place, recipe in enumerate(variants):

@@ -159,7 +159,7 @@ class Merged:
 
 
 class Stage(ABC):
-    """One measure over all blocks and its reduction. Summaries add up in block order: one set of bits for any threads."""
+    """One measure over all blocks and its reduction. Summaries add up in block order: the same bits for any threads."""
 
     name: str
     scope: Scope = "tensor"

@@ -1,4 +1,4 @@
-"""What the experts did and what became of it: supports and conflicts of a block, survival and direction after the cast."""
+"""What the experts did and what became of it: supports and conflicts, survival and direction after the cast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from ._jit import inlined, kernel
 
-
+RESIDUE = 2.0**-48
 FEW = 5
 """Up to so many experts, coordinates are counted by their pattern of signs (3^K patterns)."""
 TILE = 2048
@@ -116,8 +116,9 @@ def realised(base, stored_base, intended, stored, where, counts, sums):
     """Compares the intended update with the one that the stored values make.
 
     base fp32[n] as read, stored_base fp32[n] the base cast to the output dtype, intended fp64[n] the values before the
-    cast, stored fp32[n] after it; only the coordinates in `where` are compared. Adds to counts int64[2] (intended non-zero updates, those that still differ from the
-    base) and to sums fp64[3] (Σ intended², Σ realised², Σ intended·realised), in coordinate order.
+    cast, stored fp32[n] after it; only the coordinates in `where` are compared. Adds to counts int64[2] (intended
+    non-zero updates, those that still differ from the base) and to sums fp64[3] (Σ intended², Σ realised²,
+    Σ intended·realised), in coordinate order.
     """
     wanted = 0
     survived = 0
@@ -126,7 +127,10 @@ def realised(base, stored_base, intended, stored, where, counts, sums):
     product = 0.0
     for j in range(where.shape[0]):
         i = where[j]
-        update = intended[i] - np.float64(base[i])
+        old = np.float64(base[i])
+        update = intended[i] - old
+        # what is left of Σ w·θ where deltas cancel is rounding and no update: no stored change is that small
+        update = update if abs(update) > RESIDUE * abs(old) else 0.0
         real = np.float64(stored[i]) - np.float64(stored_base[i])
         wanted += update != 0.0
         survived += update != 0.0 and real != 0.0

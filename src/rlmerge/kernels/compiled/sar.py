@@ -262,9 +262,10 @@ def resolve(
 ):
     """Stage 1 of SAR: resolved updates t = r·d, fp64[K, m], from weighted deltas d, fp64[K, m].
 
-    Arrays of m coordinates lie at `where` in the block of n. fisher fp32[K, n] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
-    for random arbitration. whole uint8[m]: the shares at this coordinate make a whole, or one is 1 and the others 0. Adds to wins int64[K] and to
-    counts int64[4]: draws, draws under δ², conflicts that both rules decide, of these the same winners.
+    Arrays of m coordinates lie at `where` in the block of n. fisher fp32[K, n] and mean fp64[K] (empty at sensitivity
+    delta2); phi fp64[K, K] for multiplicity; keys uint64[K] for random arbitration. whole uint8[m]: the shares make a
+    whole, or one is 1 and the others are 0. Adds to wins int64[K] and to counts int64[4]: draws, draws under δ²,
+    conflicts that both rules decide, of these the same winners.
     """
     experts = delta.shape[0]
     who = np.empty(experts, np.int64)

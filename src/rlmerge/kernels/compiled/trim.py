@@ -12,7 +12,6 @@ import numpy as np
 from ._jit import kernel
 from .hash import hash64
 
-
 TILE = 2048
 
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from .lanes import sum_in_lanes
 
+RESIDUE = 2.0**-48
+
 
 def census(delta, owner, sign, support, regions, overlap, conflict):
     """Counts who changed what."""
@@ -25,7 +27,9 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
 
 def realised(base, stored_base, intended, stored, where, counts, sums):
     """Compares the intended update with the one that the stored values make."""
-    update = intended[where] - base[where].astype(np.float64)
+    old = base[where].astype(np.float64)
+    update = intended[where] - old
+    update[~(np.abs(update) > RESIDUE * np.abs(old))] = 0.0
     real = stored[where].astype(np.float64) - stored_base[where].astype(np.float64)
     counts += np.array([np.count_nonzero(update), np.count_nonzero((update != 0) & (real != 0))])
     if where.size:

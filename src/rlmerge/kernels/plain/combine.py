@@ -1,4 +1,4 @@
-"""Where anything changed, by how much, and the simple methods, in NumPy (see `compiled.combine` for the definitions)."""
+"""Where anything changed, by how much, and the simple methods, in NumPy (definitions: `compiled.combine`)."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _soft(sens, active, power):
     best = np.where(active, sens, 0.0).max(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(best > 0.0, sens / best, 1.0)
-    share = ratio if power == 1.0 else _pow(ratio, power).astype(np.float64)
+    share = ratio if power == 1.0 else np.asarray(_pow(ratio, power), np.float64)
     share = np.where(active, share, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return share / _sum_over_experts(share)
