@@ -21,6 +21,7 @@ from tests.methods.small_models import (
     representable,
     same_bits,
     small_blocks,
+    small_shards,
     some_fishers,
     sparse_model,
     write_all,
@@ -208,7 +209,8 @@ def test_merge_to_another_model_is_refused(transformers):
 def test_a_sharded_output_loads_in_transformers(transformers, tmp_path, dtype):
     import torch
 
-    out = rlmerge.merge_to_folder(golden_recipe(dtype=dtype), tmp_path / "out", shard_bytes=20_000).out
+    with small_shards(20_000):
+        out = rlmerge.merge_to_folder(golden_recipe(dtype=dtype), tmp_path / "out").out
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 3
@@ -237,8 +239,8 @@ def read_values_as_fp32(folder):
 @pytest.fixture
 def finished(recipe, tmp_path):
     (tmp_path / "base" / "config.json").write_text('{"model_type": "x"}')
-    with small_blocks(8, 16):
-        return rlmerge.merge_to_folder(recipe, tmp_path / "out", shard_bytes=100).out
+    with small_blocks(8, 16), small_shards(100):
+        return rlmerge.merge_to_folder(recipe, tmp_path / "out").out
 
 
 def test_verify_accepts_what_was_written_and_moved(finished, tmp_path):

@@ -14,6 +14,7 @@ from tests.methods.small_models import (
     needed_weights,
     read_words,
     small_blocks,
+    small_shards,
     some_fishers,
     sparse_model,
     write_all,
@@ -71,7 +72,8 @@ def test_units_blocks_and_files_cover_everything_once(tmp_path_factory, shapes, 
 def test_the_planned_bytes_are_those_written(tmp_path):
     recipe = shaped(tmp_path, {"a": (5, 4), "b": (3,), "c": (2, 2, 2)})
     plan = make_plan(recipe, shard_bytes=40)
-    out = rlmerge.merge_to_folder(recipe, tmp_path / "out", shard_bytes=40).out
+    with small_shards(40):
+        out = rlmerge.merge_to_folder(recipe, tmp_path / "out").out
     assert {file.name: file.size for file in plan.outputs} == {
         p.name: p.stat().st_size for p in out.glob("*.safetensors")
     }

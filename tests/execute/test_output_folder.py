@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.execute.test_resume import digest, interrupted
 from tests.execute.test_same_bytes import contents, recipe_of
-from tests.methods.small_models import make_recipe, refusal, sparse_model, write_all
+from tests.methods.small_models import make_recipe, refusal, small_shards, sparse_model, write_all
 
 import rlmerge
 from rlmerge.errors import OutputError
@@ -103,7 +103,8 @@ def test_an_existing_output_is_not_replaced_unasked(recipe, tmp_path):
 
 
 def test_overwrite_replaces_an_earlier_output_whole(recipe, tmp_path):
-    out = merge(recipe, tmp_path / "out", shard_bytes=100).out
+    with small_shards(100):
+        out = merge(recipe, tmp_path / "out").out
     assert len(list(out.glob("*.safetensors"))) > 1
     (out / "leftover").write_text("x")
     merge(recipe, tmp_path / "out", overwrite=True)

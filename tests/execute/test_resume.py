@@ -317,7 +317,7 @@ def test_overwrite_continues_its_own_unfinished_merge(models, tmp_path, monkeypa
 
 def test_an_unfinished_sweep_is_continued(models, tmp_path, monkeypatch):
     recipe = recipe_of(models, "sar", SAR["default"])
-    sweep = [{"lambda": 0.5}, {"density": 0.9}]
+    sweep = [{"lambda": 0.5, "density": 0.5}, {"lambda": 1.0, "density": 0.9}]
     expected = contents(finish(recipe, tmp_path / "whole", sweep=sweep).out)
     interrupted(monkeypatch, recipe, tmp_path / "out", 5, sweep=sweep)
     outcome = finish(recipe, tmp_path / "out", sweep=sweep)

@@ -256,7 +256,7 @@ def test_compose(given_, data, scale):
 
 @st.composite
 def ranked(draw):
-    """where, values, owners and scores as a method gives them: 0 exactly where a value is 0; sometimes one row for all."""
+    """where, values, owners and scores as a method gives them: 0 where a value is 0; sometimes one row for all."""
     where, values, owner, *_ = draw(conflicts())
     shared = draw(st.booleans())
     with np.errstate(over="ignore"):

@@ -106,6 +106,17 @@ def small_blocks(block: int, unit: int | None = None):
         yield
 
 
+@contextmanager
+def small_shards(shard_bytes: int):
+    """Merges inside write shards of so many bytes (the API asks for a megabyte at least)."""
+
+    def make_plan(recipe: Any, variants: Any = (), _: int = 0) -> Any:
+        return plan_module.make_plan(recipe, variants, shard_bytes)
+
+    with mock.patch("rlmerge.api.make_plan", make_plan):
+        yield
+
+
 def refusal(call: Callable[[], Any]) -> str | None:
     """What an RlmergeError says, or None if the call went through."""
     try:

@@ -1,16 +1,21 @@
 """Loops over coordinates: `compiled` (numba, without the GIL) and `plain` (its NumPy twin, the same bits, slowly).
 
-Both have the same functions with the same signatures; every sum runs in coordinate order in both, so that a result does
+Both have the same functions with the same signatures; every sum runs in the same order in both, so that a result does
 not depend on which of them made it. A method finds the one in use as `block.kernels`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
+
+import xxhash
 
 Backend = Literal["numba", "numpy"]
 
@@ -19,16 +24,33 @@ def load_kernels(backend: Backend) -> ModuleType:
     """The module of compiled or plain kernels. Imports numba only for 'numba'."""
     if backend == "numpy":
         return importlib.import_module("rlmerge.kernels.plain")
-    if not os.access(Path(__file__).parent, os.W_OK) and "NUMBA_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlmerge" / "numba"
-        os.environ["NUMBA_CACHE_DIR"] = str(cache)
+    import numba
+
+    numba.config.CACHE_DIR = str(cache_folder())
     return importlib.import_module("rlmerge.kernels.compiled")
+
+
+@cache
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: below NUMBA_CACHE_DIR or the user's cache, in a folder named by their source.
+
+    numba itself looks only at the file that a kernel stands in, and would go on using a kernel whose helper in another
+    file has changed. It needs no place inside the package, which may be read-only.
+    """
+    state = xxhash.xxh3_64()
+    for path in sorted((Path(__file__).parent / "compiled").glob("*.py")):
+        state.update(path.read_bytes())
+    home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(home) if home else Path(os.path.expanduser("~")) / ".cache"
+    folder = root / "rlmerge" / f"kernels-{state.hexdigest()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    # no home to write to: compile for this run only (a shared folder would let others put code there)
+    return Path(tempfile.mkdtemp(prefix="rlmerge-"))
 
 
 def is_compiled() -> bool:
     """Whether an earlier run left compiled kernels in the cache (a first run takes some seconds to compile)."""
-    cache = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(cache) if cache else Path(__file__).parent / "compiled" / "__pycache__"
-    if not cache and not os.access(Path(__file__).parent, os.W_OK):
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlmerge" / "numba"
-    return folder.is_dir() and next(folder.rglob("*.nbi"), None) is not None
+    return next(cache_folder().rglob("*.nbi"), None) is not None

@@ -101,7 +101,7 @@ class Coarse(_TopK):
             wanted = eligible if density >= 1.0 else self.scorer.wanted(task, float(density), eligible)
             entry: dict[str, Any] = {"eligible": eligible, "wanted": wanted, "bin": -1, "threshold": -1.0}
             entry |= {"above": 0, "ties": 0}
-            if wanted <= 0:
+            if wanted <= 0 and density < 1.0:
                 entry |= {"threshold": float(np.inf), "wanted": 0}
             elif wanted < eligible:
                 bin_, above = _bin_of(count, wanted)
