@@ -105,7 +105,7 @@ def merge_to_folder(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     check_run(threads, kernels, shard_bytes)
-    variants = tuple(recipe.with_settings(settings) for settings in sweep)
+    variants = make_variants(recipe, sweep)
     names = sweep_names(sweep)
     if len(set(names)) < len(names):
         raise RecipeError(f"--set: a value is given twice: {', '.join(names)}.")
@@ -120,7 +120,7 @@ def merge_to_folder(
     if kernels == "numba" and not is_compiled():
         progress(Step(0, 0, 0, "compiling the kernels: once, some seconds"))
     with _worker(plan, kernels, threads) as worker:
-        journal = target.open(plan.digest(), worker.inputs.stamps())
+        journal = target.open(f"{plan.digest()} {names}", worker.inputs.stamps())
         try:
             done, total = len(journal.units), len(plan.unit_list())
             if done:
@@ -201,10 +201,24 @@ def check_run(threads: int | None, kernels: str, shard_bytes: int) -> None:
         raise RecipeError(f"shard size {shard_bytes} bytes: write at least 1MB, for instance 5GB.")
 
 
+def make_variants(recipe: Recipe, sweep: Sequence[dict[str, Any]]) -> tuple[Recipe, ...]:
+    """The recipe of each point of a sweep. Raises RecipeError for what cannot vary within one reading."""
+    fixed = sorted({key for point in sweep for key in point} & {"dtype", "out_dtype", "min_change", "on_mismatch"})
+    if fixed and len(sweep) > 1:
+        raise RecipeError(
+            f"--set {fixed[0]}: all points of a sweep share one reading, so {', '.join(fixed)} cannot vary in it: "
+            "run one merge for each value."
+        )
+    return tuple(recipe.with_settings(settings) for settings in sweep)
+
+
 def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """The folder of each point of a sweep, by what varies: 'lambda=0.3,density=0.5'; '' for a single merge."""
-    varying = [key for key in (sweep[0] if sweep else {}) if len({str(point[key]) for point in sweep}) > 1]
-    names = [",".join(f"{key}={point[key]}" for key in varying) for point in sweep]
+    keys = list(dict.fromkeys(key for point in sweep for key in point))
+    varying = [key for key in keys if len({str(point.get(key)) for point in sweep}) > 1]
+    names = [",".join(f"{key}={point[key]}" for key in varying if key in point) or "default" for point in sweep]
+    if len(sweep) == 1:
+        names = [",".join(f"{key}={value}" for key, value in sweep[0].items())]
     return tuple(names) or ("",)
 
 
@@ -284,8 +298,13 @@ def _write_small_files(
 
     def put(name: str, data: bytes) -> None:
         part = folder / f"{name}.part"
-        part.write_bytes(data)
-        part.replace(folder / name)
+        try:
+            part.write_bytes(data)
+            part.replace(folder / name)
+        except OSError as error:
+            raise OutputError(
+                f"{folder / name}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+            ) from error
         digests[name] = xxhash.xxh3_128_hexdigest(data)
 
     dtype = _main_dtype(plan)
@@ -406,6 +425,9 @@ def verify(out: Path | str) -> dict[str, Any]:
         elif xxhash.xxh3_128_hexdigest(path.read_bytes()) != digest:
             problems.append(f"{name}: was changed")
     total = 0
+    known = {entry["file"] for entry in weights}
+    strays = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
+    problems += [f"{name}: was added; a loader may prefer it to what the merge wrote" for name in strays]
     for entry in weights:
         problems += _verify_weights(folder / entry["file"], entry, units)
         total += entry["size"]

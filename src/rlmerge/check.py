@@ -15,6 +15,7 @@ from rlmerge.api import (
     check_tokenizers,
     default_threads,
     limit_threads,
+    make_variants,
     sweep_names,
     thread_bytes,
 )
@@ -59,7 +60,7 @@ def check(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     check_run(threads, "numba", shard_bytes)
-    plan = make_plan(recipe, tuple(recipe.with_settings(point) for point in sweep), shard_bytes)
+    plan = make_plan(recipe, make_variants(recipe, sweep), shard_bytes)
     notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
     if out is not None:
         OutputFolder(plan, Path(out), sweep_names(sweep), overwrite).check()

@@ -187,6 +187,11 @@ def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int 
                 f"{checkpoint.reference}: a LoRA adapter cannot be the base. Write the model it was trained from as "
                 "`base_model:` and the adapter under `models:`."
             )
+        if checkpoint is not None and checkpoint.adapter and base is None:
+            raise RecipeError(
+                f"{checkpoint.reference}: a LoRA adapter is an update and not a model. Write the model it was trained "
+                "from as `base_model:`."
+            )
     if len(keys) > 64:
         raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
     matched = match(donor, list(models.values()), list(recipe.include), list(recipe.exclude), recipe.on_mismatch)

@@ -50,6 +50,9 @@ base_model: base
 models:
   - model: e0
   - model: e1
+parameters:
+  weight: 1
+  density: 0.5
 """
 
 

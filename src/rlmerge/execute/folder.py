@@ -6,9 +6,11 @@ unit is written and every small file is there. A killed run leaves OUT.unfinishe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,9 @@ class OutputFolder:
 
     def check(self) -> None:
         """Raises OutputError where the output cannot go there; touches nothing."""
-        inputs = {Path(entry.path).resolve().parent for entry in self.plan.files}
+        paths = [Path(entry.path) for entry in self.plan.files]
+        # both where a file lies and where the link to it lies (the hub's cache is made of links)
+        inputs = {path.resolve().parent for path in paths} | {path.parent.resolve() for path in paths}
         target = self.out.resolve()
         for folder in sorted(inputs):
             if target == folder or folder in target.parents or target in folder.parents:
@@ -53,7 +57,10 @@ class OutputFolder:
                     f"{self.out}: would write into, or replace, the input folder {folder}. Inputs are never written: "
                     "choose another output folder."
                 )
-        if self.out.exists() or self.out.is_symlink():
+        if self.out.is_symlink() or self.work.is_symlink():
+            link = self.out if self.out.is_symlink() else self.work
+            raise OutputError(f"{link}: is a symbolic link. Write the folder that it points to, or another one.")
+        if self.out.exists():
             if not self.out.is_dir():
                 raise OutputError(f"{self.out}: is a file. Choose another output folder.")
             if any(self.out.iterdir()) and not self.overwrite:
@@ -86,7 +93,11 @@ class OutputFolder:
         try:
             return self._open(digest, stamps)
         except OSError as error:
+            self.close()
             raise OutputError(f"{self.work}: cannot be written: {error.strerror}.") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, digest: str, stamps: list[list[int]]) -> Journal:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -143,8 +154,13 @@ class OutputFolder:
                 if os.fstat(handle).st_size != file.size:
                     os.ftruncate(handle, file.size)
                     reserve = getattr(os, "posix_fallocate", None)
-                    if reserve is not None:
-                        reserve(handle, 0, file.size)
+                    try:
+                        if reserve is not None:
+                            reserve(handle, 0, file.size)
+                    except OSError as error:
+                        # some file systems cannot reserve; then the free space that was checked above must do
+                        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                            raise
                 os.pwrite(handle, file.header, 0)
 
     # -- writing --------------------------------------------------------------------------------------------------
@@ -183,17 +199,18 @@ class OutputFolder:
                 os.fsync(handle)
             os.close(handle)
         self._handles.clear()
-        (self.work / "journal.jsonl").unlink(missing_ok=True)
-        (self.work / "lock").unlink(missing_ok=True)
-        old = self.out.with_name(self.out.name + ".old")
+        old = None
         if self.out.is_dir() and any(self.out.iterdir()):
-            if old.exists():
-                shutil.rmtree(old)
-            self.out.rename(old)
+            # a name of our own: a neighbour called OUT.old may be anybody's
+            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
+            self.out.rename(old / self.out.name)
         elif self.out.is_dir():
             self.out.rmdir()
+        # a run that is stopped before this line has its journal and is continued, after it is finished
         self.work.rename(self.out)
-        if old.exists():
+        (self.out / "journal.jsonl").unlink(missing_ok=True)
+        (self.out / "lock").unlink(missing_ok=True)
+        if old is not None:
             shutil.rmtree(old)
         if self.fsync:
             handle = os.open(self.out.parent, os.O_RDONLY)

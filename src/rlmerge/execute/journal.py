@@ -81,10 +81,15 @@ class Journal:
         if self._handle is None:
             return
         data = (json.dumps(line) + "\n").encode()
-        while data:
-            data = data[os.write(self._handle, data) :]
-        if self._fsync:
-            os.fsync(self._handle)
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+            if self._fsync:
+                os.fsync(self._handle)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+            ) from error
 
     def _load(self, path: Path, digest: str, stamps: list[list[int]]) -> int:
         """Reads the whole lines of an earlier run. Returns how many bytes of the file are good."""

@@ -120,6 +120,8 @@ class Worker:
             for variant in variants:
                 task = self.task(variant, tensor)
                 merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
+                if self.inputs.allow_nonfinite:
+                    spread_nonfinite(block, task, merged)
                 stats[variant].add(merged.stats)
                 raw = self._encode(plan, variant, block, merged, stats[variant], space)
                 written[variant].update(raw.data)
@@ -203,6 +205,16 @@ class _Stats:
 
     def to_lists(self) -> dict[str, list[Any]]:
         return {key: value.tolist() for key, value in self.total.items()}
+
+
+def spread_nonfinite(block: Block, task: Task, merged: Merged) -> None:
+    """A delta that is no number makes the result no number, whatever the method's comparisons do with it.
+
+    Only where the recipe lets such inputs in; a weight of 0 removes an expert before. The cast then raises the error.
+    """
+    weight = task.per_model.get("weight", np.ones(len(task.experts)))
+    bad = ~np.isfinite(block.delta[weight != 0.0]).all(axis=0)
+    merged.values[block.where[bad]] = np.nan
 
 
 def count_changes(block: Block, task: Task) -> dict[str, NDArray[Any]]:

@@ -45,7 +45,7 @@ def sensitivity_reads(values: Mapping[str, Any]) -> bool:
 def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
     """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
     choices = tuple(task.values[name] for name in RESOLVES)
-    key = ("resolved", choices, task.per_model["weight"].tobytes())
+    key = ("resolved", choices, task.per_model["weight"].tobytes(), task.key)
     return block.keep(key, lambda: _resolve(block, task, results))
 
 
@@ -53,7 +53,7 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolv
     count = len(task.experts)
     values = task.values
     weight = task.per_model["weight"]
-    deltas = block.delta if (weight == 1.0).all() else weight[:, None] * block.delta
+    deltas = block.delta if (weight == 1.0).all() else np.where(weight == 0.0, 0.0, weight)[:, None] * block.delta
     resolved = np.empty(deltas.shape, np.float64)
     whole = np.empty(block.where.size, np.uint8)
     wins = np.zeros(count, np.int64)

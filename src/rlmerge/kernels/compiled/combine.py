@@ -64,9 +64,17 @@ def deltas(base, expert, reference, which, additive, min_change, where, out, own
         row = out[k]
         if min_change == 0.0:
             for j in range(size):
-                delta = np.float64(new[where[j]]) - np.float64(old[where[j]])
-                # equal infinities are no change, and their difference is not a number
-                row[j] = delta if delta == delta else 0.0
+                i = where[j]
+                # + 0.0 makes -0.0 (base +0, expert -0) the 0.0 that means "no change"
+                row[j] = (np.float64(new[i]) - np.float64(old[i])) + 0.0
+            strange = 0
+            for j in range(size):
+                strange += row[j] != row[j]
+            if strange > 0:
+                for j in range(size):
+                    # equal infinities are no change, though their difference is not a number
+                    if new[where[j]] == old[where[j]]:
+                        row[j] = 0.0
         else:
             for j in range(size):
                 i = where[j]
@@ -107,6 +115,8 @@ def task_arithmetic(base, delta, where, weight, scale, out):
         sum_[:] = 0.0
         for k in range(delta.shape[0]):
             row = delta[k, first : first + size]
+            if weight[k] == 0.0:
+                continue
             for j in range(size):
                 sum_[j] += weight[k] * row[j]
         for j in range(size):

@@ -11,7 +11,7 @@ RESIDUE = 2.0**-48
 
 def census(delta, owner, sign, support, regions, overlap, conflict):
     """Counts who changed what."""
-    signs = np.sign(delta).astype(np.int64) * sign[:, None]
+    signs = np.sign(np.nan_to_num(delta)).astype(np.int64) * sign[:, None]
     active = signs != 0
     number = active.sum(axis=0)
     mixed = (signs > 0).any(axis=0) & (signs < 0).any(axis=0)

@@ -50,7 +50,8 @@ def task_arithmetic(base, delta, where, weight, scale, out):
     """base + scale·Σ weight[k]·δk."""
     sum_ = np.zeros(where.shape[0])
     for k in range(delta.shape[0]):
-        sum_ += weight[k] * delta[k]
+        if weight[k] != 0.0:
+            sum_ += weight[k] * delta[k]
     out[:] = base.astype(np.float64)
     out[where] += scale * sum_
 

@@ -186,7 +186,8 @@ def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, drop
     contributes = resolved != 0.0
     sum_ = _sum_over_experts(np.where(contributes, gain[:, None] * resolved, 0.0))
     any_ = contributes.any(axis=0)
-    there = expert[:, where]
+    # without a factor of exactly 1 nothing is copied, and the caller need not have read the experts
+    there = expert[:, where] if unit.any() else np.zeros(resolved.shape, np.float32)
     first = there[contributes.argmax(axis=0), np.arange(where.shape[0])]
     same = (~contributes | ((there == first) & unit[:, None])).all(axis=0)
     copy = any_ & (whole == 1) & (dropped == 0) & same
