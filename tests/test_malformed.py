@@ -6,6 +6,7 @@ Each case spoils the good set of `tests/cli/command_line.py` and says which word
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -451,7 +452,8 @@ case(
     "recipe: weights that sum to zero",
     put(
         "recipe.yml",
-        "merge_method: linear\nmodels:\n- {model: e0, parameters: {weight: 1}}\n- {model: e1, parameters: {weight: -1}}\n",
+        "merge_method: linear\nmodels:\n"
+        "- {model: e0, parameters: {weight: 1}}\n- {model: e1, parameters: {weight: -1}}\n",
     ),
     "recipe.yml",
     "weights sum to 0",
@@ -857,3 +859,7 @@ def check(case: Case, done: Done) -> None:
         assert word in message, message
     assert done.out == ""
     assert len(message) < 3000
+    assert "Input should be" not in message, "pydantic's words are not ours"
+    assert "?." not in message, message
+    if missing := re.search(r"('[^']+') does not exist", message):
+        assert f"Did you mean {missing[1]}" not in message, message

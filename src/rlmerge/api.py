@@ -303,7 +303,8 @@ def _write_small_files(
             part.replace(folder / name)
         except OSError as error:
             raise OutputError(
-                f"{folder / name}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+                f"{folder / name}: cannot be written: {error.strerror}. What is done is kept; the same command "
+                "continues."
             ) from error
         digests[name] = xxhash.xxh3_128_hexdigest(data)
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 from tests.cli.command_line import (
-    FIRST,
     INDEX,
-    SECOND,
     SHAPES,
     Done,
     good_set,
@@ -24,12 +22,8 @@ from tests.cli.command_line import (
     rlmerge_process,
     snapshot,
     succeeded,
-    weights,
 )
 
-import rlmerge.cli.check
-import rlmerge.cli.explain
-import rlmerge.cli.methods
 from rlmerge.version import VERSION
 
 COMMANDS = ("merge", "check", "explain", "convert", "verify", "methods")
@@ -144,11 +138,19 @@ def test_an_interrupt_is_code_130_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["--nonsense"], ["merge"], ["merge", "a", "b", "--nonsense"], ["merge", "a", "b", "--seed", "x"],
-                  ["check", "a", "--threads", "0"], ["convert", "a"]]
-)  # fmt: skip
-def test_wrong_usage_is_code_2(arguments: list[str]) -> None:
-    done = rlmerge(*arguments)
+    "arguments",
+    [
+        "nonsense",
+        "--nonsense",
+        "merge",
+        "merge a b --nonsense",
+        "merge a b --seed x",
+        "check a --threads 0",
+        "convert a",
+    ],
+)
+def test_wrong_usage_is_code_2(arguments: str) -> None:
+    done = rlmerge(*arguments.split())
     assert done.code == 2
     assert done.out == ""
     assert "Traceback" not in done.err
@@ -196,11 +198,15 @@ def test_a_reader_that_goes_away_is_no_defect() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "rlmerge.cli.main", "methods"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-    )  # fmt: skip
+        [sys.executable, "-m", "rlmerge.cli.main", "methods"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     os.close(write)
     assert done.stderr == ""
-    assert done.returncode in (0, 1, 141)
+    assert done.returncode in (0, 141)  # 1 would be a defect of ours
 
 
 # ---- check, explain, methods, verify -------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def test_alarms_are_warnings_on_stderr(good: Path, tmp_path: Path) -> None:
     assert lines
     assert all(line.startswith("warning: ") for line in lines)
     assert any("the entry is ignored" in line for line in lines)
-    done = succeeded(rlmerge("check", *flags, "--method", "linear"))
+    done = succeeded(rlmerge("check", *flags, "--method", "linear", "--set", "weight=1"))
     assert "warning" not in done.out
 
 
@@ -243,10 +249,13 @@ def test_explain_resolves_filters(good: Path, tmp_path: Path) -> None:
     )
     groups = succeeded(rlmerge("explain", recipe, "--json")).json
     assert sum(group["count"] for group in groups) == len(SHAPES)
-    weight = {name: group["models"][f"{good}/e0"]["weight"] for group in groups if group["models"] for name in group["tensors"]}
-    assert weight["model.layers.0.q_proj.weight"] == 0.25
-    assert weight["model.embed_tokens.weight"] == 1
-    assert {group["carried"]: group["tensors"] for group in groups if "carried" in group} == {"excluded": ["model.norm.weight"]}
+    merged = {group["models"][f"{good}/e0"]["weight"]: group for group in groups if group["models"]}
+    assert merged.keys() == {0.25, 1.0}
+    assert merged[0.25]["count"] == 2
+    assert all("q_proj" in pattern for pattern in merged[0.25]["tensors"])
+    assert merged[1.0]["models"][f"{good}/e1"] == {"weight": 1.0, "density": 0.5}
+    carried = {group["carried"]: group["tensors"] for group in groups if "carried" in group}
+    assert carried == {"excluded": ["model.norm.weight"]}
     text = succeeded(rlmerge("explain", recipe)).out
     assert "0.25" in text
     assert "excluded" in text
@@ -262,7 +271,12 @@ def test_methods_describe_themselves() -> None:
     for entry in every:
         alone = succeeded(rlmerge("methods", entry["name"])).out
         assert succeeded(rlmerge("methods", entry["name"], "--json")).json == entry
-        for part in (entry["summary"], entry["formula"], entry["source"], *(spec["doc"] for spec in entry["parameters"])):
+        for part in (
+            entry["summary"],
+            entry["formula"],
+            entry["source"],
+            *(spec["doc"] for spec in entry["parameters"]),
+        ):
             assert part in alone
     assert "'ties'" in refused(rlmerge("methods", "tis"))
 
@@ -288,14 +302,17 @@ def test_verify_names_what_changed(good: Path, tmp_path: Path) -> None:
 
 def test_check_of_a_large_pair_is_quick(tmp_path: Path) -> None:
     """Qwen2.5-1.5B's shapes in three shards, twice, of files without content: 6 GB that take no disk."""
-    pytest.importorskip("numpy")
     shapes = {"model.embed_tokens.weight": (151936, 1536), "model.norm.weight": (1536,)}
-    for layer in range(28):
-        name = f"model.layers.{layer}"
-        shapes |= {f"{name}.self_attn.{part}.weight": (rows, 1536) for part, rows in (("q_proj", 1536), ("k_proj", 256), ("v_proj", 256), ("o_proj", 1536))}  # fmt: skip
-        shapes |= {f"{name}.self_attn.{part}.bias": (rows,) for part, rows in (("q_proj", 1536), ("k_proj", 256), ("v_proj", 256))}  # fmt: skip
-        shapes |= {f"{name}.mlp.gate_proj.weight": (8960, 1536), f"{name}.mlp.up_proj.weight": (8960, 1536), f"{name}.mlp.down_proj.weight": (1536, 8960)}  # fmt: skip
-        shapes |= {f"{name}.input_layernorm.weight": (1536,), f"{name}.post_attention_layernorm.weight": (1536,)}
+    attention = {"q_proj": 1536, "k_proj": 256, "v_proj": 256, "o_proj": 1536}
+    for name in (f"model.layers.{layer}" for layer in range(28)):
+        for part, rows in attention.items():
+            shapes[f"{name}.self_attn.{part}.weight"] = (rows, 1536)
+            if part != "o_proj":
+                shapes[f"{name}.self_attn.{part}.bias"] = (rows,)
+        for part in ("gate_proj", "up_proj"):
+            shapes[f"{name}.mlp.{part}.weight"] = (8960, 1536)
+        shapes[f"{name}.mlp.down_proj.weight"] = (1536, 8960)
+        shapes |= {f"{name}.{norm}_layernorm.weight": (1536,) for norm in ("input", "post_attention")}
     for model in ("base", "a", "b"):
         sparse_model(tmp_path / model, shapes, 3)
     on_disk = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())

@@ -24,9 +24,9 @@ def load_kernels(backend: Backend) -> ModuleType:
     """The module of compiled or plain kernels. Imports numba only for 'numba'."""
     if backend == "numpy":
         return importlib.import_module("rlmerge.kernels.plain")
-    import numba
+    from numba.core import config
 
-    numba.config.CACHE_DIR = str(cache_folder())
+    config.CACHE_DIR = str(cache_folder())  # pyright: ignore[reportAttributeAccessIssue]
     return importlib.import_module("rlmerge.kernels.compiled")
 
 

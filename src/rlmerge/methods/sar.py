@@ -53,7 +53,10 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolv
     count = len(task.experts)
     values = task.values
     weight = task.per_model["weight"]
-    deltas = block.delta if (weight == 1.0).all() else np.where(weight == 0.0, 0.0, weight)[:, None] * block.delta
+    deltas = block.delta
+    if (weight != 1.0).any():
+        deltas = weight[:, None] * block.delta
+        deltas[weight == 0.0] = 0.0
     resolved = np.empty(deltas.shape, np.float64)
     whole = np.empty(block.where.size, np.uint8)
     wins = np.zeros(count, np.int64)
