@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import sys
 from typing import Annotated, Any
@@ -12,6 +14,16 @@ from rlmerge.errors import RecipeError
 
 from .options import Accept, Base, Expert, Fisher, Json, MethodName, Quiet, Set, Threads, make_recipe, parse_bytes
 from .show import ProgressLine, duration, size, statistics_table
+
+
+def hold_memory() -> None:
+    """Asks glibc to keep freed memory and to share one arena: block arrays come and go by the thousand, and giving
+    their pages back to the kernel each time costs a third of a merge. Elsewhere, nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((-1, 2**30), (-3, 2**30), (-2, 2**26), (-8, 1)):  # trim, mmap threshold; top pad; arenas
+            libc.mallopt(option, value)
 
 
 def merge(
@@ -64,6 +76,7 @@ def merge(
         )
         show_report(report, json_, quiet)
         return
+    hold_memory()
     line = ProgressLine(quiet)
     try:
         outcome = merge_to_folder(

@@ -201,7 +201,8 @@ class InputBlock(Block):
         buffer = space.get("where", base.shape, np.int32)
         found = self.kernels.changed(base, expert, reference, which, additive, eta, buffer)
         where = buffer[:found].copy()
-        delta = space.get("delta", (expert.shape[0], found), np.float64)
+        shape = (expert.shape[0], found)
+        delta = space.get("delta", shape, np.float64) if self._memo is None else np.empty(shape, np.float64)
         owner = np.empty(found, np.int32)
         self.kernels.deltas(base, expert, reference, which, additive, eta, where, delta, owner)
         self._read["delta"] = delta

@@ -165,9 +165,9 @@ class Worker:
                 + ("Write `out_dtype: float32` (fp16 ends at 65504)." if plan.dtype == "F16" else "Check the inputs.")
             )
         if self.plan.has_base:
-            raw = raw.copy() if plan.dtype != "F32" else raw
             stored_base = block.base
             if plan.base is not None and plan.dtype not in ("F32", plan.base.dtype):
+                raw = raw.copy()  # the cast below uses the same buffer
                 stored_base = space.get("stored_base", (block.size,), np.float32)
                 cast(block.base.astype(np.float64), plan.dtype, self.kernels, space, stored_base)
             compared = np.arange(block.size, dtype=np.int32) if merged.everywhere else block.where

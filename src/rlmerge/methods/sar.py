@@ -28,11 +28,6 @@ SENSITIVITY = ("fisher_delta2", "fisher", "delta2")
 ARBITRATION = ("winner", "soft", "elect", "margin", "random")
 AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
 SCORE = ("delta", "share", "merged")
-RESOLVES = (
-    *("sensitivity", "arbitration", "agreement", "allies", "power", "margin"),
-    *("sparsify", "score"),
-)
-"""The global choices on which resolved updates and their scores depend."""
 NO_FISHER = np.empty((0, 0), np.float32)
 SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
 
@@ -44,8 +39,8 @@ def sensitivity_reads(values: Mapping[str, Any]) -> bool:
 
 def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
     """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
-    choices = tuple(task.values[name] for name in RESOLVES)
-    key = ("resolved", choices, task.per_model["weight"].tobytes(), task.key)
+    choices = tuple(value for name, value in task.values.items() if name != LAMBDA.name)
+    key = ("resolved", task.key, choices, *(values.tobytes() for values in task.per_model.values()))
     return block.keep(key, lambda: _resolve(block, task, results))
 
 
@@ -92,18 +87,20 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolv
     scores = np.empty((1 if values["score"] == "merged" else count, block.where.size), np.float32)
     if values["sparsify"] != "none" and task.is_matrix:
         block.kernels.scores(deltas, resolved, fisher, block.where, mean, code, scores)
-    return _Resolved(resolved, scores, whole, wins, counts)
+    return _Resolved(resolved, scores, whole, wins, counts, np.count_nonzero(resolved, axis=1))
 
 
 @dataclass(slots=False)
 class _Resolved:
-    """What stage 1 leaves of a block; arrays to be copied before they are cut.
+    """What stage 1 leaves of a block, and stage 2 cuts in place, once.
 
     updates      fp64[K, m], t = r·d
     scores       fp32[K or 1, m], what sparsification ranks
     whole        uint8[m], the shares make a whole
     wins         int64[K]
     counts       int64[4]: draws, draws under δ², conflicts that both decide, of these with the same winner
+    eligible     int64[K], updates before the cut
+    kept         int64[K], updates after it; dropped uint8[m], where one was cut; None before the cut
     """
 
     updates: NDArray[np.float64]
@@ -111,6 +108,9 @@ class _Resolved:
     whole: NDArray[np.uint8]
     wins: NDArray[np.int64]
     counts: NDArray[np.int64]
+    eligible: NDArray[np.int64]
+    kept: NDArray[np.int64] | None = None
+    dropped: NDArray[np.uint8] | None = None
 
 
 class ResolvedUpdates(Scorer):
@@ -140,7 +140,7 @@ class ResolvedUpdates(Scorer):
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Resolved updates and their scores."""
         state = resolve(block, task, results)
-        return state.updates.copy(), state.scores
+        return state.updates, state.scores
 
 
 class Sar(Method):
@@ -229,13 +229,10 @@ class Sar(Method):
         state = resolve(block, task, results)
         scorer = ResolvedUpdates(values["score"])
         cuts = values["sparsify"] != "none" and scorer.applies(task)
-        updates = state.updates.copy()
-        eligible = np.count_nonzero(updates, axis=1) if cuts else np.zeros(count, np.int64)
-        kept, dropped = np.zeros(count, np.int64), np.zeros(block.where.size, np.uint8)
+        eligible = kept = state.eligible if cuts else np.zeros(count, np.int64)
+        dropped = np.zeros(block.where.size, np.uint8)
         if cuts and bool((scorer.density(task) < 1.0).any()):
-            kept, dropped = cut(scorer, block, task, results, updates, state.scores)
-        elif cuts:
-            kept = eligible
+            kept, dropped = cut(scorer, block, task, results, state)
         gain = rescale_factors(task, results)
         scale = float(values["lambda"])
         unit = (scale * gain * task.per_model["weight"] == 1.0) & ~block.additive
@@ -245,7 +242,7 @@ class Sar(Method):
         block.kernels.compose(
             block.base,
             expert,
-            updates,
+            state.updates,
             block.where,
             block.owner,
             gain,
@@ -261,30 +258,34 @@ class Sar(Method):
 
 
 def cut(
-    scorer: ResolvedUpdates,
-    block: Block,
-    task: Task,
-    results: Mapping[str, Result],
-    updates: NDArray[np.float64],
-    scores: NDArray[np.float32],
+    scorer: ResolvedUpdates, block: Block, task: Task, results: Mapping[str, Result], state: _Resolved
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Stage 2 of SAR on a block, in place: top-k by threshold, or magprune by rank."""
-    if task.values["sparsify"] != "magprune":
-        return apply_cut(scorer, block, task, results, updates, scores)
-    kept = np.zeros(updates.shape[0], np.int64)
-    dropped = np.zeros(updates.shape[1], np.uint8)
+    """Stage 2 of SAR on a block, in place and once: top-k by threshold, or magprune by rank. Returns kept, dropped."""
+    if state.kept is not None and state.dropped is not None:
+        return state.kept, state.dropped
+    if task.values["sparsify"] == "magprune":
+        state.kept, state.dropped = _prune(scorer, block, task, results, state)
+    else:
+        state.kept, state.dropped = apply_cut(scorer, block, task, results, state.updates, state.scores)
+    return state.kept, state.dropped
+
+
+def _prune(
+    scorer: ResolvedUpdates, block: Block, task: Task, results: Mapping[str, Result], state: _Resolved
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    kept = np.zeros(state.updates.shape[0], np.int64)
+    dropped = np.zeros(state.updates.shape[1], np.uint8)
     density = scorer.density(task)
     epsilon = np.where(density < 1.0, float(task.values["epsilon"]), 0.0)
-    keys = np.array([task.key], np.uint64) if scorer.merged else task.keys
     block.kernels.ramp(
-        scores,
+        state.scores,
         dense_ranks(results["ranks"]),
         np.minimum(density, 1.0) - epsilon,
         np.minimum(density, 1.0) + epsilon,
-        keys,
+        np.array([task.key], np.uint64) if scorer.merged else task.keys,
         block.start,
         block.where,
-        updates,
+        state.updates,
         task.values["rescale"] == "inverse_probability",
         kept,
         dropped,
@@ -298,10 +299,10 @@ class KeptNorms(Norms):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: dict[str, Any]) -> None:
         """Adds the norms of a block before and after."""
         assert isinstance(self.scorer, ResolvedUpdates)
-        updates, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(updates, self.order, summary["before"])
-        cut(self.scorer, block, task, results, updates, scores)
-        block.kernels.kept_norms(updates, self.order, summary["after"])
+        state = resolve(block, task, results)
+        block.kernels.kept_norms(state.updates, self.order, summary["before"])
+        cut(self.scorer, block, task, results, state)
+        block.kernels.kept_norms(state.updates, self.order, summary["after"])
 
 
 def rescale_factors(task: Task, results: Mapping[str, Result]) -> NDArray[np.float64]:

@@ -38,10 +38,10 @@ class Magnitude(Scorer):
         self, block: Block, task: Task, results: Mapping[str, Result]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """δ and |δ|."""
-        delta = block.keep("delta", lambda: block.delta.copy())
+        delta = block.keep("delta", lambda: block.delta)
         scores = np.empty(delta.shape, np.float32)
         block.kernels.scores(delta, delta, NO_FISHER, block.where, np.empty(0), 0, scores)
-        return delta.copy(), scores
+        return delta, scores
 
 
 class Ties(Method):
@@ -86,7 +86,8 @@ class Ties(Method):
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Trim, elect, merge."""
         scorer = Magnitude(task.values["density_of"])
-        deltas, scores = scorer.score(block, task, results)
+        kept_deltas, scores = scorer.score(block, task, results)
+        deltas = kept_deltas.copy()
         kept, _ = apply_cut(scorer, block, task, results, deltas, scores)
         out = np.empty(block.size, np.float64)
         counts = np.zeros(2, np.int64)

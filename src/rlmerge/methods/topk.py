@@ -34,7 +34,7 @@ class Scorer(ABC):
     def score(
         self, block: Block, task: Task, results: Mapping[str, Result]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """The values that a cut sets to zero, and the scores that decide it."""
+        """The values that a cut sets to zero (copy them before), and the scores that decide it."""
 
     @abstractmethod
     def density(self, task: Task) -> NDArray[np.float64]:
@@ -215,6 +215,7 @@ class Norms(_TopK):
         """Adds Σ|v| or Σv² of a block, before and after."""
         values, scores = self.scorer.score(block, task, results)
         block.kernels.kept_norms(values, self.order, summary["before"])
+        values = values.copy()
         apply_cut(self.scorer, block, task, results, values, scores)
         block.kernels.kept_norms(values, self.order, summary["after"])
 

@@ -133,7 +133,7 @@ def realised(base, stored_base, intended, stored, where, counts, sums):
         update = update if abs(update) > RESIDUE * abs(old) else 0.0
         real = np.float64(stored[i]) - np.float64(stored_base[i])
         wanted += update != 0.0
-        survived += update != 0.0 and real != 0.0
+        survived += (update != 0.0) & (real != 0.0)
         square += update * update
         product += update * real
         real_square += real * real

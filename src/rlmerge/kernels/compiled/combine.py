@@ -158,10 +158,10 @@ def ties(base, delta, where, weight, scale, normalize, cancelled, out, counts):
                 sum_[j] += value if agrees else 0.0
                 divisor[j] += weight[k] if agrees else 0.0
         for j in range(size):
-            nobody = any_[j] and total[j] == 0.0
+            nobody = any_[j] & (total[j] == 0.0)
             updates += any_[j]
             draws += nobody
-            mean = sum_[j] / divisor[j] if normalize and divisor[j] != 0.0 else sum_[j]
+            mean = sum_[j] / divisor[j] if normalize & (divisor[j] != 0.0) else sum_[j]
             i = where[first + j]
             out[i] = out[i] + (0.0 if nobody and cancelled == 0 else scale * mean) if any_[j] else out[i]
     counts[0] += updates
@@ -189,7 +189,7 @@ def ram(base, delta, where, epsilon, out, counts):
                 seen = abs(row[j]) > epsilon
                 sum_[j] += row[j] if seen else 0.0
                 number[j] += 1.0 if seen else 0.0
-                ignored += row[j] != 0.0 and not seen
+                ignored += (row[j] != 0.0) & (not seen)
             counts[k] += ignored
         for j in range(size):
             i = where[first + j]

@@ -88,14 +88,14 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
         for j in range(value.shape[0]):
             eligible = value[j] != 0.0
             keep = size[j] >= bound
-            number += eligible and keep
-            dropped[j] |= np.uint8(eligible and not keep)
+            number += eligible & keep
+            dropped[j] |= np.uint8(eligible & (size[j] < bound))
             value[j] = value[j] if keep else 0.0
         if bound > 0.0 and cut[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
             found = 0
             for j in range(value.shape[0]):
                 tied[found] = j
-                found += size[j] == bound and value[j] != 0.0
+                found += (size[j] == bound) & (value[j] != 0.0)
             for place in range(found):
                 j = tied[place]
                 lost = hash64(keys[row], np.uint64(start + where[j])) > cut[row]
