@@ -107,8 +107,6 @@ def merge_to_folder(
     check_run(threads, kernels, shard_bytes)
     variants = make_variants(recipe, sweep)
     names = sweep_names(sweep)
-    if len(set(names)) < len(names):
-        raise RecipeError(f"--set: a value is given twice: {', '.join(names)}.")
     plan = make_plan(recipe, variants, shard_bytes)
     notes = (*plan.notes, *check_tokenizers(plan, accept_tokenizers))
     target = OutputFolder(plan, Path(out), names, overwrite, fsync)
@@ -194,11 +192,11 @@ def merge_to(model: Any, recipe: Recipe | Path | str, *, threads: int | None = N
 def check_run(threads: int | None, kernels: str, shard_bytes: int) -> None:
     """Raises RecipeError for settings of a run that cannot mean anything."""
     if kernels not in ("numba", "numpy"):
-        raise RecipeError(f"kernels {kernels!r}: choose numba, or numpy (the same bits, slowly).")
+        raise RecipeError(f"--kernels {kernels!r}: choose numba, or numpy (the same bits, slowly).")
     if threads is not None and threads < 1:
-        raise RecipeError(f"threads {threads}: at least one is needed.")
+        raise RecipeError(f"--threads {threads}: at least one is needed.")
     if shard_bytes < 10**6:
-        raise RecipeError(f"shard size {shard_bytes} bytes: write at least 1MB, for instance 5GB.")
+        raise RecipeError(f"--shard-size: {shard_bytes} bytes is too little; write at least 1MB, for instance 5GB.")
 
 
 def make_variants(recipe: Recipe, sweep: Sequence[dict[str, Any]]) -> tuple[Recipe, ...]:
@@ -219,6 +217,8 @@ def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     names = [",".join(f"{key}={point[key]}" for key in varying if key in point) or "default" for point in sweep]
     if len(sweep) == 1:
         names = [",".join(f"{key}={value}" for key, value in sweep[0].items())]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"--set: a value is given twice: {', '.join(name or 'default' for name in names)}.")
     return tuple(names) or ("",)
 
 

@@ -49,6 +49,7 @@ def check(
     out: Path | str | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    kernels: str = "numba",
     overwrite: bool = False,
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -59,7 +60,7 @@ def check(
     """
     started = time.monotonic()
     recipe = as_recipe(recipe)
-    check_run(threads, "numba", shard_bytes)
+    check_run(threads, kernels, shard_bytes)
     plan = make_plan(recipe, make_variants(recipe, sweep), shard_bytes)
     notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
     if out is not None:

@@ -179,14 +179,17 @@ class Recipe(BaseModel):
 
 def _path_hint(reference: str, tried: list[Path]) -> str:
     for candidate in tried:
+        if os.path.lexists(candidate):
+            return f"\n  {candidate} is a symbolic link that leads nowhere."
+    if "+" in reference:
+        return "\n  'model+lora' is not read: write the path of the LoRA folder, and its base as base_model."
+    for candidate in tried:
         try:
             siblings = sorted(os.listdir(candidate.parent))[:1000]
         except (OSError, ValueError):
             continue
         if hint := did_you_mean(candidate.name, siblings):
             return f"\n {hint}"
-    if "+" in reference:
-        return "\n  'model+lora' is not read: write the path of the LoRA folder, which names its base itself."
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", reference):
         return (
             "\n  It looks like a Hugging Face id: nothing is downloaded. Fetch it first, "

@@ -144,6 +144,11 @@ def find_method(name: str, methods: Mapping[str, Method] | None) -> Method:
     return get(name)
 
 
+def _sentence(error: Any) -> str:
+    text = str(error)
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
 def in_words(problem: Any) -> str:
     value = problem["input"]
     if problem["type"] == "literal_error":
@@ -151,7 +156,7 @@ def in_words(problem: Any) -> str:
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         return f"{show(value)} is not one of: {', '.join(choices)}.{hint}"
     if problem["type"] == "value_error":
-        return f"{problem['ctx']['error']}".rstrip(".") + "."
+        return _sentence(problem["ctx"]["error"])
     return f"{problem['msg']}, found {show(value)}."
 
 
@@ -201,7 +206,8 @@ class Checker:
         """The models to merge: notes what does not fit the method (base, keys, number, required parameters)."""
         kept = dict(enumerate(recipe.models))
         if method.arity.base == "required" and recipe.base_model is None:
-            self.add((), f"base_model is missing: method {method.name!r} works on differences to a base.")
+            asked = "give it with --base FOLDER" if ("models",) in self.source.flags else "write 'base_model: FOLDER'"
+            self.add((), f"base_model is missing: method {method.name!r} works on differences to a base; {asked}.")
         elif method.arity.base == "required" and recipe.base_model is not None:
             base = os.path.normpath(recipe.base_model)
             for k in [k for k, entry in kept.items() if os.path.normpath(entry.model) == base]:
@@ -241,6 +247,7 @@ class Checker:
         if not isinstance(models, list):
             found = "'models' is missing" if models is None else f"expected a list, found {show(models)}"
             self.add(() if models is None else ("models",), f"{found}: list the models, '- model: path' each.")
+            self.data["models"] = []  # said once is enough
             return
         entries = []
         for k, entry in enumerate(models):
@@ -283,7 +290,7 @@ class Checker:
                 try:
                     values[key] = check_value(specs[key], value)
                 except ValueError as error:
-                    self.add(here, f"{error}".rstrip(".") + ".")
+                    self.add(here, _sentence(error))
                     continue
                 if dead_entries(values[key]):
                     self.warn(here, "the entries after the one that matches every tensor have no effect.")

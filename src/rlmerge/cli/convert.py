@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, Quiet
+from .show import warn
 
 
 def convert(
@@ -21,7 +22,7 @@ def convert(
     """Convert pickled weights to safetensors: weights only, in a process of its own. Needs torch."""
     from rlmerge.checkpoint.convert import convert as run
 
-    written = run(source, out)
+    written = run(source, out, note=(lambda text: None) if quiet else warn)
     if json_:
         json.dump({"out": str(out), "files": [path.name for path in written]}, sys.stdout)
         print()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -21,12 +24,41 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Merge language models trained by reinforcement learning with verifiable rewards, without breaking them.",
 )
-app.command("merge")(merge.merge)
-app.command("check")(check.check)
-app.command("explain")(explain.explain)
-app.command("methods")(methods.methods)
-app.command("convert")(convert.convert)
-app.command("verify")(verify.verify)
+
+
+class _Stopped(Exception):
+    """Ctrl-C, under a name that typer does not swallow."""
+
+
+class _Closed(Exception):
+    """Whoever read our output has stopped reading."""
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with Ctrl-C and a closed pipe as exceptions of our own: typer would end without a word."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise _Stopped from None
+        except BrokenPipeError:
+            raise _Closed from None
+
+    return run
+
+
+for _name, _command in (
+    ("merge", merge.merge),
+    ("check", check.check),
+    ("explain", explain.explain),
+    ("methods", methods.methods),
+    ("convert", convert.convert),
+    ("verify", verify.verify),
+):
+    app.command(_name)(_guarded(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,10 +85,12 @@ def main() -> None:
             typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
         typer.echo(f"rlmerge: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Stopped):
         typer.echo("rlmerge: interrupted. An unfinished merge is continued by the same command.", err=True)
         sys.exit(130)
-    except BrokenPipeError:
+    except (BrokenPipeError, _Closed):
+        # nobody reads: nothing more is written, not even by the interpreter at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
         traceback.print_exc()

@@ -70,6 +70,7 @@ def merge(
             out=out,
             threads=threads,
             memory=parse_bytes(memory, "--memory"),
+            kernels=kernels,
             overwrite=overwrite,
             accept_tokenizers=accept_tokenizers,
             shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
@@ -93,10 +94,6 @@ def merge(
             shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
             progress=line,
         )
-    except KeyboardInterrupt:
-        line.close()
-        print(f"rlmerge: interrupted. The same command continues {out}.", file=sys.stderr)
-        raise typer.Exit(130) from None
     finally:
         line.close()
     if json_:

@@ -60,6 +60,8 @@ class OutputFolder:
         if self.out.is_symlink() or self.work.is_symlink():
             link = self.out if self.out.is_symlink() else self.work
             raise OutputError(f"{link}: is a symbolic link. Write the folder that it points to, or another one.")
+        if self.work.exists() and not _is_unfinished(self.work):
+            raise OutputError(f"{self.work}: exists, but is not an unfinished merge. Move it away.")
         if self.out.exists():
             if not self.out.is_dir():
                 raise OutputError(f"{self.out}: is a file. Choose another output folder.")
@@ -111,9 +113,6 @@ class OutputFolder:
                 self._clear()
                 journal = Journal(journal_path, digest, stamps, self.fsync)
         else:
-            strangers = [path.name for path in self.work.iterdir() if path.name != "lock"]
-            if strangers and not journal_path.exists():
-                raise OutputError(f"{self.work}: exists, but is not an unfinished merge. Move it away.")
             journal = Journal(journal_path, digest, stamps, self.fsync)
         self._reserve()
         journal.forget({key for key, record in journal.units.items() if not self._is_written(key, record.written)})
@@ -226,6 +225,13 @@ class OutputFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _is_unfinished(work: Path) -> bool:
+    """Whether a folder is an unfinished merge, or the beginning of one."""
+    if not work.is_dir():
+        return False
+    return (work / "journal.jsonl").exists() or all(path.name == "lock" for path in work.iterdir())
 
 
 def hash_range(handle: int, start: int, stop: int) -> str:
