@@ -108,7 +108,15 @@ class InputBlock(Block):
     """A block that reads what is asked of it, once."""
 
     def __init__(
-        self, inputs: Inputs, tensor: int, start: int, stop: int, space: Space, hashes: Hashes | None, memo: Memo | None
+        self,
+        inputs: Inputs,
+        tensor: int,
+        start: int,
+        stop: int,
+        space: Space,
+        hashes: Hashes | None,
+        memo: Memo | None,
+        last: bool,
     ) -> None:
         self.start = start
         self.size = stop - start
@@ -119,6 +127,7 @@ class InputBlock(Block):
         self._space = space
         self._hashes = hashes
         self._memo = memo
+        self._keeps = memo is not None and memo.budget > 0 and not last
         self._read: dict[str, Any] = {}
 
     @property
@@ -200,15 +209,15 @@ class InputBlock(Block):
         eta, additive = self._inputs.min_change, self.additive
         buffer = space.get("where", base.shape, np.int32)
         found = self.kernels.changed(base, expert, reference, which, additive, eta, buffer)
-        where = buffer[:found].copy()
+        where = buffer[:found].copy() if self._keeps else buffer[:found]
         shape = (expert.shape[0], found)
-        delta = space.get("delta", shape, np.float64) if self._memo is None else np.empty(shape, np.float64)
-        owner = np.empty(found, np.int32)
+        delta = np.empty(shape, np.float64) if self._keeps else space.get("delta", shape, np.float64)
+        owner = np.empty(found, np.int32) if self._keeps else space.get("owner", (found,), np.int32)
         self.kernels.deltas(base, expert, reference, which, additive, eta, where, delta, owner)
         self._read["delta"] = delta
         if "support" not in self._read:
             self._read["support"] = (where, owner)
-            if self._memo is not None:
+            if self._keeps and self._memo is not None:
                 self._memo.put(self._tensor, self.start, "support", (where, owner))
 
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
@@ -218,7 +227,8 @@ class InputBlock(Block):
         kept = self._memo.get(self._tensor, self.start, key)
         if kept is None:
             kept = make()
-            self._memo.put(self._tensor, self.start, key, kept)
+            if self._keeps:
+                self._memo.put(self._tensor, self.start, key, kept)
         return kept
 
     def read_all(self) -> None:
@@ -296,9 +306,13 @@ class Inputs:
         space: Space,
         hashes: Hashes | None = None,
         memo: Memo | None = None,
+        last: bool = False,
     ) -> InputBlock:
-        """Coordinates [start, stop) of a tensor; valid until the next block is made with the same space."""
-        return InputBlock(self, tensor, start, stop, space, hashes, memo)
+        """Coordinates [start, stop) of a tensor; valid until the next block is made with the same space.
+
+        In the `last` pass over a tensor nothing more is put into the memo, only taken from it.
+        """
+        return InputBlock(self, tensor, start, stop, space, hashes, memo, last)
 
     def decode(
         self,

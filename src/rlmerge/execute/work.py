@@ -93,7 +93,7 @@ class Worker:
         plan = self.plan.tensors[tensor]
         count = len(plan.experts)
         summaries = [stage.empty(count) for _, stage, _ in wanted]
-        for block in self._blocks(tensor, unit, space):
+        for block in self._blocks(tensor, unit, space, last=False):
             for (group, stage, results), summary in zip(wanted, summaries):
                 task = self.task(self.leaders[group], tensor)
                 stage.measure(block, task, results, summary)
@@ -112,7 +112,7 @@ class Worker:
         written = [xxhash.xxh3_128() for _ in variants]
         stats = [_Stats() for _ in variants]
         census = [_Stats() for _ in self.leaders]
-        for block in self._blocks(tensor, unit, space):
+        for block in self._blocks(tensor, unit, space, last=True):
             block.read_all()
             if self.plan.has_base:
                 for group, leader in enumerate(self.leaders):
@@ -136,11 +136,11 @@ class Worker:
             [entry.to_lists() for entry in census],
         )
 
-    def _blocks(self, tensor: int, unit: int, space: Space) -> Iterator[InputBlock]:
+    def _blocks(self, tensor: int, unit: int, space: Space, last: bool) -> Iterator[InputBlock]:
         plan = self.plan.tensors[tensor]
         hashes = self._hashes.setdefault((tensor, unit), Hashes(plan.units[unit][0]))
         for start, stop in blocks_of(plan, unit):
-            yield self.inputs.block(tensor, start, stop, space, hashes, self.memo)
+            yield self.inputs.block(tensor, start, stop, space, hashes, self.memo, last)
 
     def _census(self, block: Block, group: int, task: Task) -> dict[str, NDArray[Any]]:
         return block.keep(("census", group), lambda: count_changes(block, task))
