@@ -16,9 +16,9 @@ _HOMES = {
     "Recipe": "recipe",
     "RlmergeError": "errors",
     "Step": "api",
-    "check": "check",
+    "check": "preflight",
     "convert": "checkpoint.convert",
-    "explain": "check",
+    "explain": "preflight",
     "get_method": "methods",
     "load_recipe": "recipe",
     "merge": "api",
@@ -52,10 +52,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .api import Outcome, Step, merge, merge_to, merge_to_folder, verify
-    from .check import check, explain
     from .checkpoint.convert import convert
     from .errors import RlmergeError
     from .methods import get_method, method_names
+    from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
     from .version import VERSION as __version__
 

@@ -29,7 +29,7 @@ from rlmerge.execute.local import LocalRun
 from rlmerge.execute.report import collect
 from rlmerge.execute.work import Worker
 from rlmerge.kernels import Backend, is_compiled, load_kernels
-from rlmerge.plan import Plan, make_plan
+from rlmerge.plan import Plan, make_plan, stage_names
 from rlmerge.recipe import Recipe, load_recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.version import VERSION
@@ -142,7 +142,11 @@ def merge_to_folder(
 
 
 def merge(
-    recipe: Recipe | Path | str, *, threads: int | None = None, kernels: Backend = "numba"
+    recipe: Recipe | Path | str,
+    *,
+    threads: int | None = None,
+    kernels: Backend = "numba",
+    accept_tokenizers: bool = False,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Merges without touching the disk: yields (name, array) tensor by tensor, in the order of the base's files.
 
@@ -151,7 +155,7 @@ def merge(
     """
     recipe = as_recipe(recipe)
     plan = make_plan(recipe)
-    check_tokenizers(plan, True)
+    check_tokenizers(plan, accept_tokenizers)
     with _worker(plan, kernels, threads or default_threads()) as worker:
         journal = Journal(None, "", [])
         run = LocalRun(worker, journal, threads or default_threads())
@@ -167,7 +171,14 @@ def merge(
             yield tensor.name, _as_array(raw, tensor.dtype, tensor.shape, worker)
 
 
-def merge_to(model: Any, recipe: Recipe | Path | str, *, threads: int | None = None, kernels: Backend = "numba") -> Any:
+def merge_to(
+    model: Any,
+    recipe: Recipe | Path | str,
+    *,
+    threads: int | None = None,
+    kernels: Backend = "numba",
+    accept_tokenizers: bool = False,
+) -> Any:
     """Fills a loaded torch model with the merge and returns it; nothing is written to disk.
 
     The model must have the base's architecture; its own dtype is kept (values are cast by torch). Raises MismatchError
@@ -177,7 +188,7 @@ def merge_to(model: Any, recipe: Recipe | Path | str, *, threads: int | None = N
 
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, array in merge(recipe, threads=threads, kernels=kernels):
+        for name, array in merge(recipe, threads=threads, kernels=kernels, accept_tokenizers=accept_tokenizers):
             if name not in state:
                 raise MismatchError(
                     f"the model has no parameter {name!r}: load the recipe's base (or a model like it)."
@@ -207,7 +218,13 @@ def make_variants(recipe: Recipe, sweep: Sequence[dict[str, Any]]) -> tuple[Reci
             f"--set {fixed[0]}: all points of a sweep share one reading, so {', '.join(fixed)} cannot vary in it: "
             "run one merge for each value."
         )
-    return tuple(recipe.with_settings(settings) for settings in sweep)
+    variants = tuple(recipe.with_settings(settings) for settings in sweep)
+    if len({stage_names(variant) for variant in variants}) > 1:
+        raise RecipeError(
+            "--set: the points of this sweep must measure different things, so they cannot share one reading: run one "
+            "merge for each value."
+        )
+    return variants
 
 
 def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -282,7 +299,7 @@ def _as_array(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], worker
         out = np.empty(raw.size // 2, np.float32)
         worker.kernels.decode_bf16(raw.view(np.uint16), out)
         return out.reshape(shape)
-    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BOOL": np.bool_}
+    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BOOL": np.bool_, "C64": np.complex64}
     kind = kinds.get(dtype) or np.dtype(dtype.replace("U", "uint").replace("I", "int")).type
     return raw.view(kind).reshape(shape)
 
@@ -333,10 +350,19 @@ def _write_small_files(
             for file in plan.outputs
         ],
         "units": _written_units(plan, journal, variant),
-        "notes": list(plan.notes),
+        "notes": [portable(note, plan) for note in plan.notes],
         "statistics": report,
     }
     put(PROVENANCE, (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def portable(note: str, plan: Plan) -> str:
+    """A note without paths of this machine: folders as the recipe writes them, the recipe by its file name."""
+    for checkpoint in (plan.donor, *plan.models):
+        for folder in (str(checkpoint.folder.absolute()), str(checkpoint.folder)):
+            note = note.replace(folder, checkpoint.reference)
+    source = plan.recipe.source_name
+    return note.replace(source, Path(source).name) if source else note
 
 
 def _main_dtype(plan: Plan) -> str | None:

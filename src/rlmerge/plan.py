@@ -126,6 +126,7 @@ class Plan:
             "variants": [recipe.to_dict() for recipe in self.variants],
             "experts": list(self.experts),
             "has_base": self.has_base,
+            "layers": self.layers,
             "files": [asdict(entry) for entry in self.files],
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "outputs": [output.to_dict() for output in self.outputs],
@@ -263,6 +264,11 @@ def _global_values(recipe: Recipe) -> dict[str, Any]:
         if not spec.per_model:
             values[spec.name] = recipe.parameters.get(spec.name, spec.default)
     return values
+
+
+def stage_names(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """Names and scopes of the stages that a recipe needs, in their order."""
+    return tuple((stage.name, stage.scope) for stage in recipe.method.stages(_global_values(recipe)))
 
 
 def _plan_tensor(

@@ -92,6 +92,11 @@ class Recipe(BaseModel):
         return self._method or find_method(self.merge_method, None)
 
     @property
+    def source_name(self) -> str:
+        """What messages call the recipe: its path, or 'the command line'."""
+        return self._source.name if self._source is not None else ""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the recipe says that has no effect."""
         return self._warnings

@@ -156,7 +156,7 @@ def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
                 "per-coordinate arbitration; `min_change` filters noise."
             )
         if method == "ram" and entry["changes_within_1e-5"]:
-            epsilon = float(plan.recipe.parameters.get("epsilon", 1e-5))
+            epsilon = plan.recipe.parameters.get("epsilon", 1e-5)
             ignored = entry["changes_within_1e-5"]
             if epsilon == 1e-5 and ignored > IGNORED:
                 found.append(

@@ -99,9 +99,9 @@ def test_a_mistake_is_one_message_and_code_2(name: str, good: Path, tmp_path: Pa
 
 DEFECTS = {
     "merge": "rlmerge.api.merge_to_folder",
-    "dry run": "rlmerge.check.check",
-    "check": "rlmerge.check.check",
-    "explain": "rlmerge.check.explain",
+    "dry run": "rlmerge.preflight.check",
+    "check": "rlmerge.preflight.check",
+    "explain": "rlmerge.preflight.explain",
     "verify": "rlmerge.api.verify",
     "methods": "rlmerge.methods.method_names",
 }

@@ -107,6 +107,9 @@ def test_overwrite_replaces_an_earlier_output_whole(recipe, tmp_path):
         out = merge(recipe, tmp_path / "out").out
     assert len(list(out.glob("*.safetensors"))) > 1
     (out / "leftover").write_text("x")
+    with pytest.raises(OutputError, match="leftover"):
+        merge(recipe, tmp_path / "out", overwrite=True)
+    (out / "leftover").unlink()
     merge(recipe, tmp_path / "out", overwrite=True)
     assert contents(out) == contents(merge(recipe, tmp_path / "other").out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]

@@ -29,7 +29,7 @@ _WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
 }  # fmt: skip
 _NOT_COPIED = frozenset({
     "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
-    "zero_to_fp32.py", "latest",
+    "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
 })  # fmt: skip
 TRAINER_STATE = re.compile(r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.bin")
 _MAX_JSON_BYTES = 100_000_000
@@ -297,6 +297,10 @@ def _check_folder(folder: Path, reference: str) -> None:
     try:
         if folder.is_dir():
             next(folder.iterdir(), None)  # raises when it may not be listed
+            if (folder / "journal.jsonl").exists() and (folder / "lock").exists():
+                raise CheckpointError(
+                    f"{folder}: is an unfinished merge, whose weights are not all there. Finish it with its own command."
+                )
             return
         exists = folder.exists()
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-WIDTH |= {"I8": 1, "U8": 1, "BOOL": 1}
+WIDTH |= {"I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
 INDEX = "model.safetensors.index.json"
 
 

@@ -11,7 +11,7 @@ from .options import Accept, Base, Expert, Fisher, Json, MethodName, Quiet, Reci
 from .show import duration, size, warn
 
 if TYPE_CHECKING:
-    from rlmerge.check import CheckReport
+    from rlmerge.preflight import CheckReport
 
 
 def check(
@@ -30,7 +30,7 @@ def check(
 
     Exit code 2 for what would make the merge fail. Alarms are warnings and change nothing.
     """
-    from rlmerge.check import check as run
+    from rlmerge.preflight import check as run
 
     made, _ = make_recipe(recipe, base, expert, fisher, method, set_)
     show_report(run(made, threads=threads, accept_tokenizers=accept_tokenizers), json_, quiet)

@@ -20,7 +20,7 @@ def explain(
     quiet: Quiet = False,
 ) -> None:
     """Print which parameters hold for which tensors, gradients, filters and defaults resolved."""
-    from rlmerge.check import explain as run
+    from rlmerge.preflight import explain as run
 
     made, _ = make_recipe(recipe, base, expert, fisher, method, set_)
     groups = run(made)

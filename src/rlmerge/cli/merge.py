@@ -60,7 +60,7 @@ def merge(
     settings = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
     recipe, sweep = make_recipe(path, base, expert, fisher, method, settings, sweeps=True)
     if dry_run:
-        from rlmerge.check import check
+        from rlmerge.preflight import check
 
         from .check import show_report
 

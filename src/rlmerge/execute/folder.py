@@ -6,8 +6,10 @@ unit is written and every small file is there. A killed run leaves OUT.unfinishe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -50,8 +52,7 @@ class OutputFolder:
         paths = [Path(entry.path) for entry in self.plan.files]
         # both where a file lies and where the link to it lies (the hub's cache is made of links)
         inputs = {path.resolve().parent for path in paths} | {path.parent.resolve() for path in paths}
-        target = self.out.resolve()
-        for folder in sorted(inputs):
+        for folder, target in ((folder, path.resolve()) for folder in sorted(inputs) for path in (self.out, self.work)):
             if target == folder or folder in target.parents or target in folder.parents:
                 raise OutputError(
                     f"{self.out}: would write into, or replace, the input folder {folder}. Inputs are never written: "
@@ -67,13 +68,11 @@ class OutputFolder:
                 raise OutputError(f"{self.out}: is a file. Choose another output folder.")
             if any(self.out.iterdir()) and not self.overwrite:
                 raise OutputError(f"{self.out}: exists and is not empty. Choose another folder, or add --overwrite.")
-            if self.overwrite and any(self.out.iterdir()) and not (self.out / "rlmerge.json").exists():
-                swept = [child for child in self.out.iterdir() if (child / "rlmerge.json").exists()]
-                if not swept:
-                    raise OutputError(
-                        f"{self.out}: holds files that rlmerge did not write (there is no rlmerge.json), so "
-                        "--overwrite does not replace it. Remove it yourself, or choose another folder."
-                    )
+            if self.overwrite and (foreign := foreign_to(self.out)) is not None:
+                raise OutputError(
+                    f"{self.out}: holds {foreign}, which rlmerge did not write, so --overwrite does not replace it. "
+                    "Move that away, or choose another folder."
+                )
         parent = self.out.parent
         if not parent.is_dir():
             near = next(folder for folder in (parent, *parent.parents) if folder.exists())
@@ -198,6 +197,8 @@ class OutputFolder:
                 os.fsync(handle)
             os.close(handle)
         self._handles.clear()
+        # what was true at the start may have changed in an hour
+        self.check()
         old = None
         if self.out.is_dir() and any(self.out.iterdir()):
             # a name of our own: a neighbour called OUT.old may be anybody's
@@ -225,6 +226,19 @@ class OutputFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def foreign_to(out: Path) -> str | None:
+    """The name of something in a folder that no merge wrote there, or None: an output, a sweep, or an empty folder."""
+    children = sorted(out.iterdir())
+    if children and all(child.is_dir() and (child / "rlmerge.json").is_file() for child in children):
+        found = ((child.name, foreign_to(child)) for child in children)
+        return next((f"{name}/{inner}" for name, inner in found if inner is not None), None)
+    known = {"rlmerge.json", "run.log", "journal.jsonl", "lock"}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        said = json.loads((out / "rlmerge.json").read_bytes())
+        known |= {*said["files"], *(entry["file"] for entry in said["weights"])}
+    return next((child.name for child in children if child.name not in known or not child.is_file()), None)
 
 
 def _is_unfinished(work: Path) -> bool:

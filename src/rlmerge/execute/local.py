@@ -32,11 +32,16 @@ class Total:
         self._early: dict[int, Summary] = {}
 
     def add(self, place: int, part: Summary) -> None:
-        """Adds the summary of unit number `place`; the next ones wait for it."""
+        """Adds the summary of unit number `place`; those after it wait for it."""
         self._early[place] = part
         while self._next in self._early:
             self.stage.combine(self.total, self._early.pop(self._next))
             self._next += 1
+
+    def check(self, units: int) -> None:
+        """A sum over fewer units than there are must never become a result."""
+        if self._next != units or self._early:
+            raise RuntimeError(f"stage {self.stage.name!r} measured {self._next} of {units} units")
 
 
 @dataclass
@@ -136,6 +141,7 @@ class LocalRun:
 
         self._run(deque(units), work)
         for group, stage, tensors, total in chosen:
+            total.check(sum(len(self.plan.tensors[t].units) for t in tensors))
             leader = self.worker.leaders[group]
             task = self.worker.model_task(leader, tensors or self.merged[:1])
             result = stage.reduce(total.total, task, self.journal.results.of(group, ""))
@@ -174,6 +180,8 @@ class LocalRun:
             total.add(unit, part)
         walk.left -= 1
         if walk.left == 0:
+            for total in walk.totals:
+                total.check(len(self.plan.tensors[walk.tensor].units))
             self._finish(walk, {g: total.total for (g, _), total in zip(walk.wanted, walk.totals)})
             self._advance(walk, last, merges, queue)
 
@@ -234,31 +242,37 @@ class LocalRun:
         failures: list[BaseException] = []
         busy = 0
 
-        def loop() -> None:
+        def step() -> bool:
+            """One item, or the news that there is none; whatever goes wrong goes wrong for the whole run."""
             nonlocal busy
-            while True:
-                with self._lock:
-                    while not queue and not failures and not (more is not None and more()) and busy:
-                        self._lock.wait()
-                    if failures or not queue:
-                        self._lock.notify_all()
-                        return
-                    item = queue.popleft()
-                    busy += 1
-                try:
-                    finish = work(item)
-                except BaseException as error:
-                    finish = None
-                    failures.append(error)
+            with self._lock:
+                while not queue and not failures and not (more is not None and more()) and busy:
+                    self._lock.wait()
+                if failures or not queue:
+                    return False
+                item = queue.popleft()
+                busy += 1
+            try:
+                finish = work(item)
+            finally:
                 with self._lock:
                     busy -= 1
-                    if finish is not None and not failures:
-                        try:
-                            finish()
-                        except BaseException as error:
-                            failures.append(error)
+            with self._lock:
+                if not failures:
+                    finish()
+                    self.tick(self.worker.inputs.bytes_read)
+                self._lock.notify_all()
+            return True
+
+        def loop() -> None:
+            try:
+                while step():
+                    pass
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                with self._lock:
                     self._lock.notify_all()
-                self.tick(self.worker.inputs.bytes_read)
 
         threads = [threading.Thread(target=loop, daemon=True, name=f"rlmerge-{i}") for i in range(self.threads)]
         for thread in threads:
@@ -276,3 +290,5 @@ class LocalRun:
             raise
         if failures:
             raise failures[0]
+        if queue:
+            raise RuntimeError(f"{len(queue)} units of work were left undone")

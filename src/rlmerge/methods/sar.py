@@ -56,12 +56,13 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolv
     whole = np.empty(block.where.size, np.uint8)
     wins = np.zeros(count, np.int64)
     counts = np.zeros(4, np.int64)
-    sensitivity = SENSITIVITY.index(values["sensitivity"] if task.fisher else "delta2")
-    mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if task.fisher else np.empty(0)
+    reads = task.fisher and sensitivity_reads(values)
+    sensitivity = SENSITIVITY.index(values["sensitivity"] if reads else "delta2")
+    mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if reads else np.empty(0)
     phi = np.zeros((count, count))
     if values["agreement"] == "multiplicity":
         phi = np.asarray(results["pair_conflict"]["phi"], np.float64).reshape(count, count)
-    fisher = block.fisher if task.fisher and sensitivity_reads(values) else NO_FISHER
+    fisher = block.fisher if reads else NO_FISHER
     block.kernels.resolve(
         deltas,
         fisher,
@@ -83,7 +84,7 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolv
         counts,
     )
     code = 3 if values["sparsify"] == "fisher_magnitude" else SCORE.index(values["score"])
-    code = 0 if code == 3 and not task.fisher else code
+    code = 0 if code == 3 and not reads else code
     scores = np.empty((1 if values["score"] == "merged" else count, block.where.size), np.float32)
     if values["sparsify"] != "none" and task.is_matrix:
         block.kernels.scores(deltas, resolved, fisher, block.where, mean, code, scores)

@@ -18,3 +18,8 @@ def kernel(function: F) -> F:
 def inlined(function: F) -> F:
     """A helper that kernels call per coordinate."""
     return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[return-value]
+
+
+def helper(function: F) -> F:
+    """A function that rare paths of a kernel call: compiled once, where inlining it everywhere would take seconds."""
+    return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[return-value]

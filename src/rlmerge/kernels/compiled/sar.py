@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from ._jit import inlined, kernel
+from ._jit import helper, inlined, kernel
 from .hash import hash64
 
 TILE = 2048
@@ -20,7 +20,7 @@ ARBITRATION = np.uint64(0xA5A5A5A55A5A5A5A)
 """Keeps the random winners apart from the random numbers of magprune, which have the same keys."""
 
 
-@inlined
+@helper
 def _winners(value, sens, count, chosen):
     """Marks T: the largest sensitivity and, among those, the largest |value|. Returns |T|, or 0 for a draw."""
     best = -1.0
@@ -39,7 +39,7 @@ def _winners(value, sens, count, chosen):
     return number if positive == 0 or positive == number else 0
 
 
-@inlined
+@helper
 def _multiplicity(who, chosen, count, phi, chance, share):
     """share_i = E[1/(1 + N_i)], N_i a sum of independent Bernoulli(phi_ij) over the other chosen experts."""
     for a in range(count):
@@ -59,7 +59,7 @@ def _multiplicity(who, chosen, count, phi, chance, share):
             share[a] += chance[n] / (n + 1)
 
 
-@inlined
+@helper
 def _agree(agreement, value, sens, who, chosen, count, phi, scratch, winners, share):
     """Shares of the chosen experts, whose signs agree. Returns whether the shares make a whole (sum to one)."""
     number = 0
@@ -92,7 +92,7 @@ def _agree(agreement, value, sens, who, chosen, count, phi, scratch, winners, sh
     return agreement != 3
 
 
-@inlined
+@helper
 def _soft(sens, count, power, share):
     """Shares (s/max s)^power, normalised; equal where every sensitivity is 0."""
     best = 0.0
@@ -107,7 +107,7 @@ def _soft(sens, count, power, share):
         share[j] = share[j] / total
 
 
-@inlined
+@helper
 def _clear(sens, count, margin):
     """Whether the largest sensitivity is at least `margin` times the second largest."""
     first = -1.0
@@ -121,7 +121,7 @@ def _clear(sens, count, margin):
     return first >= margin * second
 
 
-@inlined
+@helper
 def _settle_many(several, where, delta, fisher, mean, sensitivity, agreement, out, whole, wins, counts):
     """The default rules (arbitration winner, allies drop; agreement sensitivity_mean, mean or winner) without branches.
 

@@ -105,7 +105,8 @@ def summarise(plan: Plan) -> dict[str, Any]:
 def estimate(plan: Plan, threads: int) -> dict[str, Any]:
     """Bytes to move, memory, disk, and a rough time (one pass of a thread: RATE bytes a second)."""
     moved = sum_bytes(plan)
-    values = next((Resolver(plan.recipe, plan.recipe.method, plan.layers).resolve(t.name) for t in plan.tensors), None)
+    resolver = Resolver(plan.recipe, plan.recipe.method, plan.layers)
+    values = next((resolver.resolve(tensor.name) for tensor in plan.tensors if tensor.carry is None), None)
     stages = plan.recipe.method.stages(values.values) if values else ()
     passes = 1 + sum(1 for stage in stages if stage.name in ("coarse", "ranks", "norms", "pair_conflict"))
     each = thread_bytes(plan)
