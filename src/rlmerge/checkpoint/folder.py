@@ -299,7 +299,8 @@ def _check_folder(folder: Path, reference: str) -> None:
             next(folder.iterdir(), None)  # raises when it may not be listed
             if (folder / "journal.jsonl").exists() and (folder / "lock").exists():
                 raise CheckpointError(
-                    f"{folder}: is an unfinished merge, whose weights are not all there. Finish it with its own command."
+                    f"{folder}: is an unfinished merge, whose weights are not all there. Finish it with its own "
+                    "command."
                 )
             return
         exists = folder.exists()

@@ -42,8 +42,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **options)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise _Stopped from None
+        except KeyboardInterrupt as error:
+            raise _Stopped(*error.args) from None
         except BrokenPipeError:
             raise _Closed from None
 
@@ -85,8 +85,8 @@ def main() -> None:
             typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
         typer.echo(f"rlmerge: {error}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, _Stopped):
-        typer.echo("rlmerge: interrupted. An unfinished merge is continued by the same command.", err=True)
+    except (KeyboardInterrupt, _Stopped) as error:
+        typer.echo(f"rlmerge: interrupted. {error}".rstrip(), err=True)
         sys.exit(130)
     except (BrokenPipeError, _Closed):
         # nobody reads: nothing more is written, not even by the interpreter at its end

@@ -94,6 +94,8 @@ def merge(
             shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
             progress=line,
         )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"The same command continues {out}.") from None
     finally:
         line.close()
     if json_:
