@@ -351,4 +351,7 @@ def test_other_tokenizers_are_refused_unless_accepted(tmp_path):
         rlmerge.merge_to_folder(recipe, tmp_path / "out")
     outcome = rlmerge.merge_to_folder(recipe, tmp_path / "out", accept_tokenizers=True)
     assert outcome.notes
-    assert merge_values(recipe)["w"].tobytes() == base["w"].tobytes()
+    with pytest.raises(MismatchError, match="--accept-tokenizers"):
+        next(rlmerge.merge(recipe, kernels="numpy"))
+    merged = dict(rlmerge.merge(recipe, kernels="numpy", accept_tokenizers=True))
+    assert merged["w"].tobytes() == base["w"].tobytes()

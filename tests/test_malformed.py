@@ -797,7 +797,7 @@ case(
     "output: overwrite what is not ours",
     both(put("out/notes.txt", "mine"), arguments("--overwrite")),
     "/out",
-    "rlmerge.json",
+    "notes.txt",
 )
 case("output: a file", put("out", "mine"), "/out", "file")
 case(

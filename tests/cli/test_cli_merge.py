@@ -128,7 +128,7 @@ def test_a_dry_run_writes_nothing(good: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ([], ("/out", "--overwrite")),
-        (["--overwrite"], ("/out", "rlmerge.json")),
+        (["--overwrite"], ("/out", "notes.txt")),
         (["--overwrite", "--memory", "10MB"], ("--memory", "MB")),
         (["--overwrite", "--shard-size", "5"], ("shard", "1MB")),
         (["--overwrite", "--kernels", "cuda"], ("kernels", "'cuda'")),
@@ -142,7 +142,7 @@ def test_a_dry_run_refuses_what_merge_refuses(
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     if options[1:]:  # an output that may be replaced, so that the other mistake is found
-        (out / "rlmerge.json").write_text("{}")
+        (out / "rlmerge.json").write_text('{"files": {"notes.txt": ""}, "weights": []}')
     before = snapshot(tmp_path)
     real = refused(rlmerge("merge", good / "ties.yml", out, *options))
     dry = refused(rlmerge("merge", good / "ties.yml", out, "--dry-run", *options))
