@@ -14,7 +14,6 @@ from safetensors import safe_open
 from tests.checkpoint.checkpoint_files import write_model
 from tests.methods.small_models import (
     make_recipe,
-    merge_values,
     needed_weights,
     read_values,
     read_words,
