@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 import rlmerge
+from rlmerge.figures import ORDER, as_text, statistics_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -91,56 +89,23 @@ def write_model(folder: Path, tensors: dict[str, NDArray[np.uint16]]) -> None:
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def percent(share: dict[str, Any]) -> str:
-    """'12.3 %', or '-' where there was nothing to count."""
-    return f"{100 * share['share']:.1f} %" if "share" in share else "-"
+def cells_of(total: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """One column: (quantity, expert) -> value, from the statistics that every merge returns."""
+    cells = {}
+    for row in statistics_rows(total):
+        cells |= {(row.name, ""): row.whole} if row.whole else {}
+        cells |= {(row.name, expert): value for expert, value in zip(EXPERTS, row.each)}
+    return cells
 
 
-def rows_of(total: dict[str, Any]) -> dict[str, str]:
-    """The rows of one column, from the statistics that every merge returns."""
-    rows = {}
-    for expert, share in total["support"].items():
-        rows[f"support of {Path(expert).name} (of weights)"] = percent(share)
-    words = {
-        "overlap": "overlap (of changed weights)",
-        "conflict": "conflict (of overlap)",
-        "draws": "draws (of conflicts)",
-        "cancelled": "cancelled sums (of updates)",
-        "survival": "survival (of intended updates)",
-    }
-    for key in ("overlap", "conflict"):
-        rows[words[key]] = percent(total[key])
-    for expert, share in total.get("wins", {}).items():
-        rows[f"conflicts won by {Path(expert).name}"] = percent(share)
-    for key in ("draws", "cancelled"):
-        if key in total:
-            rows[words[key]] = percent(total[key])
-    for expert, share in total.get("kept", {}).items():
-        rows[f"kept of {Path(expert).name} (of non-zero)"] = percent(share)
-    for expert, share in total.get("ignored", {}).items():
-        rows[f"below ram's epsilon, {Path(expert).name}"] = percent(share)
-    rows[words["survival"]] = percent(total["survival"])
-    rows["cosine of intended and stored"] = f"{total['realised_cosine']:.4f}"
-    return rows
-
-
-ORDER = ("support", "overlap", "conflict (", "conflicts won", "draws", "kept", "cancelled", "below", "survival", "cos")
-
-
-def show(columns: dict[str, dict[str, str]]) -> None:
+def show(columns: dict[str, dict[tuple[str, str], str]]) -> None:
     """One table: a column a merge, a row a quantity; empty where the method has no such thing."""
-    names = list(dict.fromkeys(name for rows in columns.values() for name in rows))
-    names.sort(key=lambda name: next(place for place, word in enumerate(ORDER) if name.startswith(word)))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for name in names:
-        table.add_row(name, *(rows.get(name, "") for rows in columns.values()))
-    console = Console(width=112, highlight=False, markup=False, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+    keys = {key for cells in columns.values() for key in cells}
+    rows = []
+    for name, expert in sorted(keys, key=lambda key: (ORDER.index(key[0]), key[1])):
+        label = f"{name}, {expert}" if expert else name
+        rows.append([label, *(cells.get((name, expert), "") for cells in columns.values())])
+    print(as_text([["", *columns], *rows]))
 
 
 def main() -> None:
@@ -148,7 +113,7 @@ def main() -> None:
     started = time.monotonic()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo-out"
     write_models(folder / "models")
-    columns: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[tuple[str, str], str]] = {}
     warnings: list[str] = []
     for title, (method, settings) in MERGES.items():
         reads_fisher = method == "sar" and "sensitivity" not in settings
@@ -162,9 +127,10 @@ def main() -> None:
         )
         out = folder / title.replace("δ²", "delta2").replace(", ", "-").replace(" ", "-")
         outcome = rlmerge.merge_to_folder(recipe, out, overwrite=True, progress=tell)
-        columns[title] = rows_of(outcome.report["total"])
+        columns[title] = cells_of(outcome.report["total"])
         warnings += [text for text in (*outcome.notes, *outcome.alarms) if text not in warnings]
     show(columns)
+    print()
     for text in warnings:
         print(f"warning: {text}")
     print(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,15 @@ def test_merging_imports_no_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False False"
+
+
+def test_no_submodule_hides_a_public_function():
+    """`import rlmerge.check` once made the function `rlmerge.check` a module."""
+    modules = {module.name for module in pkgutil.iter_modules(rlmerge.__path__)}
+    functions = {name for name in rlmerge.__all__ if callable(getattr(rlmerge, name))}
+    assert modules & functions == set()
+
+
+def test_types_are_for_everyone():
+    """PEP 561: type checkers read our annotations only with this file."""
+    assert (Path(rlmerge.__path__[0]) / "py.typed").read_bytes() == b""

@@ -22,6 +22,7 @@ from tests.cli.command_line import (
     INDEX,
     RECIPE,
     SECOND,
+    TIES,
     TOKENIZER,
     TOKENS,
     Done,
@@ -408,10 +409,19 @@ case(
 )
 case(
     "recipe: expression that finds nothing",
-    put("recipe.yml", RECIPE + "exclude: experts\n"),
+    put("recipe.yml", RECIPE + "include: weight\nexclude:\n- norm\n- experts\n"),
+    "recipe.yml:15",
     "exclude",
     "'experts'",
     EMBED,
+)
+case(
+    "recipe: a filter that leaves tensors without a required parameter",
+    put("recipe.yml", TIES.replace("  weight: 1\n", "  weight:\n  - {filter: q_proj, value: 1}\n")),
+    "recipe.yml:7",
+    "parameters.weight",
+    EMBED,
+    "'- value: ...'",
 )
 case("recipe: slices", put("recipe.yml", RECIPE + "slices: []\n"), "recipe.yml:12", "'slices'", "not supported")
 case(

@@ -213,7 +213,7 @@ def test_gradients_inside_filters():
 def test_a_required_parameter_without_a_match():
     found = resolver(b="{weight: [{filter: mlp, value: 1}]}", a="{weight: 1}", method="needy")
     assert found.resolve(tensor(0)).per_model["weight"].tolist() == [1, 1]
-    with pytest.raises(RecipeError, match=r"model\.norm\.weight: no value for 'weight'"):
+    with pytest.raises(RecipeError, match=r"recipe:5: models\[0\]\.parameters\.weight: model\.norm\.weight: no value"):
         found.resolve(NORM)
 
 
@@ -221,7 +221,9 @@ def test_the_methods_check_sees_every_outcome():
     found = resolver("{lambda: [{filter: mlp, value: 13}]}")
     found.resolve(EMBED)
     for _ in range(2):
-        with pytest.raises(RecipeError, match=r"parameters at model\.layers\.0\.mlp\.up_proj\.weight: lambda is 13"):
+        with pytest.raises(
+            RecipeError, match=r"recipe:7: parameters at model\.layers\.0\.mlp\.up_proj\.weight: lambda is 13"
+        ):
             found.resolve(tensor(0))
 
 

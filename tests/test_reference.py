@@ -237,7 +237,8 @@ def test_soft():
     assert delta(resolve(deltas, arbitration="soft", power=1e4)) == [2]
     outcome = resolve([[2, 0], [-1, 0]], fisher=[[0, 1], [0, 1]], arbitration="soft")
     assert shares(outcome) == [[0.5, 0], [0.5, 0]]  # all sensitivities zero
-    assert outcome.stats["wins"] == [0, 0]
+    assert outcome.stats["wins"] == [1, 0]  # the larger |d| leads the blend
+    assert resolve([[2], [-2]], arbitration="soft").stats["wins"] == [0, 0]
 
 
 def test_margin():
@@ -246,7 +247,7 @@ def test_margin():
     assert delta(resolve(deltas, arbitration="margin", margin=2.25)) == [3]
     soft = resolve(deltas, arbitration="margin", margin=2.5)
     assert delta(soft) == pytest.approx([19 / 13])
-    assert soft.stats["wins"] == [0, 0]
+    assert soft.stats["wins"] == [1, 0]
     # the second largest may be an ally: s = 9, 6.25, 1
     assert delta(resolve([[3], [2.5], [-1]], arbitration="margin", margin=2))[0] != 3
     # κ = 1 is `winner`, draws included

@@ -27,7 +27,7 @@ _HOMES = {
     "method_names": "methods",
     "parse_recipe": "recipe",
     "recipe_from_parts": "recipe",
-    "verify": "api",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -51,12 +51,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import Outcome, Step, merge, merge_to, merge_to_folder, verify
+    from .api import Outcome, Step, merge, merge_to, merge_to_folder
     from .checkpoint.convert import convert
     from .errors import RlmergeError
     from .methods import get_method, method_names
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
+    from .verification import verify
     from .version import VERSION as __version__
 
 

@@ -14,7 +14,6 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -23,7 +22,15 @@ class RlmergeError(Exception):
 
 
 class RecipeError(RlmergeError):
-    """The recipe cannot be read or cannot mean anything."""
+    """The recipe cannot be read or cannot mean anything.
+
+    place    where in the recipe, as in ('exclude', 0), when whoever raised it does not know file and line;
+             `Recipe.located` adds them
+    """
+
+    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class CheckpointError(RlmergeError):
@@ -63,5 +70,7 @@ class MissingExtraError(RlmergeError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean 'x'?' for the closest known word, or nothing."""
+    import difflib  # only a mistake needs it
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -217,6 +217,7 @@ class Resolver:
         self.experts = tuple(entry.key for entry in recipe.experts)
         self._global = recipe.parameters
         self._models = tuple(entry.parameters for entry in recipe.experts)
+        self._recipe = recipe
         given = [value for scope in (self._global, *self._models) for value in scope.values()]
         entries = [entry for value in given if _is_filtered(value) for entry in value]
         self._filters = tuple(dict.fromkeys(entry["filter"] for entry in entries if entry["filter"] != "*"))
@@ -274,15 +275,23 @@ class Resolver:
                 return value
         if spec.default is None:
             raise RecipeError(
-                f"{tensor}: no value for {spec.name!r}, which method {self.method.name!r} needs: no filter matches "
-                f"this tensor.\n  Add an entry without a filter, '- value: ...', as the last one."
+                f"{self._recipe.at(self._place(spec, scopes[0]))}: {tensor}: no value for {spec.name!r}, which method "
+                f"{self.method.name!r} needs: no filter matches this tensor.\n"
+                "  Add an entry without a filter, '- value: ...', as the last one."
             )
         return spec.default
+
+    def _place(self, spec: Parameter, scope: Mapping[str, Any]) -> tuple[str | int, ...]:
+        """Where the recipe gives a parameter: in the model that has this scope, else for all."""
+        for k, entry in enumerate(self._recipe.models):
+            if entry.parameters is scope and spec.name in scope:
+                return ("models", k, "parameters", spec.name)
+        return ("parameters", spec.name)
 
     def _check(self, tensor: str, resolved: Resolved) -> None:
         problems = self.method.check(resolved.values, resolved.per_model)
         if problems:
-            place = "parameters" if self.constant else f"parameters at {tensor}"
+            place = self._recipe.at(("parameters",)) + ("" if self.constant else f" at {tensor}")
             raise RecipeError("\n".join(f"{place}: {problem}" for problem in problems))
 
 

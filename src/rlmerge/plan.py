@@ -25,8 +25,8 @@ from rlmerge.parameters import Resolver, count_layers
 from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
 
-BLOCK = 2**16
-"""Coordinates of a block, at most: what a kernel sees at once."""
+BLOCK = 2**18
+"""Coordinates of a block, at most: what a kernel sees at once (fewer with many experts)."""
 UNIT = 2**24
 """Coordinates of a unit of work, at most: what a journal line covers."""
 FORMAT = 1
@@ -64,6 +64,8 @@ class TensorPlan:
     carry      why it is copied from the base instead of merged, or None
     block      coordinates of a block; units are multiples of it
     units      [start, stop) in coordinates
+    fishers    also of a tensor that is carried: they count in the mean of a Fisher
+    repeats    whether it is the second copy of a tied tensor
     """
 
     name: str
@@ -75,6 +77,7 @@ class TensorPlan:
     carry: str | None
     block: int
     units: tuple[tuple[int, int], ...]
+    repeats: bool = False
 
     @property
     def size(self) -> int:
@@ -136,6 +139,11 @@ class Plan:
         """xxh3-128 of the canonical JSON: versions, recipes, inputs (paths, sizes, headers), layout."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @property
+    def values_read(self) -> int:
+        """Stored values that one reading of base, experts and Fishers takes."""
+        return sum(t.size * (1 + len(t.experts) + len(t.fishers)) for t in self.tensors if t.carry is None)
 
     def unit_list(self) -> list[tuple[int, int]]:
         """All units in plan order as (tensor, unit) indices."""
@@ -280,20 +288,22 @@ def _plan_tensor(
     has_base: bool,
 ) -> TensorPlan:
     reason = matched.carried.get(info.name)
-    block = _block_size(info.shape)
+    block = _block_size(info.shape, len(matched.merged.get(info.name, ())))
     units = tuple(_ranges(info.size, UNIT // block * block))
+    shared = all(info.name in folder.tensors for folder in fishers)
+    places = tuple(files.place(folder.tensors[info.name]) for folder in fishers) if shared else ()
+    repeats = info.name in matched.tied
     if reason is not None:
-        return TensorPlan(info.name, info.shape, info.dtype, files.place(info), (), (), reason, block, units)
+        base = files.place(info)
+        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats)
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:
         stored.append(info.dtype)
     wanted = HEADER_DTYPE[recipe.output_dtype] if recipe.output_dtype else _promote(stored)
-    shared = all(info.name in folder.tensors for folder in fishers)
-    places = tuple(files.place(folder.tensors[info.name]) for folder in fishers) if shared else ()
     experts = tuple(files.source(source) for source in sources)
     base = files.place(info) if has_base else None
-    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units)
+    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats)
 
 
 def _promote(dtypes: list[str]) -> str:
@@ -302,10 +312,11 @@ def _promote(dtypes: list[str]) -> str:
     return distinct.pop() if len(distinct) == 1 else "F32"
 
 
-def _block_size(shape: tuple[int, ...]) -> int:
-    """Whole rows where they fit in a block, else BLOCK coordinates."""
+def _block_size(shape: tuple[int, ...], experts: int) -> int:
+    """Whole rows where they fit in a block, else a block of coordinates; buffers grow with the number of experts."""
+    most = max(1, BLOCK * 4 // max(4, experts + 1))
     row = prod(shape[1:]) if len(shape) > 1 else 1
-    return max(1, BLOCK // row) * row if 0 < row <= BLOCK else BLOCK
+    return max(1, most // row) * row if 0 < row <= most else most
 
 
 def _ranges(size: int, step: int) -> list[tuple[int, int]]:

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlmerge.api import (
+from rlmerge.parameters import Resolver
+from rlmerge.parameters import explain as explain_parameters
+from rlmerge.plan import Plan, make_plan, sum_bytes
+from rlmerge.recipe import Recipe
+from rlmerge.sample import alarms, take_sample
+from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
     as_recipe,
     check_run,
@@ -19,12 +24,6 @@ from rlmerge.api import (
     sweep_names,
     thread_bytes,
 )
-from rlmerge.execute.folder import OutputFolder
-from rlmerge.parameters import Resolver
-from rlmerge.parameters import explain as explain_parameters
-from rlmerge.plan import Plan, make_plan, sum_bytes
-from rlmerge.recipe import Recipe
-from rlmerge.sample import alarms, take_sample
 
 RATE = 6e8
 """Bytes per second and thread that one pass handles, measured on two cores (docs/log.md); only for the estimate."""
@@ -49,7 +48,7 @@ def check(
     out: Path | str | None = None,
     threads: int | None = None,
     memory: int | None = None,
-    kernels: str = "numba",
+    kernels: str = "auto",
     overwrite: bool = False,
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -61,10 +60,16 @@ def check(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     check_run(threads, kernels, shard_bytes)
-    plan = make_plan(recipe, make_variants(recipe, sweep), shard_bytes)
+    variants = make_variants(recipe, sweep)
+    with recipe.located():
+        plan = make_plan(recipe, variants, shard_bytes)
     notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
     if out is not None:
-        OutputFolder(plan, Path(out), sweep_names(sweep), overwrite).check()
+        from rlmerge.execute.folder import OutputFolder
+
+        target = OutputFolder(plan, Path(out), sweep_names(sweep), overwrite)
+        target.check()
+        target.check_space()
     threads = limit_threads(threads or default_threads(), memory, plan)
     sample = take_sample(plan)
     report = CheckReport(notes, alarms(plan, sample), sample, estimate(plan, threads), summarise(plan))
@@ -75,7 +80,8 @@ def check(
 def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
     """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried."""
     recipe = as_recipe(recipe)
-    plan = make_plan(recipe)
+    with recipe.located():
+        plan = make_plan(recipe)
     merged = [tensor.name for tensor in plan.tensors if tensor.carry is None]
     groups = explain_parameters(recipe, recipe.method, merged, plan.layers)
     carried: dict[str, list[str]] = {}

@@ -5,35 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from rlmerge.errors import RecipeError, did_you_mean
 from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolver, show
-from rlmerge.recipe_checks import (
-    SETTINGS,
-    AtLeastZero,
-    Checker,
-    Dtype,
-    FisherPath,
-    Flag,
-    Patterns,
-    Reference,
-    Seed,
-    Source,
-    Text,
-    find_method,
-    in_words,
-)
+from rlmerge.recipe_checks import ENTRY_KEYS, SETTINGS, TOP_KEYS, Checker, Source, find_method
 from rlmerge.yaml_lines import MAX_BYTES, Dumper, Place, read_yaml
 
 MAX_SWEEP = 10_000
@@ -42,15 +30,14 @@ MAX_SWEEP = 10_000
 # ---- The models -------------------------------------------------------------------------------------------------
 
 
-class ModelEntry(BaseModel):
+@dataclass(frozen=True)
+class ModelEntry:
     """One model of the recipe: where it is, what it is called, its Fisher folder, its own parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: Reference
-    name: Text | None = None
-    fisher: FisherPath = None
-    parameters: dict[str, Any] = {}
+    model: str
+    name: str | None = None
+    fisher: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -58,33 +45,32 @@ class ModelEntry(BaseModel):
         return self.name or self.model
 
 
-class Recipe(BaseModel):
+@dataclass(frozen=True)
+class Recipe:
     """A checked recipe; made by `load_recipe`, `parse_recipe` or `recipe_from_parts`, which know the method's rules.
 
     Parameters are in canonical form (numbers are floats, filters have both keys); paths are as written.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Text | None = None
-    merge_method: Text
-    base_model: Reference | None = None
+    merge_method: str
     models: tuple[ModelEntry, ...]
-    parameters: dict[str, Any] = {}
-    dtype: Dtype = None
-    out_dtype: Dtype = None
+    name: str | None = None
+    base_model: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    min_change: AtLeastZero = 0.0
-    include: Patterns = ()
-    exclude: Patterns = ()
+    min_change: float = 0.0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     on_mismatch: Literal["error", "base"] = "error"
-    allow_nonfinite: Flag = False
-    seed: Seed = 0
+    allow_nonfinite: bool = False
+    seed: int = 0
 
-    _method: Method | None = PrivateAttr(None)
-    _folder: Path | None = PrivateAttr(None)
-    _source: Source | None = PrivateAttr(None)
-    _warnings: tuple[str, ...] = PrivateAttr(())
+    _method: Method | None = field(default=None, repr=False, compare=False)
+    _folder: Path | None = field(default=None, repr=False, compare=False)
+    _source: Source = field(default=Source("recipe"), repr=False, compare=False)
+    _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def method(self) -> Method:
@@ -94,7 +80,7 @@ class Recipe(BaseModel):
     @property
     def source_name(self) -> str:
         """What messages call the recipe: its path, or 'the command line'."""
-        return self._source.name if self._source is not None else ""
+        return self._source.name
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -133,10 +119,24 @@ class Recipe(BaseModel):
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
         return self._find(reference, ())
 
+    def at(self, place: Place) -> str:
+        """How a message names a place: 'recipe.yml:12: models[1].parameters.density', or the flag that set it."""
+        return self._source.at(place)
+
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Adds file and line to a RecipeError that knows only its place in the recipe."""
+        try:
+            yield
+        except RecipeError as error:
+            if not error.place:
+                raise
+            raise RecipeError(f"{self._source.head(error.place)}: {error}") from None
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe: every key and every default written out, in a fixed order; paths as written."""
-        data = {key: value for key, value in self.model_dump().items() if value is not None}
-        data["models"] = [{key: value for key, value in entry.items() if value} for entry in data["models"]]
+        data = {key: copy.deepcopy(value) for key in TOP_KEYS if (value := getattr(self, key)) is not None}
+        data["models"] = [{key: value for key in ENTRY_KEYS if (value := getattr(e, key))} for e in data["models"]]
         given = data["parameters"]
         defaults = {spec.name: given.get(spec.name, spec.default) for spec in self.method.parameters}
         data["parameters"] = {key: value for key, value in defaults.items() if value is not None}
@@ -151,16 +151,14 @@ class Recipe(BaseModel):
 
         A parameter set so holds for all models: it replaces the global value and every model's own.
         """
-        source = self._source or Source("recipe")
-        data = self.to_dict()
+        source, data = self._source, self.to_dict()
         for entry in data["models"]:
             own = entry.get("parameters", {})
             entry["parameters"] = {key: value for key, value in own.items() if key not in settings}
         flags = _apply_settings(data, settings)
         source = Source(source.name, source.lines, {**source.flags, **flags})
         recipe = _build(data, source, self._folder, None if self._method is None else {self.merge_method: self._method})
-        recipe._warnings = tuple(dict.fromkeys((*self.warnings, *recipe.warnings)))
-        return recipe
+        return replace(recipe, _warnings=tuple(dict.fromkeys((*self.warnings, *recipe.warnings))))
 
     def _place(self, entry: ModelEntry, key: str) -> Place:
         return ("models", self.models.index(entry), key)
@@ -175,7 +173,7 @@ class Recipe(BaseModel):
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
-        where = (self._source or Source("recipe")).at(place) + ": " if place else ""
+        where = self.at(place) + ": " if place else ""
         places = list(dict.fromkeys(os.path.abspath(candidate) for candidate in tried))
         missing = f"there is {'neither' if len(places) > 1 else 'no'} {' nor '.join(places)}."
         message = f"{where}{show(reference)} does not exist: {missing}"
@@ -290,29 +288,15 @@ def _apply_settings(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[P
 
 def _build(data: Any, source: Source, folder: Path | None, methods: Mapping[str, Method] | None) -> Recipe:
     """The checked recipe; one RecipeError lists every mistake, by line."""
-    checker = Checker(source, Recipe.model_fields, ModelEntry.model_fields)
+    checker = Checker(source)
     method = checker.check(data, methods)
-    recipe = _typed(checker)
-    recipe = recipe.model_copy(update={"models": checker.fit(recipe, method)})
-    recipe._method, recipe._folder, recipe._source, recipe._warnings = method, folder, source, tuple(checker.warnings)
+    checker.finish()
+    entries = tuple(ModelEntry(**entry) for entry in checker.data.pop("models"))
+    recipe = Recipe(models=entries, **checker.data, _method=method, _folder=folder, _source=source)
+    kept = checker.fit(recipe, method)
+    source = source if len(kept) == len(entries) else source.keeping(list(kept))
+    recipe = replace(recipe, models=tuple(kept.values()), _source=source, _warnings=tuple(checker.warnings))
     resolver = Resolver(recipe, method, layers=1)
     if resolver.constant:
-        try:
-            resolver.resolve("")
-        except RecipeError as error:
-            raise RecipeError("\n".join(f"{source.name}: {line}" for line in str(error).splitlines())) from None
-    return recipe
-
-
-def _typed(checker: Checker) -> Recipe:
-    """The recipe as pydantic sees it, or every mistake found so far."""
-    try:
-        recipe = Recipe(**checker.data)
-    except ValidationError as error:
-        for problem in error.errors():
-            if problem["type"] != "missing":  # noted where more can be said
-                checker.add(tuple(problem["loc"]), in_words(problem))
-        recipe = None
-    checker.finish()
-    assert recipe is not None
+        resolver.resolve("")
     return recipe

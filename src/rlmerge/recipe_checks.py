@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import RecipeError, did_you_mean
-from rlmerge.methods.base import Method
+from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
 from rlmerge.yaml_lines import Place, dotted
 
@@ -95,14 +93,34 @@ def _seed(value: Any) -> Any:
     return number
 
 
-Text = Annotated[str, BeforeValidator(_text)]
-Reference = Annotated[str, BeforeValidator(_reference)]
-Dtype = Annotated[str | None, BeforeValidator(_dtype)]
-FisherPath = Annotated[str | None, BeforeValidator(_fisher)]
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-AtLeastZero = Annotated[float, BeforeValidator(_at_least_zero)]
-Seed = Annotated[int, BeforeValidator(_seed)]
+def _one_of(*choices: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value in choices:
+            return value
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{show(value)} is not one of: {', '.join(choices)}.{hint}")
+
+    return check
+
+
+TOP_VALUES: dict[str, Callable[[Any], Any]] = {
+    "name": _text,
+    "merge_method": _text,
+    "base_model": _reference,
+    "dtype": _dtype,
+    "out_dtype": _dtype,
+    "rounding": _one_of("nearest", "stochastic"),
+    "min_change": _at_least_zero,
+    "include": _patterns,
+    "exclude": _patterns,
+    "on_mismatch": _one_of("error", "base"),
+    "allow_nonfinite": _flag,
+    "seed": _seed,
+}
+"""The canonical value of each top-level key, or a ValueError; models and parameters have functions of their own."""
+TOP_KEYS = ("name", "merge_method", "base_model", "models", "parameters", *list(TOP_VALUES)[3:])
+ENTRY_VALUES: dict[str, Callable[[Any], Any]] = {"model": _reference, "name": _text, "fisher": _fisher}
+ENTRY_KEYS = (*ENTRY_VALUES, "parameters")
 
 
 # ---- The whole recipe ---------------------------------------------------------------------------------------------
@@ -120,14 +138,29 @@ class Source:
         """The line of the place, or of the closest one around it; 0 if none is known."""
         return next((self.lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in self.lines), 0)
 
+    def flag(self, place: Place) -> str | None:
+        """The flag that set the place, or what is around it."""
+        return next((self.flags[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in self.flags), None)
+
+    def head(self, place: Place) -> str:
+        """Where the place stands: 'recipe.yml:12', or the flag."""
+        line = self.line(place)
+        return self.flag(place) or (f"{self.name}:{line}" if line else self.name)
+
     def at(self, place: Place) -> str:
         """How a message names the place: 'recipe.yml:12: models[1].parameters.density', or the flag."""
-        for cut in range(len(place), 0, -1):
-            if place[:cut] in self.flags:
-                return self.flags[place[:cut]]
-        line = self.line(place)
-        head = f"{self.name}:{line}" if line else self.name
-        return f"{head}: {dotted(place)}" if place else head
+        return self.head(place) if not place or self.flag(place) else f"{self.head(place)}: {dotted(place)}"
+
+    def keeping(self, models: Sequence[int]) -> Source:
+        """The same source for a recipe of which only these models are left."""
+        new = {k: number for number, k in enumerate(models)}
+
+        def renumber(places: Mapping[Place, Any]) -> dict[Place, Any]:
+            found = {p: v for p, v in places.items() if p[:1] != ("models",) or len(p) < 2}
+            of_models = ((p, v) for p, v in places.items() if p[:1] == ("models",) and len(p) > 1 and p[1] in new)
+            return found | {("models", new[p[1]], *p[2:]): v for p, v in of_models}  # type: ignore[index]
+
+        return Source(self.name, renumber(self.lines), renumber(self.flags))
 
 
 def find_method(name: str, methods: Mapping[str, Method] | None) -> Method:
@@ -149,24 +182,11 @@ def _sentence(error: Any) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def in_words(problem: Any) -> str:
-    value = problem["input"]
-    if problem["type"] == "literal_error":
-        choices = [word.strip("'") for word in re.findall(r"'\w+'", problem["ctx"]["expected"])]
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-        return f"{show(value)} is not one of: {', '.join(choices)}.{hint}"
-    if problem["type"] == "value_error":
-        return _sentence(problem["ctx"]["error"])
-    return f"{problem['msg']}, found {show(value)}."
-
-
 class Checker:
     """Walks over a recipe's data once: collects every mistake with its line, and the canonical data."""
 
-    def __init__(self, source: Source, recipe_keys: Iterable[str], model_keys: Iterable[str]) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.recipe_keys = list(recipe_keys)
-        self.model_keys = list(model_keys)
         self.data: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.problems: list[tuple[int, str]] = []
@@ -187,23 +207,36 @@ class Checker:
             raise RecipeError("\n".join(texts[:10] + more))
 
     def check(self, data: Any, methods: Mapping[str, Method] | None) -> Method:
-        """Notes unknown keys and wrong parameters, which need the method; types of the other keys are pydantic's."""
+        """Notes unknown keys and wrong values; `data` then holds the canonical ones. The method of the recipe."""
         if not isinstance(data, dict):
             raise RecipeError(f"{self.source.at(())}: a recipe is a mapping of keys and values, found {show(data)}.")
         method = self._method(data.get("merge_method"), methods)
         for key in data:
-            if key not in self.recipe_keys:
-                self.add((key,), self._unknown_key(key, method, "parameters:"))
-        self.data = {key: value for key, value in data.items() if key in self.recipe_keys and value is not None}
+            if key not in TOP_KEYS:
+                self.add((key,), self._unknown_key(key, method, "parameters:", TOP_KEYS))
+        self.data = {key: value for key, value in data.items() if key in TOP_KEYS and value is not None}
         if method is None:
             self.finish()
         assert method is not None
         self._models(method)
         self.data["parameters"] = self._parameters(method, ("parameters",), self.data.get("parameters"), own=False)
+        self.data |= self._values((), TOP_VALUES, self.data)
         return method
 
-    def fit(self, recipe: Recipe, method: Method) -> tuple[ModelEntry, ...]:
-        """The models to merge: notes what does not fit the method (base, keys, number, required parameters)."""
+    def _values(
+        self, place: Place, checks: Mapping[str, Callable[[Any], Any]], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The canonical values of the keys that `checks` knows."""
+        values = {}
+        for key in (key for key in checks if key in given):
+            try:
+                values[key] = checks[key](given[key])
+            except ValueError as error:
+                self.add((*place, key), _sentence(error))
+        return values
+
+    def fit(self, recipe: Recipe, method: Method) -> dict[int, ModelEntry]:
+        """The models to merge, by number: notes what does not fit the method (base, keys, number, parameters)."""
         kept = dict(enumerate(recipe.models))
         if method.arity.base == "required" and recipe.base_model is None:
             asked = "give it with --base FOLDER" if ("models",) in self.source.flags else "write 'base_model: FOLDER'"
@@ -217,12 +250,12 @@ class Checker:
         self._count(method, len(kept))
         for spec in method.parameters:
             if spec.default is None and spec.name not in recipe.parameters:
-                lacking = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
-                for place in lacking if spec.per_model else [()]:
-                    needs = f"method {method.name!r} needs {expected(spec)}"
-                    self.add(place, f"parameter {spec.name!r} is missing: {needs}.")
+                lacking: list[Place] = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
+                whole: Place = ("parameters",) if self.source.line(("parameters",)) else ("merge_method",)
+                for place in lacking if spec.per_model else [whole]:
+                    self.add(place, f"parameter {spec.name!r} is missing: {_needs(method, spec)}")
         self.finish()
-        return tuple(kept.values())
+        return kept
 
     def _method(self, name: Any, methods: Mapping[str, Method] | None) -> Method | None:
         try:
@@ -232,12 +265,11 @@ class Checker:
             self.add(() if name is None else ("merge_method",), text)
         return None
 
-    def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str] | None = None) -> str:
-        if known is None and key in LATER:
+    def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str]) -> str:
+        if known is TOP_KEYS and key in LATER:
             return f"mergekit's {key!r} is not supported by this version of rlmerge."
         if method is not None and key in {spec.name for spec in method.parameters}:
             return f"{key!r} is a parameter of method {method.name!r}: write it under {home}"
-        known = list(known or self.recipe_keys)
         return f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}."
 
     def _models(self, method: Method) -> None:
@@ -260,13 +292,12 @@ class Checker:
         self.data["models"] = entries
 
     def _entry(self, method: Method, place: Place, entry: dict[str, Any]) -> dict[str, Any]:
-        known = self.model_keys
         for key in entry:
-            if key not in known:
-                self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", known))
-        kept = {key: value for key, value in entry.items() if key in known and (value is not None or key == "model")}
-        kept["parameters"] = self._parameters(method, (*place, "parameters"), kept.get("parameters"), own=True)
-        return kept
+            if key not in ENTRY_KEYS:
+                self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", ENTRY_KEYS))
+        given = {key: value for key, value in entry.items() if value is not None or key == "model"}
+        parameters = self._parameters(method, (*place, "parameters"), given.get("parameters"), own=True)
+        return {**self._values(place, ENTRY_VALUES, given), "parameters": parameters}
 
     def _parameters(self, method: Method, place: Place, given: Any, own: bool) -> dict[str, Any]:
         """The canonical parameters of a model (`own`) or of the recipe, in the order of the method's specification."""
@@ -311,6 +342,12 @@ class Checker:
             noun = "model" if limits.endswith(" 1") else "models"
             beside = " beside the base" if method.arity.base == "required" else ""
             self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+
+
+def _needs(method: Method, spec: Parameter) -> str:
+    """What to write for a required parameter."""
+    homes = "under 'parameters:' of each model, or once for all" if spec.per_model else "under 'parameters:'"
+    return f"method {method.name!r} needs {expected(spec)}. Write '{spec.name}: ...' {homes}."
 
 
 def _takes(method: Method) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rlmerge.errors import FisherError
 from rlmerge.execute.inputs import Inputs, Space
-from rlmerge.kernels import load_kernels
+from rlmerge.kernels import Backend, load_kernels
 from rlmerge.methods.base import Block
 from rlmerge.plan import Plan
 
@@ -26,7 +26,7 @@ STRANGE_COSINE = 0.8
 IGNORED = 0.01
 
 
-def take_sample(plan: Plan) -> dict[str, Any]:
+def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
     """Supports, sizes, conflicts and Fishers in evenly spread runs of coordinates: about 1 % of the model.
 
     Raises NonFiniteError or FisherError where the sample already shows what the merge would raise.
@@ -34,7 +34,7 @@ def take_sample(plan: Plan) -> dict[str, Any]:
     runs = list(_runs(plan))
     if not runs or not plan.has_base:
         return {}
-    inputs = Inputs(plan, load_kernels("numpy"))
+    inputs = Inputs(plan, load_kernels(kernels))
     total = _Tally(len(plan.experts))
     space = Space()
     try:
@@ -79,17 +79,22 @@ class _Tally:
         """One run of the sample."""
         self.size += block.size
         base = block.base.astype(np.float64)
-        for k, delta in enumerate(block.delta):
-            changed = delta != 0
-            value = base.copy()
-            value[block.where] += delta
-            self.changed[k] += np.count_nonzero(changed)
-            self.small[k] += np.count_nonzero(changed & (np.abs(delta) <= 1e-5))
-            self.squares[k] += [np.sum(x * y) for x, y in ((base, base), (value, value), (base, value), (delta, delta))]
-            for j in range(k):
-                both = changed & (block.delta[j] != 0)
-                self.overlap[j, k] += np.count_nonzero(both)
-                self.conflict[j, k] += np.count_nonzero(both & (np.sign(delta) != np.sign(block.delta[j])))
+        square = _dot(base, base)
+        self.squares += [square, square, square, 0.0]
+        for patch in block.patches:
+            old = block.base_at(patch.where)
+            signs = np.sign(patch.delta)
+            for row, k in enumerate(patch.experts.tolist()):
+                delta = patch.delta[row]
+                self.changed[k] += np.count_nonzero(delta)
+                self.small[k] += np.count_nonzero(np.abs(delta) <= 1e-5) - np.count_nonzero(delta == 0)
+                # (θ + δ)² and θ·(θ + δ), beside θ² where nothing changed
+                product, own = _dot(old, delta), _dot(delta, delta)
+                self.squares[k] += [0.0, 2 * product + own, product, own]
+                for j in range(row):
+                    both = (signs[row] != 0) & (signs[j] != 0)
+                    self.overlap[j, k] += np.count_nonzero(both)
+                    self.conflict[j, k] += np.count_nonzero(both & (signs[row] != signs[j]))
         self._add_fisher(block.fisher, experts)
 
     def _add_fisher(self, fisher: NDArray[np.float32], experts: tuple[str, ...]) -> None:
@@ -128,6 +133,10 @@ class _Tally:
             for j in range(k)
         ]
         return out
+
+
+def _dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float(np.einsum("i,i", one, other))  # not BLAS, whose threads cost more than so short a sum
 
 
 def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from checkpoint_files import header_bytes, random, write_index, write_model, write_shards, write_tensors
 
-from rlmerge.checkpoint.folder import is_weight_tensor, open_checkpoint, other_files
+from rlmerge.checkpoint.folder import is_weight_tensor, open_checkpoint
 from rlmerge.errors import CheckpointError, HeaderError
 
 A, B = {"a": random(0, 2, 3)}, {"b": random(1, 4)}
@@ -219,20 +219,6 @@ def test_broken_shard_names_the_shard(tmp_path: Path) -> None:
 def test_no_tensor_at_all(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(header_bytes({}))
     refused(tmp_path, "no tensor")
-
-
-def test_other_files(tmp_path: Path) -> None:
-    kept = ["LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "modeling_x.py", "special.JSON",
-            "tokenizer.json", "tokenizer.model", "vocab.txt"]  # fmt: skip
-    left = ["README.md", "rlmerge.json", "mergekit_config.yml", "model.safetensors", "model.safetensors.index.json",
-            "pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth",
-            "trainer_state.json", "training_args.bin", "m.gguf", ".gitattributes", "adapter_config.json",
-            "fisher.safetensors", "flax_model.msgpack", "tf_model.h5"]  # fmt: skip
-    for name in kept + left:
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "broken.json").symlink_to(tmp_path / "absent")
-    assert [file.name for file in other_files(tmp_path)] == sorted(kept)
 
 
 def test_a_sharded_1_5b_pair_opens_at_once(tmp_path: Path) -> None:

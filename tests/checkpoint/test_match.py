@@ -88,6 +88,7 @@ def test_patterns_that_cannot_be_meant(make: Any, key: str) -> None:
         with pytest.raises(RecipeError, match=key) as caught:
             matched(base, expert, **{key: [pattern]})
         assert repr(pattern) in str(caught.value)
+        assert caught.value.place == (key, 0)
         assert "model.embed_tokens.weight" in str(caught.value)
 
 
@@ -148,6 +149,28 @@ def test_base_with_a_saved_head_and_tied_expert(make: Any) -> None:
     )
     untied = make("u", MODEL | {"lm_head.weight": HEAD})
     refused(untied, expert, words=("lm_head.weight", "missing", "differs from its model.embed_tokens.weight"))
+
+
+def test_tied_base_that_stores_both_and_an_expert_that_unties_them(make: Any) -> None:
+    """A loader of the merged model would use one of the two, so that the other's training is lost without a word."""
+    base = make("base", MODEL | {"lm_head.weight": EMBED}, tie_word_embeddings=True)
+    same = make("same", MODEL | {"model.embed_tokens.weight": EMBED * 2, "lm_head.weight": EMBED * 2})
+    assert matched(base, same).notes == []
+    untied = make("untied", MODEL | {"lm_head.weight": HEAD})
+    file = str(untied.folder / "model.safetensors")
+    refused(base, same, untied, words=("lm_head.weight", file, "differs from model.embed_tokens.weight", "exclude:"))
+    assert matched(base, untied, on_mismatch="base").carried == {"lm_head.weight": "mismatch"}
+    assert matched(base, untied, exclude=["lm_head"]).carried == {"lm_head.weight": "excluded"}
+    free = make("free", MODEL | {"lm_head.weight": EMBED}, tie_word_embeddings=False)
+    assert "lm_head.weight" in matched(free, untied).merged
+
+
+def test_base_that_is_tied_in_name_only(make: Any) -> None:
+    """Its two matrices differ, so they are two: both are merged, and it is said."""
+    base = make("base", MODEL | {"lm_head.weight": HEAD}, tie_word_embeddings=True)
+    result = matched(base, make("e", MODEL | {"lm_head.weight": HEAD * 2}))
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= result.merged.keys()
+    assert any("different values: both are merged" in note for note in result.notes)
 
 
 def test_equal_vectors_are_not_tied(make: Any) -> None:

@@ -102,7 +102,7 @@ DEFECTS = {
     "dry run": "rlmerge.preflight.check",
     "check": "rlmerge.preflight.check",
     "explain": "rlmerge.preflight.explain",
-    "verify": "rlmerge.api.verify",
+    "verify": "rlmerge.verification.verify",
     "methods": "rlmerge.methods.method_names",
 }
 
@@ -172,7 +172,7 @@ def test_help_lists_all_commands_and_loads_nothing_heavy() -> None:
     program = (
         "import sys; from rlmerge.cli.main import main; sys.argv = ['rlmerge', '--help']\n"
         "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
-        "print(sorted({'numpy', 'numba', 'torch', 'pydantic', 'yaml', 'rich', 'xxhash'} & set(sys.modules)))"
+        "print(sorted({'numpy', 'numba', 'torch', 'argparse', 'yaml', 'xxhash'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *text, heavy = done.stdout.splitlines()
@@ -186,6 +186,22 @@ def test_every_command_has_help_and_the_two_flags(command: str) -> None:
     text = succeeded(rlmerge(command, "--help")).out
     assert "--json" in text
     assert "--quiet" in text
+
+
+def test_a_misspelt_command_gets_a_suggestion() -> None:
+    assert "Did you mean 'check'?" in rlmerge("chek").err
+    assert "--version" in rlmerge("--help").out
+    assert rlmerge().code == 2
+
+
+def test_checking_loads_no_compiler(good: Path) -> None:
+    """The budget of `check` is a second, most of it for the sample."""
+    program = (
+        "import sys; from rlmerge.cli.main import main; sys.argv = ['rlmerge', 'check', sys.argv[1], '--quiet']\n"
+        "main(); print(sorted({'numba', 'torch', 'pydantic', 'typer', 'rich', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, str(good / "recipe.yml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_version_from_the_script_and_the_module() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def weight_bytes(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def test_options_stand_anywhere(good: Path, tmp_path: Path) -> None:
+    found = [
+        succeeded(rlmerge("merge", *arguments, "--dry-run", "--json")).json["summary"]
+        for arguments in (
+            (good / "ties.yml", tmp_path / "o", "--threads", 2),
+            ("--threads=2", good / "ties.yml", tmp_path / "o"),
+            (good / "ties.yml", "--set", "lambda=0.5", tmp_path / "o"),
+            (tmp_path / "o", "--base", good / "base", "--expert", good / "e0", "--expert", good / "e1",
+             "--method", "ties", "--set", "weight=1"),
+        )
+    ]  # fmt: skip
+    assert [summary["coordinates"] for summary in found] == [found[0]["coordinates"]] * 4
+
+
+@pytest.mark.parametrize("option", ["--over", "--thread=2", "--no-json"])
+def test_options_are_never_guessed(good: Path, tmp_path: Path, option: str) -> None:
+    done = rlmerge("merge", good / "ties.yml", tmp_path / "out", option)
+    assert done.code == 2
+    assert option in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Recipes, flags, sweeps ----------------------------------------------------------------------------------------
@@ -111,6 +135,17 @@ def test_a_sweep_writes_a_folder_for_each_value(good: Path, tmp_path: Path) -> N
 
 
 # ---- Dry runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_looks_at_the_free_disk(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
+    out = tmp_path / "deep" / "out"
+    dry = refused(rlmerge("merge", good / "ties.yml", out, "--dry-run"))
+    assert "GB are free" in dry
+    assert refused(rlmerge("merge", good / "ties.yml", out, *NUMPY)) == dry
+    assert list(tmp_path.iterdir()) == []
+    succeeded(rlmerge("check", good / "ties.yml"))
 
 
 def test_a_dry_run_writes_nothing(good: Path, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_number_that_is_none_is_an_error_naming_file_and_tensor(tmp_path, dtyp
 
 
 def test_a_number_that_is_none_beyond_the_sample_is_found_by_the_merge(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlmerge.api.take_sample", lambda plan: {})
+    monkeypatch.setattr("rlmerge.api.take_sample", lambda plan, kernels: {})
     base = {"w": rng_values(0, 50, 50)}
     hurt = {"w": base["w"].copy()}
     hurt["w"][40, 40] = np.nan
@@ -296,7 +296,9 @@ def test_a_fisher_that_cannot_arbitrate(tmp_path, monkeypatch, value, message):
     recipe = make_recipe(tmp_path, "sar", ["a", "b"], fishers=True)
     with pytest.raises(rlmerge.RlmergeError, match=message):
         merge(recipe, tmp_path / "one")
-    monkeypatch.setattr("rlmerge.api.take_sample", lambda plan: {})  # the merge itself says it too, and by name
+    monkeypatch.setattr(
+        "rlmerge.api.take_sample", lambda plan, kernels: {}
+    )  # the merge itself says it too, and by name
     with pytest.raises(rlmerge.RlmergeError, match=message) as caught:
         merge(recipe, tmp_path / "two")
     assert "b" in str(caught.value)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,11 +226,11 @@ def test_a_disk_that_fills_up_later_is_one_message(recipe, tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_full_for_the_small_files_is_one_message(recipe, tmp_path, monkeypatch):
-    def full(self, data):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "replace", full)  # the last step of each small file
         with pytest.raises(OutputError, match="No space left"):
             merge(recipe, tmp_path / "out")
     assert contents(merge(recipe, tmp_path / "out").out)

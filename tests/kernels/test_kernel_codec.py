@@ -147,7 +147,8 @@ def test_stochastic_rounding_goes_to_neighbours_only(form, values, start):
     fraction_bits, low, high = FORMATS[form]
     values = np.array([value for value in values if abs(value) < 2.0**high] or [0.0])
     found = agree(
-        "round_stochastically", values=values, start=start, key=np.uint64(99), fraction_bits=fraction_bits,
+        "round_stochastically", values=values, where=np.arange(values.size, dtype=np.int32), start=start,
+        key=np.uint64(99), fraction_bits=fraction_bits,
         smallest_exponent=low,
     )  # fmt: skip
     for value, rounded in zip(values.tolist(), found["values"].tolist()):
@@ -167,7 +168,7 @@ def test_stochastic_rounding_is_unbiased(kernels, form, value):
     fraction_bits, low, _ = FORMATS[form]
     size = 2**16
     values = np.full(size, value)
-    kernels.round_stochastically(values, 10**6, np.uint64(7), fraction_bits, low)
+    kernels.round_stochastically(values, np.arange(size, dtype=np.int32), 10**6, np.uint64(7), fraction_bits, low)
     step = 2.0 ** (max(math.frexp(value)[1] - 1, low) - fraction_bits)
     rest = value / step - math.floor(value / step)
     ups = np.count_nonzero(values == (math.floor(value / step) + 1) * step)
@@ -179,7 +180,8 @@ def test_stochastic_rounding_is_unbiased(kernels, form, value):
 def test_stochastic_rounding_does_not_depend_on_blocks(kernels):
     values = np.random.default_rng(5).standard_normal(1000)
     whole, parts = values.copy(), [values[:300].copy(), values[300:].copy()]
-    kernels.round_stochastically(whole, 50, np.uint64(3), 7, -126)
-    kernels.round_stochastically(parts[0], 50, np.uint64(3), 7, -126)
-    kernels.round_stochastically(parts[1], 350, np.uint64(3), 7, -126)
+    every = np.arange(1000, dtype=np.int32)
+    kernels.round_stochastically(whole, every, 50, np.uint64(3), 7, -126)
+    kernels.round_stochastically(parts[0], every[:300], 50, np.uint64(3), 7, -126)
+    kernels.round_stochastically(parts[1], every[:700], 350, np.uint64(3), 7, -126)
     assert np.concatenate(parts).tobytes() == whole.tobytes()

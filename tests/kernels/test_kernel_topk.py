@@ -10,7 +10,7 @@ from tests.kernels.kernel_pairs import COMPILED, FP32, PLAIN, fp32
 
 from rlmerge.kernels.plain.hash import hash64
 from rlmerge.methods import topk
-from rlmerge.methods.base import Task
+from rlmerge.methods.base import Patch, Task
 
 KEY = 1234567
 
@@ -28,19 +28,25 @@ class Sizes(topk.Scorer):
         return int(density * eligible)
 
     def score(self, block, task, results):
-        return block.delta.copy(), np.abs(block.delta).astype(np.float32)
+        """Coordinates that one changed alone, by expert, and those that several changed."""
+        return [
+            topk.Ranked(patch.experts, patch.where, patch.delta.copy(), np.abs(patch.delta).astype(np.float32))
+            for patch in block.patches
+        ]
 
 
 class Changes:
     """What a scorer asks of a block: experts `values` of a base of zeros."""
 
     def __init__(self, values, start, kernels):
-        base, additive = np.zeros(values.shape[1], np.float32), np.zeros(len(values), np.bool_)
-        which, where = np.zeros(len(values), np.int64), np.zeros(values.shape[1], np.int32)
-        self.where = where[: PLAIN.changed(base, values, base[None], which, additive, 0.0, where)]
-        self.delta = np.empty((len(values), self.where.size))
-        self.owner = np.empty(self.where.size, np.int32)
-        PLAIN.deltas(base, values, base[None], which, additive, 0.0, self.where, self.delta, self.owner)
+        active, delta = values != 0, values.astype(np.float64)
+        alone = active & (active.sum(axis=0) == 1)
+        rows = np.arange(len(values))
+        groups = [*zip((rows[k : k + 1] for k in rows), alone), (rows, active.sum(axis=0) > 1)]
+        self.patches = [
+            Patch(experts, np.flatnonzero(mask).astype(np.int32), np.ascontiguousarray(delta[experts][:, mask]))
+            for experts, mask in groups
+        ]
         self.start, self.kernels = start, kernels
 
 
@@ -61,11 +67,13 @@ def keep(values, density, kernels, step, scope="tensor"):
         results[stage.name] = stage.reduce(total, task, results)
     mask = np.zeros(values.shape, bool)
     for block in blocks:
-        left, scores = Sizes().score(block, task, results)
-        kept, dropped = topk.apply_cut(Sizes(), block, task, results, left, scores)
-        assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
-        assert dropped.astype(bool).tolist() == ((block.delta != 0) & (left == 0)).any(axis=0).tolist()
-        mask[:, block.start + block.where] = left != 0
+        for patch, part in zip(block.patches, Sizes().score(block, task, results)):
+            where, left, kept, dropped = topk.cut(part, block, task, results)
+            assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
+            if len(patch.experts) > 1 or count == 1:
+                lost = (patch.delta != 0) & ~np.isin(patch.where, where[(left != 0).any(axis=0)])
+                assert where.size < patch.where.size or (dropped[lost[0][: where.size]] == 1).all()
+            mask[np.ix_(patch.experts, block.start + where)] |= left != 0
     return mask
 
 

@@ -266,7 +266,7 @@ def _sign(value: float) -> int:
 
 
 def _arbitrate(tensor: Tensor, x: int, active: list[int], phi, o: Options):
-    """Shares in a conflict (none: a draw), whether they are whole, and the winners of a winner-type rule."""
+    """Shares in a conflict (none: a draw), whether they are whole, and who won: T, or the camp that was elected."""
     s = {i: tensor.s[i][x] for i in active}
     if o.arbitration == "winner":
         return _winner_takes(tensor, x, active, _top(tensor, x, active), phi, o)
@@ -277,16 +277,17 @@ def _arbitrate(tensor: Tensor, x: int, active: list[int], phi, o: Options):
         first, second = sorted(s.values(), reverse=True)[:2]
         if first >= o.margin * second:
             return _winner_takes(tensor, x, active, _top(tensor, x, active), phi, o)
-        return _soft(s, o.power), False, []
+        return _soft(s, o.power), False, _agreed_top(tensor, x, active)
     if o.arbitration == "soft":
-        return _soft(s, o.power), False, []
+        return _soft(s, o.power), False, _agreed_top(tensor, x, active)
     positive = [i for i in active if tensor.d[i][x] > 0.0]  # elect
     negative = [i for i in active if tensor.d[i][x] < 0.0]
     up, down = _add(s[i] for i in positive), _add(s[i] for i in negative)
     if up == down:
         return {}, False, []
-    shares, whole = _agree(tensor, x, positive if up > down else negative, phi, o)
-    return shares, whole, []
+    camp = positive if up > down else negative
+    shares, whole = _agree(tensor, x, camp, phi, o)
+    return shares, whole, camp
 
 
 def _top(tensor: Tensor, x: int, among: list[int]) -> list[int]:
@@ -295,6 +296,12 @@ def _top(tensor: Tensor, x: int, among: list[int]) -> list[int]:
     sensitive = [i for i in among if tensor.s[i][x] == largest]
     longest = max(abs(tensor.d[i][x]) for i in sensitive)
     return [i for i in sensitive if abs(tensor.d[i][x]) == longest]
+
+
+def _agreed_top(tensor: Tensor, x: int, among: list[int]) -> list[int]:
+    """T where its signs agree: who has the largest share of a blend."""
+    top = _top(tensor, x, among)
+    return top if len({_sign(tensor.d[i][x]) for i in top}) == 1 else []
 
 
 def _winner_takes(tensor: Tensor, x: int, active: list[int], top: list[int], phi, o: Options):

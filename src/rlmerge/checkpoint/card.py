@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rlmerge.figures import as_markdown, statistics_table
 from rlmerge.version import VERSION
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -85,34 +86,7 @@ def model_card(
         lines += [f"- {name}: {licence or 'not stated'}" for name, licence in licences.items()]
         lines += [""]
     lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
-    rows = list(_figures(total))
-    if rows:
-        lines += ["## What the merge did", "", "| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in rows]
-        lines += ["", "Definitions and figures per tensor are in `rlmerge.json`.", ""]
+    table = statistics_table(total)
+    if len(table) > 1:
+        lines += ["## What the merge did", "", *as_markdown(table), "", "Figures per tensor are in `rlmerge.json`.", ""]
     return "\n".join(lines)
-
-
-def _figures(total: dict[str, Any]) -> list[tuple[str, str]]:
-    """The totals worth a line, in words."""
-    rows: list[tuple[str, str]] = []
-    for key, share in total.get("support", {}).items():
-        rows.append((f"support of {key}", percent(share)))
-    words = {
-        "unique": "changed by one expert only (of changed)",
-        "overlap": "changed by several (of changed)",
-        "conflict": "sign conflict (of overlap)",
-        "draws": "draws (of conflicts)",
-        "survival": "intended updates that survive the cast",
-    }
-    rows += [(words[key], percent(total[key])) for key in words if key in total]
-    rows += [(f"conflicts won by {key}", percent(share)) for key, share in total.get("wins", {}).items()]
-    rows += [(f"kept of {key}", percent(share)) for key, share in total.get("kept", {}).items()]
-    if "realised_cosine" in total:
-        rows.append(("cosine of intended and stored update", f"{total['realised_cosine']:.4f}"))
-    return rows
-
-
-def percent(share: dict[str, Any]) -> str:
-    """'12.3 %' of a counted share, '-' where there was nothing to count."""
-    return f"{100 * share['share']:.1f} %" if "share" in share else "-"

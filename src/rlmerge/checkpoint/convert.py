@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlmerge.checkpoint.folder import PICKLE_SUFFIXES, TRAINER_STATE, describe_unusable, other_files, read_json_object
+from rlmerge.checkpoint.copied import other_files
+from rlmerge.checkpoint.folder import PICKLE_SUFFIXES, TRAINER_STATE, describe_unusable, read_json_object
 from rlmerge.checkpoint.header import read_header
+from rlmerge.checkpoint.names import HEAD
 from rlmerge.errors import CheckpointError, MissingExtraError, OutputError
 
 _SHARD = re.compile(r"(.+?)-(\d{1,6})-of-(\d{1,6})\.(?:bin|pt|pth)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlmerge.checkpoint.convert import _child; _child()"
 )
@@ -59,7 +60,9 @@ def convert(source: Path | str, out: Path | str, note: Callable[[str], None] | N
         copied = other_files(source) if source.is_dir() else []
         adapter = source / "adapter_config.json"
         for file in [*copied, *([adapter] if adapter.is_file() else [])]:
-            shutil.copyfile(file, fresh / file.name)
+            target = fresh / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         if os.path.lexists(out):
             raise OutputError(f"{out}: appeared while the model was converted. Write the name of a new folder.")
         fresh.rename(out)
@@ -236,7 +239,7 @@ def _drop_repeated(state: dict[str, Any], tied: bool) -> tuple[dict[str, Any], d
         groups.setdefault(where if tensor.numel() else name, []).append(name)
     dropped: dict[str, str] = {}
     for names in groups.values():
-        keep = next((name for name in names if not _HEAD.search(name)), names[0])
+        keep = next((name for name in names if not HEAD.search(name)), names[0])
         dropped |= {name: keep for name in names if name != keep and tied}
     kept: dict[str, Any] = {}
     used: set[int] = set()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlmerge.checkpoint.folder import Checkpoint, read_json_object, read_weights
 from rlmerge.checkpoint.header import Header, TensorInfo, read_header
+from rlmerge.checkpoint.names import HEAD
 from rlmerge.errors import CheckpointError, FisherError, did_you_mean
 
 FISHER_DTYPES = frozenset({"F32", "BF16"})
-
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ def _check(info: TensorInfo, base: Checkpoint) -> None:
 
 def _is_tied_head(info: TensorInfo, base: Checkpoint) -> bool:
     """Whether an unknown tensor is the head of a base that stores head and embedding as one tensor."""
-    tied = base.setting("tie_word_embeddings", not any(_HEAD.search(name) for name in base.tensors))
+    tied = base.setting("tie_word_embeddings", not any(HEAD.search(name) for name in base.tensors))
     return (
         tied is True
-        and _HEAD.search(info.name) is not None
+        and HEAD.search(info.name) is not None
         and any(info.shape == other.shape and len(other.shape) == 2 for other in base.tensors.values())
     )

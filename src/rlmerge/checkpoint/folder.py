@@ -24,13 +24,6 @@ _QUANTIZED_NAME = re.compile(
 )
 _QUANTIZED_INTEGER_NAME = re.compile(r"weight$|_blocks$|_scales$")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
-    ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".npz", ".tflite", ".distcp",
-}  # fmt: skip
-_NOT_COPIED = frozenset({
-    "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
-    "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
-})  # fmt: skip
 TRAINER_STATE = re.compile(r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.bin")
 _MAX_JSON_BYTES = 100_000_000
 
@@ -85,21 +78,6 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{headers[0].file}: holds no tensor at all, so there is nothing to merge.")
     _refuse_quantized(folder, config, tensors)
     return Checkpoint(reference, folder, tensors, headers, config, adapted)
-
-
-def other_files(folder: Path) -> list[Path]:
-    """The files of the top level that go into an output beside the weights: configuration, tokenizer, code, licence.
-
-    Not among them: weights and indexes of any framework, the model card, trainer and optimizer state, hidden files,
-    what a merge writes itself, and what would turn the output into something else (adapter_config.json).
-    """
-    return [file for file in sorted(folder.iterdir()) if _is_copied(file.name) and file.is_file()]
-
-
-def _is_copied(name: str) -> bool:
-    if name.startswith(".") or name in _NOT_COPIED or name.endswith(".index.json"):
-        return False
-    return Path(name).suffix.lower() not in _WEIGHT_SUFFIXES
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

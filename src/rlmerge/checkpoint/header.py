@@ -183,6 +183,8 @@ def _parse(file: Path, body: bytes) -> dict[str, Any]:
 
 def _printable(text: str) -> bool:
     """Whether a name can be printed, put into a path or a log line: no control characters, no lone surrogates."""
+    if text.isascii():  # nearly every name, and nearly all the time that a header takes
+        return text.isprintable()
     return not any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in text)
 
 

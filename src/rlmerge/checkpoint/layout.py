@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import xxhash
+
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 WIDTH |= {"I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
+CHUNK = 2**20
 INDEX = "model.safetensors.index.json"
 
 
@@ -70,6 +74,18 @@ def index_json(files: Sequence[OutputFile]) -> str | None:
     weight_map = {name: file.name for file in files for name in file.offsets}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(content, indent=2) + "\n"
+
+
+def hash_range(handle: int, start: int, stop: int) -> str:
+    """xxh3-128 of the bytes [start, stop) of an open file."""
+    state = xxhash.xxh3_128()
+    while start < stop:
+        data = os.pread(handle, min(CHUNK, stop - start), start)
+        if not data:
+            break
+        state.update(data)
+        start += len(data)
+    return state.hexdigest()
 
 
 def _nbytes(tensor: tuple[str, str, tuple[int, ...]]) -> int:

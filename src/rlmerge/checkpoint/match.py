@@ -2,7 +2,7 @@
 
 The output has the base's tensor set, always. What cannot be matched is an error that says which files disagree, unless
 the recipe excludes the tensor or takes it from the base. Tied weights that one side stores twice are recognised by
-comparing their bytes.
+comparing their bytes: a base whose embedding and head are one matrix stays so, stored once or twice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rlmerge.checkpoint.adapter import Adapter, LowRank, open_adapter
 from rlmerge.checkpoint.folder import MERGED_DTYPES, Checkpoint, is_weight_tensor
 from rlmerge.checkpoint.header import TensorInfo, equal_bytes
+from rlmerge.checkpoint.names import HEAD
 from rlmerge.errors import MismatchError, RecipeError
+
+if TYPE_CHECKING:
+    from rlmerge.checkpoint.adapter import Adapter, LowRank
 
 _BUFFER = re.compile(r"(^|\.)rotary\w*\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(position_ids|masked_bias)$")
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
@@ -45,11 +48,13 @@ class Matched:
     carried  base tensor name -> why it is copied from the base: 'dtype' (double, integer, boolean), 'empty', 'buffer'
              (recomputed by every model, such as rotary_emb.inv_freq), 'excluded', 'mismatch'
     notes    what the user should know: ignored aliases and buffers, mismatches taken from the base
+    tied     base tensors that repeat another one, which a tied base stores twice
     """
 
     merged: dict[str, tuple[Source, ...]]
     carried: dict[str, str]
     notes: list[str]
+    tied: frozenset[str] = frozenset()
 
 
 def match(
@@ -75,10 +80,13 @@ def match(
     carried = {n: why for n, info in base.tensors.items() if (why := _why_carried(info, n in chosen))}
     wanted = [name for name in base.tensors if name not in carried]
     found = [_match_one(base, expert, wanted, chosen) for expert in experts]
+    ties, tie_notes = _ties(base, wanted) if not all(expert.adapter for expert in experts) else ([], [])
+    for one in found:
+        one.problems += _untied(base, ties, one)
     problems = [problem for one in found for problem in one.problems]
     if problems and on_mismatch == "error":
         raise MismatchError(_describe(problems))
-    notes = [note for one in found for note in one.notes]
+    notes = [*tie_notes, *(note for one in found for note in one.notes)]
     if problems:
         notes.append(
             f"{len(problems)} tensors do not fit and are taken from the base, or ignored where the base does not have "
@@ -86,7 +94,8 @@ def match(
         )
     carried |= {problem.name: "mismatch" for problem in problems if problem.name in base.tensors}
     merged = {n: tuple(one.sources[n] for one in found) for n in wanted if n not in carried}
-    return Matched(merged, {n: carried[n] for n in base.tensors if n in carried}, notes)
+    repeated = frozenset(second for _, second in ties)
+    return Matched(merged, {n: carried[n] for n in base.tensors if n in carried}, notes, repeated)
 
 
 @dataclass(frozen=True)
@@ -107,19 +116,21 @@ def _select(names: list[str], include: list[str], exclude: list[str]) -> set[str
 
     def find(key: str, patterns: list[str]) -> set[str]:
         found: set[str] = set()
-        for pattern in patterns:
+        for number, pattern in enumerate(patterns):
             try:
                 search = re.compile(pattern).search
             except (re.error, RecursionError, OverflowError) as error:
                 raise RecipeError(
                     f"{key}: {pattern!r} is not a regular expression ({error}). It is searched in tensor names "
-                    f"such as {names[0]!r}; write '.*' for anything and '\\.' for a dot."
+                    f"such as {names[0]!r}; write '.*' for anything and '\\.' for a dot.",
+                    (key, number),
                 ) from None
             hits = {name for name in names if search(name)}
             if not hits:
                 raise RecipeError(
                     f"{key}: {pattern!r} is found in none of the {len(names)} tensor names, which look like "
-                    f"{names[0]!r} and {names[-1]!r}. Correct or remove it."
+                    f"{names[0]!r} and {names[-1]!r}. Correct or remove it.",
+                    (key, number),
                 )
             found |= hits
         return found
@@ -146,6 +157,8 @@ def _is_buffer(info: TensorInfo) -> bool:
 
 def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: set[str]) -> _Found:
     if expert.adapter:
+        from rlmerge.checkpoint.adapter import open_adapter
+
         return _match_adapter(base, expert, open_adapter(expert, base), wanted)
     found = _Found()
     for name in wanted:
@@ -226,6 +239,39 @@ def _twins(info: TensorInfo, own: dict[str, TensorInfo], other: dict[str, Tensor
         for name, twin in own.items()
         if twin.shape == info.shape and twin.dtype == info.dtype and name != info.name and name in other
     ]
+
+
+def _ties(base: Checkpoint, names: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Pairs of vocabulary matrices that a tied base stores twice, and notes on those that it ties in name only."""
+    if base.setting("tie_word_embeddings") is not True:
+        return [], []
+    pairs: list[tuple[str, str]] = []
+    notes: list[str] = []
+    own = {name: base.tensors[name] for name in names if _VOCABULARY.search(name)}
+    for place, name in enumerate(own):
+        later = dict(list(own.items())[place:])
+        for twin in _twins(own[name], later, base.tensors):
+            if equal_bytes(own[name], twin):
+                pairs.append((name, twin.name))
+            else:
+                notes.append(
+                    f"{base.reference} says tie_word_embeddings, but stores {name} and {twin.name} with different "
+                    "values: both are merged, and a loader that ties them will use one."
+                )
+    return pairs, notes
+
+
+def _untied(base: Checkpoint, ties: list[tuple[str, str]], found: _Found) -> list[_Problem]:
+    """Matrices that are one in the base and two in an expert: a loader of the merged model would use one of them."""
+    problems = []
+    for pair in ties:
+        sources = (found.sources.get(name) for name in pair)
+        infos = [source.info for source in sources if source is not None and source.info is not None]
+        if len(infos) == 2 and infos[0] != infos[1] and not equal_bytes(*infos):
+            twin, head = sorted(infos, key=lambda info: HEAD.search(info.name) is not None)
+            text = f"{head.name}: in {head.file} it differs from {twin.name}, and {base.folder} ties the two"
+            problems.append(_Problem(head.name, f"{text} (tie_word_embeddings: true)"))
+    return problems
 
 
 def _match_adapter(base: Checkpoint, expert: Checkpoint, adapter: Adapter, wanted: list[str]) -> _Found:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .options import Accept, Base, Expert, Fisher, Json, MethodName, Quiet, RecipePath, Set, Threads, make_recipe
+from .options import Parser, declare_output, declare_recipe, declare_run, make_recipe
 from .show import duration, size, warn
 
 if TYPE_CHECKING:
     from rlmerge.preflight import CheckReport
 
+USAGE = "[OPTIONS] RECIPE"
+DESCRIPTION = """\
+Check a recipe against headers, small files and a one-percent sample; estimate
+bytes, memory, disk and time.
 
-def check(
-    recipe: RecipePath = None,
-    base: Base = None,
-    expert: Expert = None,
-    fisher: Fisher = None,
-    method: MethodName = None,
-    set_: Set = None,
-    threads: Threads = None,
-    accept_tokenizers: Accept = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Check a recipe against headers, small files and a one-percent sample; estimate bytes, memory, disk and time.
+Exit code 2 for what would make the merge fail. Alarms are warnings and change
+nothing."""
 
-    Exit code 2 for what would make the merge fail. Alarms are warnings and change nothing.
-    """
-    from rlmerge.preflight import check as run
 
-    made, _ = make_recipe(recipe, base, expert, fisher, method, set_)
-    show_report(run(made, threads=threads, accept_tokenizers=accept_tokenizers), json_, quiet)
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    declare_recipe(parser)
+    declare_run(parser)
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """Checks and prints what was found."""
+    from rlmerge.preflight import check
+
+    recipe, _ = make_recipe(given.recipe, given.base, given.expert, given.fisher, given.method, given.set)
+    report = check(recipe, threads=given.threads, accept_tokenizers=given.accept_tokenizers)
+    show_report(report, given.json, given.quiet)
 
 
 def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:

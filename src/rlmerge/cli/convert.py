@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from .options import Json, Quiet
+from .options import Parser, declare_output
 from .show import warn
 
+USAGE = "[OPTIONS] SOURCE OUT"
+DESCRIPTION = """\
+Convert pickled weights to safetensors: weights only, in a process of its own.
+Needs torch."""
 
-def convert(
-    source: Annotated[Path, typer.Argument(help="Folder with .bin, .pt or .pth files, or one such file.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Convert pickled weights to safetensors: weights only, in a process of its own. Needs torch."""
-    from rlmerge.checkpoint.convert import convert as run
 
-    written = run(source, out, note=(lambda text: None) if quiet else warn)
-    if json_:
-        json.dump({"out": str(out), "files": [path.name for path in written]}, sys.stdout)
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="folder with .bin, .pt or .pth files, or one such file"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """Converts and lists the files."""
+    from rlmerge.checkpoint.convert import convert
+
+    written = convert(given.source, given.out, note=(lambda text: None) if given.quiet else warn)
+    if given.json:
+        json.dump({"out": str(given.out), "files": [path.name for path in written]}, sys.stdout)
         print()
-    elif not quiet:
-        print(f"{out}: {', '.join(path.name for path in written)}")
+    elif not given.quiet:
+        print(f"{given.out}: {', '.join(path.name for path in written)}")

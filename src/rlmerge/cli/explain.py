@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from typing import Any
 
-from .options import Base, Expert, Fisher, Json, MethodName, Quiet, RecipePath, Set, make_recipe
+from .options import Parser, declare_output, declare_recipe, make_recipe
+
+USAGE = "[OPTIONS] RECIPE"
+DESCRIPTION = """\
+Print which parameters hold for which tensors, gradients, filters and defaults
+resolved."""
 
 
-def explain(
-    recipe: RecipePath = None,
-    base: Base = None,
-    expert: Expert = None,
-    fisher: Fisher = None,
-    method: MethodName = None,
-    set_: Set = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Print which parameters hold for which tensors, gradients, filters and defaults resolved."""
-    from rlmerge.preflight import explain as run
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    declare_recipe(parser)
+    declare_output(parser)
 
-    made, _ = make_recipe(recipe, base, expert, fisher, method, set_)
-    groups = run(made)
-    if json_:
+
+def run(given: Namespace) -> None:
+    """Resolves and prints."""
+    from rlmerge.preflight import explain
+
+    recipe, _ = make_recipe(given.recipe, given.base, given.expert, given.fisher, given.method, given.set)
+    groups = explain(recipe)
+    if given.json:
         json.dump(groups, sys.stdout)
         print()
-    elif not quiet:
+    elif not given.quiet:
         for group in groups:
             _show(group)
 

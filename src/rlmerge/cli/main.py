@@ -2,100 +2,102 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import importlib
 import os
 import sys
-import traceback
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import NoReturn
 
-import typer
-
-from rlmerge.errors import RlmergeError
+from rlmerge.errors import RlmergeError, did_you_mean
 from rlmerge.version import VERSION
 
-from . import check, convert, explain, merge, methods, verify
+COMMANDS = {
+    "merge": "Merge models: a recipe, or its parts as flags, to a folder.",
+    "check": "Check a recipe against headers, small files and a one-percent sample.",
+    "explain": "Print which parameters hold for which tensors.",
+    "methods": "List the merge methods, or describe one.",
+    "convert": "Convert pickled weights to safetensors.",
+    "verify": "Compare every byte of an output with its rlmerge.json.",
+}
+"""Each is a module of this package, imported when it is asked for: DESCRIPTION, USAGE, declare(parser), run(given)."""
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Merge language models trained by reinforcement learning with verifiable rewards, without breaking them.",
-)
+HELP = """\
+Usage: rlmerge COMMAND [OPTIONS] ...
 
+  Merge language models trained by reinforcement learning with verifiable
+  rewards, without breaking them.
 
-class _Stopped(Exception):
-    """Ctrl-C, under a name that typer does not swallow."""
+Options:
+  --version   Print the version and stop.
+  -h, --help  Show this message and exit.
 
+Commands:
+{commands}
 
-class _Closed(Exception):
-    """Whoever read our output has stopped reading."""
-
-
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with Ctrl-C and a closed pipe as exceptions of our own: typer would end without a word."""
-
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            command(*arguments, **options)
-            sys.stdout.flush()
-        except KeyboardInterrupt as error:
-            raise _Stopped(*error.args) from None
-        except BrokenPipeError:
-            raise _Closed from None
-
-    return run
+'rlmerge COMMAND --help' describes a command.
+"""
 
 
-for _name, _command in (
-    ("merge", merge.merge),
-    ("check", check.check),
-    ("explain", explain.explain),
-    ("methods", methods.methods),
-    ("convert", convert.convert),
-    ("verify", verify.verify),
-):
-    app.command(_name)(_guarded(_command))
+def run(arguments: Sequence[str]) -> None:
+    """One command. SystemExit for help (0) and for wrong usage (2)."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if not name or name in ("-h", "--help"):
+        listed = "\n".join(f"  {command:<8} {summary}" for command, summary in COMMANDS.items())
+        print(HELP.format(commands=listed), end="", file=sys.stdout if name else sys.stderr)
+        raise SystemExit(0 if name else 2)
+    if name == "--version":
+        print(f"rlmerge {VERSION}")
+        return
+    if name not in COMMANDS:
+        _refuse(f"there is no {'option' if name.startswith('-') else 'command'} {name!r}.", COMMANDS, name)
+    from .options import Parser
+
+    command = importlib.import_module(f".{name}", __package__)
+    parser = Parser(name, command.USAGE, command.DESCRIPTION)
+    command.declare(parser)
+    command.run(parser.parse_intermixed_args(rest))
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rlmerge {VERSION}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
-    pass
+def _refuse(problem: str, known: Sequence[str] | dict[str, str], word: str) -> NoReturn:
+    print(f"Error: {problem}{did_you_mean(word, known)} See 'rlmerge --help'.", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main() -> None:
     """The entry point of the console script."""
+    # one BLAS thread, as in all of rlmerge; a pool for every core of a large machine takes its time to start
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code: str | int | None = 0
     try:
-        app()
+        try:
+            run(sys.argv[1:])
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
     except RlmergeError as error:
         if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        typer.echo(f"rlmerge: {error}", err=True)
+            import json
+
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"rlmerge: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, _Stopped) as error:
-        typer.echo(f"rlmerge: interrupted. {error}".rstrip(), err=True)
+    except KeyboardInterrupt as error:
+        print(f"rlmerge: interrupted. {error}".rstrip(), file=sys.stderr)
         sys.exit(130)
-    except (BrokenPipeError, _Closed):
+    except BrokenPipeError:
         # nobody reads: nothing more is written, not even by the interpreter at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
+        import traceback
+
         traceback.print_exc()
-        typer.echo(f"rlmerge {VERSION}: this is a defect of rlmerge; please report it with the lines above.", err=True)
+        print(
+            f"rlmerge {VERSION}: this is a defect of rlmerge; please report it with the lines above.", file=sys.stderr
+        )
         sys.exit(1)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

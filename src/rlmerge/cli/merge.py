@@ -6,14 +6,24 @@ import contextlib
 import ctypes
 import json
 import sys
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import RecipeError
 
-from .options import Accept, Base, Expert, Fisher, Json, MethodName, Quiet, Set, Threads, make_recipe, parse_bytes
-from .show import ProgressLine, duration, size, statistics_table
+from .options import Parser, at_least, declare_output, declare_parts, declare_run, make_recipe, parse_bytes
+from .show import ProgressLine, duration, show_statistics, size
+
+if TYPE_CHECKING:
+    from rlmerge.api import Outcome
+
+USAGE = "[OPTIONS] RECIPE OUT"
+DESCRIPTION = """\
+Merge models: rlmerge merge RECIPE OUT, or
+rlmerge merge OUT --base B --expert E --expert F --method sar.
+
+An interrupted merge is continued by the same command. `--set lambda=0.3,0.5,1`
+merges a sweep in one reading, one folder below OUT for each value."""
 
 
 def hold_memory() -> None:
@@ -26,99 +36,83 @@ def hold_memory() -> None:
             libc.mallopt(option, value)
 
 
-def merge(
-    first: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file; left out with --base/--expert.")],
-    second: Annotated[str | None, typer.Argument(metavar="OUT", help="Output folder.", show_default=False)] = None,
-    base: Base = None,
-    expert: Expert = None,
-    fisher: Fisher = None,
-    method: MethodName = None,
-    set_: Set = None,
-    threads: Threads = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Bound on memory, such as 600MB.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of random choices and ties.")] = None,
-    kernels: Annotated[str, typer.Option("--kernels", help="numba, or numpy: the same bits, slowly.")] = "numba",
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and stop before any weight moves.")] = False,
-    fsync: Annotated[bool, typer.Option("--fsync", help="Sync files to disk, against power loss.")] = False,
-    sha256: Annotated[bool, typer.Option("--sha256", help="Add the hub's hash of every input file.")] = False,
-    accept_tokenizers: Accept = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Merge models: rlmerge merge RECIPE OUT, or rlmerge merge OUT --base B --expert E --expert F --method sar.
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    parser.add_argument("first", metavar="RECIPE", help="recipe file; left out with --base/--expert")
+    parser.add_argument("second", metavar="OUT", nargs="?", help="output folder")
+    declare_parts(parser)
+    declare_run(parser)
+    add = parser.add_argument
+    add("--memory", metavar="SIZE", help="bound on memory, such as 600MB")
+    add("--seed", metavar="N", type=at_least(0), help="seed of random choices and ties")
+    add("--kernels", metavar="KIND", default="auto", help="numba, numpy (the same bits, slowly), or auto (default)")
+    add("--shard-size", metavar="SIZE", default="5GB", help="largest weight file; default 5GB")
+    add("--overwrite", action="store_true", help="replace an earlier output")
+    add("--dry-run", action="store_true", help="check and stop before any weight moves")
+    add("--fsync", action="store_true", help="sync files to disk, against power loss")
+    add("--sha256", action="store_true", help="add the hub's hash of every input file")
+    declare_output(parser)
 
-    An interrupted merge is continued by the same command. `--set lambda=0.3,0.5,1` merges a sweep in one reading, one
-    folder below OUT for each value.
-    """
-    from rlmerge.api import merge_to_folder
 
-    path, out = (first, second) if second is not None else (None, first)
-    if second is None and not expert:
-        raise RecipeError(f"give a recipe and an output folder: rlmerge merge {first} OUT")
-    settings = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
-    recipe, sweep = make_recipe(path, base, expert, fisher, method, settings, sweeps=True)
-    if dry_run:
+def run(given: Namespace) -> None:
+    """Merges, or with --dry-run checks, and prints what became of the updates."""
+    path, out = (given.first, given.second) if given.second is not None else (None, given.first)
+    if given.second is None and not given.expert:
+        raise RecipeError(f"give a recipe and an output folder: rlmerge merge {given.first} OUT")
+    settings = [*(given.set or []), *([f"seed={given.seed}"] if given.seed is not None else [])]
+    recipe, sweep = make_recipe(path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True)
+    options: dict[str, Any] = {
+        "sweep": sweep,
+        "threads": given.threads,
+        "memory": parse_bytes(given.memory, "--memory"),
+        "kernels": given.kernels,
+        "overwrite": given.overwrite,
+        "accept_tokenizers": given.accept_tokenizers,
+        "shard_bytes": parse_bytes(given.shard_size, "--shard-size") or 0,
+    }
+    if given.dry_run:
         from rlmerge.preflight import check
 
         from .check import show_report
 
-        report = check(
-            recipe,
-            sweep=sweep,
-            out=out,
-            threads=threads,
-            memory=parse_bytes(memory, "--memory"),
-            kernels=kernels,
-            overwrite=overwrite,
-            accept_tokenizers=accept_tokenizers,
-            shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
-        )
-        show_report(report, json_, quiet)
+        show_report(check(recipe, out=out, **options), given.json, given.quiet)
         return
+    from rlmerge.api import merge_to_folder
+
     hold_memory()
-    line = ProgressLine(quiet)
+    line = ProgressLine(given.quiet)
     try:
-        outcome = merge_to_folder(
-            recipe,
-            out,
-            sweep=sweep,
-            threads=threads,
-            memory=parse_bytes(memory, "--memory"),
-            kernels=kernels,  # type: ignore[arg-type]
-            overwrite=overwrite,
-            fsync=fsync,
-            sha256=sha256,
-            accept_tokenizers=accept_tokenizers,
-            shard_bytes=parse_bytes(shard_size, "--shard-size") or 0,
-            progress=line,
-        )
+        outcome = merge_to_folder(recipe, out, fsync=given.fsync, sha256=given.sha256, progress=line, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"The same command continues {out}.") from None
     finally:
         line.close()
-    if json_:
-        result: dict[str, Any] = {
-            "out": str(out),
-            "seconds": outcome.seconds,
-            "bytes_read": outcome.bytes_read,
-            "units": outcome.total_units,
-            "resumed_units": outcome.resumed_units,
-            "notes": list(outcome.notes),
-            "alarms": list(outcome.alarms),
-            "merges": [
-                {"folder": name or ".", "statistics": report["total"]}
-                for name, report in zip(outcome.names, outcome.reports)
-            ],
-        }
-        json.dump(result, sys.stdout)
+    if given.json:
+        json.dump(_as_json(out, outcome), sys.stdout)
         print()
-        return
-    if quiet:
-        return
+    elif not given.quiet:
+        _show(recipe.merge_method, out, outcome)
+
+
+def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "out": out,
+        "seconds": outcome.seconds,
+        "bytes_read": outcome.bytes_read,
+        "units": outcome.total_units,
+        "resumed_units": outcome.resumed_units,
+        "notes": list(outcome.notes),
+        "alarms": list(outcome.alarms),
+        "merges": [
+            {"folder": name or ".", "statistics": report["total"]}
+            for name, report in zip(outcome.names, outcome.reports)
+        ],
+    }
+
+
+def _show(method: str, out: str, outcome: Outcome) -> None:
     for name, report in zip(outcome.names, outcome.reports):
         if "support" in report["total"]:
-            statistics_table(f"{recipe.merge_method} {name}".strip(), report["total"])
+            show_statistics(f"{method} {name}".strip(), report["total"])
     print(f"{out}: {size(outcome.bytes_read)} read in {duration(outcome.seconds)}", end="")
     print(f", {outcome.resumed_units} of {outcome.total_units} units from before" if outcome.resumed_units else "")

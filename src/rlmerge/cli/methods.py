@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from argparse import Namespace
+from typing import Any
 
-import typer
+from .options import Parser, declare_output
 
-from .options import Json, Quiet
+USAGE = "[OPTIONS] [NAME]"
+DESCRIPTION = """\
+List the merge methods, or describe one: formula, source, parameters, defaults,
+laws."""
 
 
-def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="A method; without it, all in one line each.", show_default=False)
-    ] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """List the merge methods, or describe one: formula, source, parameters, defaults, laws."""
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a method; without it, all in one line each")
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """Describes one method, or lists all."""
     from rlmerge.methods import get_method, method_names
 
-    wanted = [name] if name else method_names()
+    wanted = [given.name] if given.name else method_names()
     described = [describe(get_method(each)) for each in wanted]
-    if json_:
-        json.dump(described if name is None else described[0], sys.stdout)
+    if given.json:
+        json.dump(described[0] if given.name else described, sys.stdout)
         print()
-    elif quiet:
+    elif given.quiet:
         return
-    elif name is None:
+    elif given.name:
+        _show(described[0])
+    else:
         for entry in described:
             print(f"{entry['name']:<16} {entry['summary']}")
-    else:
-        _show(described[0])
 
 
 def describe(method: Any) -> dict[str, Any]:

@@ -1,32 +1,86 @@
-"""Options that several commands share, and how a recipe is made of them."""
+"""Options that several commands share, how they are parsed, and how a recipe is made of them."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlmerge.errors import RecipeError
 
 if TYPE_CHECKING:
     from rlmerge.recipe import Recipe
 
-Base = Annotated[str | None, typer.Option("--base", help="Base model folder (instead of a recipe).")]
-Expert = Annotated[list[str] | None, typer.Option("--expert", help="Expert folder; once for each.")]
-Fisher = Annotated[list[str] | None, typer.Option("--fisher", help="Fisher folder; once for each expert, in order.")]
-MethodName = Annotated[str | None, typer.Option("--method", help="Merge method, see 'rlmerge methods'.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Parameter or key; several values make a sweep.")
-]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: all processors.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Accept = Annotated[
-    bool, typer.Option("--accept-tokenizers", help="Merge although tokenizers, special tokens or templates differ.")
-]
-RecipePath = Annotated[str | None, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our words for a mistake; options may stand anywhere and are never abbreviated."""
+
+    def __init__(self, name: str, usage: str, description: str) -> None:
+        super().__init__(
+            prog=f"rlmerge {name}",
+            usage=f"rlmerge {name} {usage}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Wrong usage: one message, exit code 2."""
+        print(f"Error: {self.prog}: {message}. See '{self.prog} --help'.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for argparse: an integer that is not too small."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if number < low:
+            raise argparse.ArgumentTypeError(f"{number} is less than {low}")
+        return number
+
+    return parse
+
+
+def declare_parts(parser: Parser) -> None:
+    """What a recipe is made of without a file, and what changes single values of one."""
+    parser.add_argument("--base", metavar="FOLDER", help="base model folder (instead of a recipe)")
+    parser.add_argument("--expert", metavar="FOLDER", action="append", help="expert folder; once for each")
+    parser.add_argument(
+        "--fisher", metavar="FOLDER", action="append", help="Fisher folder; once for each expert, in order"
+    )
+    parser.add_argument("--method", metavar="NAME", help="merge method, see 'rlmerge methods'")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", help="parameter or key; several values make a sweep"
+    )
+
+
+def declare_recipe(parser: Parser) -> None:
+    """The recipe file, or its parts."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe file (YAML)")
+    declare_parts(parser)
+
+
+def declare_run(parser: Parser) -> None:
+    """What `check` and `merge` have in common."""
+    parser.add_argument("--threads", metavar="N", type=at_least(1), help="worker threads; default: all processors")
+    parser.add_argument(
+        "--accept-tokenizers",
+        action="store_true",
+        help="merge although tokenizers, special tokens or templates differ",
+    )
+
+
+def declare_output(parser: Parser) -> None:
+    """What every command takes."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
 def make_recipe(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+from rlmerge.figures import as_text, statistics_table
 
 if TYPE_CHECKING:
     from rlmerge.api import Step
@@ -70,52 +70,6 @@ class ProgressLine:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def percent(share: dict[str, Any] | None) -> str:
-    """'12.3 %' of a counted share, '-' where there was nothing to count."""
-    return f"{100 * share['share']:.1f} %" if share and "share" in share else "-"
-
-
-def statistics_table(title: str, total: dict[str, Any]) -> None:
+def show_statistics(title: str, total: dict[str, Any]) -> None:
     """Prints what a merge did: a row a quantity, a column an expert where it has one."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    experts = list(total.get("support", {}))
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column("")
-    table.add_column("all", justify="right")
-    for key in short_names(experts):
-        table.add_column(key, justify="right", overflow="fold")
-    rows = [
-        ("support (of coordinates)", "changed", "support"),
-        ("unique (of changed)", "unique", None),
-        ("overlap (of changed)", "overlap", None),
-        ("conflict (of overlap)", "conflict", None),
-        ("draws (of conflicts)", "draws", None),
-        ("wins (of conflicts)", None, "wins"),
-        ("winner as under δ² (both decide)", "winner_agrees_with_delta2", None),
-        ("kept", None, "kept"),
-        ("cancelled (of updates)", "cancelled", None),
-        ("ignored changes (of support)", None, "ignored"),
-        ("survival after the cast", "survival", None),
-    ]
-    for name, one, each in rows:
-        if (one in total) or (each in total):
-            cells = [percent(total.get(one)) if one in total else ""]
-            cells += [percent(total[each].get(key)) if each in total else "" for key in experts]
-            table.add_row(name, *cells)
-    if "realised_cosine" in total:
-        table.add_row("cosine intended / stored", f"{total['realised_cosine']:.4f}", *[""] * len(experts))
-    if "rescale" in total:
-        factors = total["rescale"]
-        table.add_row("rescale factor, mean", f"{factors['mean']:.4f}", *[""] * len(experts))
-    buffer = io.StringIO()
-    Console(file=buffer, width=shutil.get_terminal_size((120, 24)).columns, highlight=False, markup=False).print(table)
-    print("\n".join(row.rstrip() for row in buffer.getvalue().splitlines()).rstrip())
-
-
-def short_names(keys: list[str]) -> list[str]:
-    """The last component of each path, where that tells them apart."""
-    last = [key.rstrip("/").rsplit("/", 1)[-1] for key in keys]
-    return last if len(set(last)) == len(keys) and all(last) else keys
+    print(f"{title}\n\n{as_text(statistics_table(total))}\n")

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from .options import Json, Quiet
+from .options import Parser, declare_output
 from .show import size
 
+USAGE = "[OPTIONS] OUT"
+DESCRIPTION = "Compare every byte of an output with the digests in its rlmerge.json."
 
-def verify(
-    out: Annotated[Path, typer.Argument(help="Folder that rlmerge wrote.")],
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Compare every byte of an output with the digests in its rlmerge.json."""
-    from rlmerge.api import verify as run
 
-    found = run(out)
-    if json_:
-        json.dump({"out": str(out)} | found, sys.stdout)
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder that rlmerge wrote")
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """Verifies and says so."""
+    from rlmerge.verification import verify
+
+    found = verify(given.out)
+    if given.json:
+        json.dump({"out": str(given.out)} | found, sys.stdout)
         print()
-    elif not quiet:
-        print(
-            f"{out}: all {found['tensors']} tensors and {found['files']} files are as written ({size(found['bytes'])})"
-        )
+    elif not given.quiet:
+        tensors, files = found["tensors"], found["files"]
+        print(f"{given.out}: all {tensors} tensors and {files} files are as written ({size(found['bytes'])})")

@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.checkpoint.layout import WIDTH, hash_range
 from rlmerge.errors import OutputError
 from rlmerge.plan import Plan
 
 from .journal import Journal
-
-CHUNK = 2**20
+from .leftovers import (
+    JOURNAL,
+    REPLACED,
+    busy,
+    is_journal,
+    remove_leftovers,
+    restore,
+    standing_output,
+    tidy,
+    work_folder,
+)
+from .safe_files import open_inside, take_lock, write_inside
 
 
 class OutputFolder:
@@ -37,7 +45,7 @@ class OutputFolder:
     def __init__(self, plan: Plan, out: Path, names: tuple[str, ...], overwrite: bool = False, fsync: bool = False):
         self.plan = plan
         self.out = Path(os.path.abspath(out))
-        self.work = self.out.with_name(self.out.name + ".unfinished")
+        self.work = work_folder(self.out)
         self.names = names
         self.overwrite = overwrite
         self.fsync = fsync
@@ -46,6 +54,13 @@ class OutputFolder:
         self._lock: int | None = None
 
     # -- beginning ------------------------------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Puts right what a merge that was killed in its last moments left; OutputError while one is running."""
+        try:
+            tidy(self.out)
+        except OSError as error:
+            raise OutputError(f"{self.out}: cannot be tidied: {error.strerror}.") from error
 
     def check(self) -> None:
         """Raises OutputError where the output cannot go there; touches nothing."""
@@ -63,21 +78,34 @@ class OutputFolder:
             raise OutputError(f"{link}: is a symbolic link. Write the folder that it points to, or another one.")
         if self.work.exists() and not _is_unfinished(self.work):
             raise OutputError(f"{self.work}: exists, but is not an unfinished merge. Move it away.")
-        if self.out.exists():
-            if not self.out.is_dir():
-                raise OutputError(f"{self.out}: is a file. Choose another output folder.")
-            if any(self.out.iterdir()) and not self.overwrite:
-                raise OutputError(f"{self.out}: exists and is not empty. Choose another folder, or add --overwrite.")
-            if self.overwrite and (foreign := foreign_to(self.out)) is not None:
-                raise OutputError(
-                    f"{self.out}: holds {foreign}, which rlmerge did not write, so --overwrite does not replace it. "
-                    "Move that away, or choose another folder."
-                )
-        parent = self.out.parent
-        if not parent.is_dir():
-            near = next(folder for folder in (parent, *parent.parents) if folder.exists())
-            if not near.is_dir() or not os.access(near, os.W_OK):
-                raise OutputError(f"{self.out}: cannot be made, because {near} cannot be written.")
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(f"{self.out}: is a file. Choose another output folder.")
+        self._check_earlier(standing_output(self.out))
+        near = _nearest(self.out.parent)
+        if not near.is_dir() or (near != self.out.parent and not os.access(near, os.W_OK)):
+            raise OutputError(f"{self.out}: cannot be made, because {near} cannot be written.")
+
+    def _check_earlier(self, earlier: Path) -> None:
+        """An earlier output is replaced only with --overwrite, and only if a merge wrote all of it."""
+        if not earlier.is_dir() or not any(earlier.iterdir()):
+            return
+        if not self.overwrite:
+            raise OutputError(f"{self.out}: exists and is not empty. Choose another folder, or add --overwrite.")
+        if (foreign := foreign_to(earlier)) is not None:
+            raise OutputError(
+                f"{self.out}: holds {foreign}, which rlmerge did not write, so --overwrite does not replace it. "
+                "Move that away, or choose another folder."
+            )
+
+    def check_space(self) -> None:
+        """Raises OutputError where the disk is too small for what is still to be written; touches nothing."""
+        free = shutil.disk_usage(_nearest(self.work)).free
+        needed = self.needed_bytes()
+        if needed > free:
+            raise OutputError(
+                f"{self.out}: needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on that disk. "
+                "Nothing was written."
+            )
 
     def needed_bytes(self) -> int:
         """Disk that the output will take and that an unfinished run has not taken yet."""
@@ -85,7 +113,7 @@ class OutputFolder:
         for name in self.names:
             for file in self.plan.outputs:
                 path = self.work / name / file.name
-                total += file.size - (path.stat().st_blocks * 512 if path.exists() else 0)
+                total += file.size - (path.lstat().st_blocks * 512 if os.path.lexists(path) else 0)
         return max(0, total)
 
     def open(self, digest: str, stamps: list[list[int]]) -> Journal:
@@ -102,8 +130,11 @@ class OutputFolder:
 
     def _open(self, digest: str, stamps: list[list[int]]) -> Journal:
         self.work.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        journal_path = self.work / "journal.jsonl"
+        self._lock = take_lock(self.work)
+        if self._lock is None:
+            raise busy(self.out)
+        restore(self.out)
+        journal_path = self.work / JOURNAL
         if self.overwrite and journal_path.exists():
             # --overwrite continues its own plan, and throws away the unfinished work of another
             try:
@@ -117,17 +148,6 @@ class OutputFolder:
         journal.forget({key for key, record in journal.units.items() if not self._is_written(key, record.written)})
         return journal
 
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = None
-            raise OutputError(
-                f"{self.out}: another rlmerge is writing it at this moment. Wait for it, or stop it."
-            ) from None
-
     def _clear(self) -> None:
         for path in self.work.iterdir():
             if path.is_dir():
@@ -137,17 +157,10 @@ class OutputFolder:
 
     def _reserve(self) -> None:
         """Makes every shard at its final size, so that a full disk is known now and not after an hour."""
-        free = shutil.disk_usage(self.work).free
-        needed = self.needed_bytes()
-        if needed > free:
-            raise OutputError(
-                f"{self.out}: needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on that disk. "
-                "Nothing was written."
-            )
+        self.check_space()
         for variant, name in enumerate(self.names):
-            (self.work / name).mkdir(exist_ok=True)
             for place, file in enumerate(self.plan.outputs):
-                handle = os.open(self.work / name / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                handle = open_inside(self.work, f"{name}/{file.name}" if name else file.name, os.O_RDWR)
                 self._handles[variant, place] = handle
                 if os.fstat(handle).st_size != file.size:
                     os.ftruncate(handle, file.size)
@@ -188,6 +201,17 @@ class OutputFolder:
         handles = [self._handles[variant, place] for variant in range(len(self.names))]
         return all(hash_range(handle, *ranges) == digest for handle, digest in zip(handles, digests))
 
+    def write_small(self, variant: int, name: str, data: bytes) -> None:
+        """Writes one small file of an output, whole."""
+        path = f"{self.names[variant]}/{name}" if self.names[variant] else name
+        try:
+            write_inside(self.work, path, data)
+        except OSError as error:
+            raise OutputError(
+                f"{self.work / path}: cannot be written: {error.strerror}. What is done is kept; the same command "
+                "continues."
+            ) from error
+
     # -- end ------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
@@ -199,24 +223,30 @@ class OutputFolder:
         self._handles.clear()
         # what was true at the start may have changed in an hour
         self.check()
-        old = None
+        try:
+            self._take_place()
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: cannot be put in its place: {error.strerror}. The merge is whole; the same command "
+                "finishes it."
+            ) from error
+        self.close()
+
+    def _take_place(self) -> None:
+        """The renames of the last moments, see `leftovers`."""
         if self.out.is_dir() and any(self.out.iterdir()):
-            # a name of our own: a neighbour called OUT.old may be anybody's
-            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
-            self.out.rename(old / self.out.name)
+            if (self.work / REPLACED).is_dir():
+                shutil.rmtree(self.work / REPLACED)
+            self.out.rename(self.work / REPLACED)
         elif self.out.is_dir():
             self.out.rmdir()
         # a run that is stopped before this line has its journal and is continued, after it is finished
         self.work.rename(self.out)
-        (self.out / "journal.jsonl").unlink(missing_ok=True)
-        (self.out / "lock").unlink(missing_ok=True)
-        if old is not None:
-            shutil.rmtree(old)
+        remove_leftovers(self.out)
         if self.fsync:
             handle = os.open(self.out.parent, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        self.close()
 
     def close(self) -> None:
         """Gives up the lock and closes what is open."""
@@ -230,31 +260,36 @@ class OutputFolder:
 
 def foreign_to(out: Path) -> str | None:
     """The name of something in a folder that no merge wrote there, or None: an output, a sweep, or an empty folder."""
-    children = sorted(out.iterdir())
+    children = [child for child in sorted(out.iterdir()) if child.name != REPLACED]
     if children and all(child.is_dir() and (child / "rlmerge.json").is_file() for child in children):
         found = ((child.name, foreign_to(child)) for child in children)
         return next((f"{name}/{inner}" for name, inner in found if inner is not None), None)
-    known = {"rlmerge.json", "run.log", "journal.jsonl", "lock"}
+    known = {"rlmerge.json", "run.log", JOURNAL, "lock"}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         said = json.loads((out / "rlmerge.json").read_bytes())
         known |= {*said["files"], *(entry["file"] for entry in said["weights"])}
-    return next((child.name for child in children if child.name not in known or not child.is_file()), None)
+    return next((name for name in _names_below(out) if name not in known), None)
+
+
+def _names_below(out: Path) -> Iterator[str]:
+    """Every file below a folder by its path in it, and what is empty or neither file nor folder; links are files."""
+    for folder, inner, files in os.walk(out):
+        here = Path(folder)
+        if here == out and REPLACED in inner:
+            inner.remove(REPLACED)
+        inner.sort()
+        links = [name for name in inner if (here / name).is_symlink()]
+        names = sorted([*files, *links]) if files or inner or here == out else [""]
+        yield from (str((here / name).relative_to(out)) for name in names)
 
 
 def _is_unfinished(work: Path) -> bool:
     """Whether a folder is an unfinished merge, or the beginning of one."""
     if not work.is_dir():
         return False
-    return (work / "journal.jsonl").exists() or all(path.name == "lock" for path in work.iterdir())
+    return is_journal(work / JOURNAL) or all(path.name == "lock" for path in work.iterdir())
 
 
-def hash_range(handle: int, start: int, stop: int) -> str:
-    """xxh3-128 of the bytes [start, stop) of an open file."""
-    state = xxhash.xxh3_128()
-    while start < stop:
-        data = os.pread(handle, min(CHUNK, stop - start), start)
-        if not data:
-            break
-        state.update(data)
-        start += len(data)
-    return state.hexdigest()
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the first one around it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())

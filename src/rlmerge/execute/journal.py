@@ -17,6 +17,8 @@ from typing import Any
 from rlmerge.errors import OutputError
 from rlmerge.methods.base import Result
 
+from .leftovers import is_journal
+from .safe_files import open_inside
 from .work import UnitRecord
 
 
@@ -47,10 +49,16 @@ class Journal:
         self._handle: int | None = None
         if path is None:
             return
-        kept = self._load(path, digest, stamps) if path.exists() else 0
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._handle, kept)
-        os.lseek(self._handle, kept, os.SEEK_SET)
+        if path.exists() and not is_journal(path):
+            raise OutputError(f"{path}: is not a journal that rlmerge wrote, so it is not written over. Move it away.")
+        self._handle = open_inside(path.parent, path.name, os.O_RDWR)
+        try:
+            kept = self._load(self._handle, path, digest, stamps)
+            os.ftruncate(self._handle, kept)
+            os.lseek(self._handle, kept, os.SEEK_SET)
+        except BaseException:
+            self.close()
+            raise
         if kept == 0:
             self._append({"plan": digest, "stamps": stamps, "started": time.time()})
 
@@ -91,10 +99,10 @@ class Journal:
                 f"{self.path}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
             ) from error
 
-    def _load(self, path: Path, digest: str, stamps: list[list[int]]) -> int:
+    def _load(self, handle: int, path: Path, digest: str, stamps: list[list[int]]) -> int:
         """Reads the whole lines of an earlier run. Returns how many bytes of the file are good."""
         good = 0
-        with path.open("rb") as file:
+        with open(handle, "rb", closefd=False) as file:
             for number, raw in enumerate(file):
                 try:
                     line = json.loads(raw) if raw.endswith(b"\n") else None

@@ -110,20 +110,16 @@ class LocalRun:
 
     def _model_step(self, step: int) -> None:
         experts = len(self.plan.experts)
-        chosen: list[tuple[int, Stage, list[int], Total]] = []
+        chosen: list[tuple[int, Stage, set[int], Total]] = []
         for group, stages in enumerate(self.worker.stages):
             if step < len(stages) and stages[step].name not in self.journal.results.of(group, ""):
-                tensors = [t for t in self.merged if any(g == group for g, _ in self._pending(step, t))]
-                chosen.append((group, stages[step], tensors, Total(stages[step], experts)))
-        units = [
-            (t, u)
-            for t in self.merged
-            for u in range(len(self.plan.tensors[t].units))
-            if any(t in tensors for _, _, tensors, _ in chosen)
-        ]
+                among = range(len(self.plan.tensors)) if stages[step].carried else self.merged
+                members = {t for t in among if any(g == group for g, _ in self._pending(step, t))}
+                chosen.append((group, stages[step], members, Total(stages[step], experts)))
+        wanted = set().union(*(members for _, _, members, _ in chosen))
+        units = [(t, u) for t in sorted(wanted) for u in range(len(self.plan.tensors[t].units))]
         places: dict[tuple[int, int, int], int] = {}
-        for index, (_, _, tensors, _) in enumerate(chosen):
-            members = set(tensors)
+        for index, (_, _, members, _) in enumerate(chosen):
             for place, (t, u) in enumerate(unit for unit in units if unit[0] in members):
                 places[index, t, u] = place
 
@@ -140,10 +136,10 @@ class LocalRun:
             return done
 
         self._run(deque(units), work)
-        for group, stage, tensors, total in chosen:
-            total.check(sum(len(self.plan.tensors[t].units) for t in tensors))
+        for group, stage, members, total in chosen:
+            total.check(sum(len(self.plan.tensors[t].units) for t in members))
             leader = self.worker.leaders[group]
-            task = self.worker.model_task(leader, tensors or self.merged[:1])
+            task = self.worker.model_task(leader, sorted(members) or self.merged[:1])
             result = stage.reduce(total.total, task, self.journal.results.of(group, ""))
             self.journal.stage(group, "", stage.name, result)
 

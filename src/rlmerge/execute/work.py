@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import NonFiniteError
-from rlmerge.methods.base import Block, Merged, Result, Stage, Summary, Task
+from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task
 from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
 from rlmerge.recipe import Recipe
 
-from .inputs import Hashes, InputBlock, Inputs, Memo, Space, blocks_of, cast
+from .blocks import InputBlock
+from .inputs import Hashes, Inputs, blocks_of, cast, decode_words
+from .memory import Memo, Space
 
 FORMATS = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126)}
 """Fraction bits and smallest exponent, for stochastic rounding."""
@@ -77,6 +79,7 @@ class Worker:
                 np.array(keys, np.uint64),
                 hash_key(recipe.seed, recipe.merge_method, "", plan.name),
                 bool(plan.fishers),
+                plan.repeats,
             )
         return self._tasks[variant, tensor]
 
@@ -90,9 +93,7 @@ class Worker:
         self, wanted: Sequence[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space
     ) -> list[Summary]:
         """Summaries of one unit for several stages (group, stage, results so far), in one reading."""
-        plan = self.plan.tensors[tensor]
-        count = len(plan.experts)
-        summaries = [stage.empty(count) for _, stage, _ in wanted]
+        summaries = [stage.empty(len(self.plan.experts)) for _, stage, _ in wanted]
         for block in self._blocks(tensor, unit, space, last=False):
             for (group, stage, results), summary in zip(wanted, summaries):
                 task = self.task(self.leaders[group], tensor)
@@ -146,41 +147,97 @@ class Worker:
         return block.keep(("census", group), lambda: count_changes(block, task))
 
     def _encode(
-        self, plan: TensorPlan, variant: int, block: Block, merged: Merged, stats: _Stats, space: Space
+        self, plan: TensorPlan, variant: int, block: InputBlock, merged: Merged, stats: _Stats, space: Space
     ) -> NDArray[np.uint8]:
         """Rounds once, checks, and measures what the rounding left of the update."""
-        stored = space.get("stored", (block.size,), np.float32)
-        values = rounded = merged.values
-        if self.plan.variants[variant].rounding == "stochastic":
-            rounded = values.copy()
-            seed = self.plan.variants[variant].seed
-            key = np.uint64(hash_key(seed, "rounding", "", plan.name))
-            self.kernels.round_stochastically(rounded, block.start, key, *FORMATS[plan.dtype])
-        raw, bad = cast(rounded, plan.dtype, self.kernels, space, stored)
+        counts, sums = np.zeros(2, np.int64), np.zeros(3)
+        if isinstance(merged.values, list) and plan.base is not None and plan.base.dtype == plan.dtype:
+            out, bad = self._change(plan, variant, block, merged.values, counts, sums, space)
+        else:
+            out, bad = self._replace(plan, variant, block, merged.values, counts, sums, space)
         if bad:
-            where = int(np.flatnonzero(~np.isfinite(stored))[0])
-            raise NonFiniteError(
-                f"the merged tensor {plan.name!r} holds {stored[where]} at coordinate {block.start + where} (value "
-                f"{values[where]:.6g} before the cast to {plan.dtype}). Nothing was delivered.\n  "
-                + ("Write `out_dtype: float32` (fp16 ends at 65504)." if plan.dtype == "F16" else "Check the inputs.")
-            )
+            self._refuse(plan, block, out, merged)
         if self.plan.has_base:
-            stored_base = block.base
+            stats.add({"survival": counts, "direction": sums})
+        return out.view(np.uint8)
+
+    def _change(
+        self, plan: TensorPlan, variant: int, block: InputBlock, changes: list[Change], counts: Any, sums: Any,
+        space: Space,
+    ) -> tuple[NDArray[Any], int]:  # fmt: skip
+        """The stored base, changed in some places: what no expert touched is copied bit for bit."""
+        bad = 0
+        if plan.dtype == "F32":
+            out = space.get("stored", (block.size,), np.float32)
+            out[:] = block.base
+        else:
+            out = space.get("stored words", (block.size,), np.uint16)
+            out[:] = block.words(0)
+        settle = {"BF16": "settle_bf16", "F16": "settle_f16", "F32": "settle_f32"}[plan.dtype]
+        for change in changes:
+            values = self._rounded(plan, variant, block, change.values, change.where)
+            bad += getattr(self.kernels, settle)(change.old, values, change.where, out, counts, sums)
+        if self.inputs.allow_nonfinite:
+            # the base itself may hold some, where nobody changed it
+            stored = out if plan.dtype == "F32" else decode_words(out, plan.dtype, self.kernels)
+            bad = self.kernels.count_nonfinite(stored)
+        return out, bad
+
+    def _replace(
+        self, plan: TensorPlan, variant: int, block: InputBlock, values: list[Change] | NDArray[np.float64],
+        counts: Any, sums: Any, space: Space,
+    ) -> tuple[NDArray[Any], int]:  # fmt: skip
+        """Every coordinate anew: another dtype than the base's, or a method that changes all."""
+        stored = space.get("stored", (block.size,), np.float32)
+        if isinstance(values, list):
+            dense = block.base.astype(np.float64)
+            for change in values:
+                dense[change.where] = change.values
+        else:
+            dense = values
+        every = np.arange(block.size, dtype=np.int32)
+        raw, bad = cast(self._rounded(plan, variant, block, dense, every), plan.dtype, self.kernels, space, stored)
+        if self.plan.has_base:
+            old = block.base.astype(np.float64)
+            stored_base = old
             if plan.base is not None and plan.dtype not in ("F32", plan.base.dtype):
                 raw = raw.copy()  # the cast below uses the same buffer
-                stored_base = space.get("stored_base", (block.size,), np.float32)
-                cast(block.base.astype(np.float64), plan.dtype, self.kernels, space, stored_base)
-            compared = np.arange(block.size, dtype=np.int32) if merged.everywhere else block.where
-            counts, sums = np.zeros(2, np.int64), np.zeros(3)
-            self.kernels.realised(block.base, stored_base, values, stored, compared, counts, sums)
-            stats.add({"survival": counts, "direction": sums})
-        return raw
+                single = space.get("stored_base", (block.size,), np.float32)
+                cast(old, plan.dtype, self.kernels, space, single)
+                stored_base = single.astype(np.float64)
+            self.kernels.realised(old, stored_base, dense, stored, counts, sums)
+        return raw.view(np.float32 if plan.dtype == "F32" else np.uint16), bad
+
+    def _rounded(
+        self, plan: TensorPlan, variant: int, block: Block, values: NDArray[np.float64], where: NDArray[np.int32]
+    ) -> NDArray[np.float64]:
+        recipe = self.plan.variants[variant]
+        if recipe.rounding != "stochastic":
+            return values
+        values = values.copy()
+        key = np.uint64(hash_key(recipe.seed, "rounding", "", plan.name))
+        self.kernels.round_stochastically(values, where, block.start, key, *FORMATS[plan.dtype])
+        return values
+
+    def _refuse(self, plan: TensorPlan, block: Block, out: NDArray[Any], merged: Merged) -> None:
+        stored = out if plan.dtype == "F32" else decode_words(out, plan.dtype, self.kernels)
+        where = int(np.flatnonzero(~np.isfinite(stored))[0])
+        value = merged.values[where] if isinstance(merged.values, np.ndarray) else np.nan
+        for change in merged.values if isinstance(merged.values, list) else ():
+            if (change.where == where).any():
+                value = change.values[change.where == where][-1]
+        raise NonFiniteError(
+            f"the merged tensor {plan.name!r} holds {stored[where]} at coordinate {block.start + where} (value "
+            f"{value:.6g} before the cast to {plan.dtype}). Nothing was delivered.\n  "
+            + ("Write `out_dtype: float32` (fp16 ends at 65504)." if plan.dtype == "F16" else "Check the inputs.")
+        )
 
     def _carry(self, plan: TensorPlan, tensor: int, unit: int, write: Write) -> UnitRecord:
         """Copies the bytes of the donor's tensor."""
         place = plan.base
         assert place is not None
         width = WIDTH[place.dtype]
+        self._hashes.pop((tensor, unit), None)  # of its Fishers, if they counted in a mean
         written, hashes = xxhash.xxh3_128(), Hashes(plan.units[unit][0])
         for start, stop in blocks_of(plan, unit):
             raw = np.empty((stop - start) * width, np.uint8)
@@ -213,8 +270,13 @@ def spread_nonfinite(block: Block, task: Task, merged: Merged) -> None:
     Only where the recipe lets such inputs in; a weight of 0 removes an expert before. The cast then raises the error.
     """
     weight = task.per_model.get("weight", np.ones(len(task.experts)))
-    bad = ~np.isfinite(block.delta[weight != 0.0]).all(axis=0)
-    merged.values[block.where[bad]] = np.nan
+    for patch in block.patches:
+        active = patch.delta[weight[patch.experts] != 0.0]
+        where = patch.where[~np.isfinite(active).all(axis=0)]
+        if isinstance(merged.values, list):
+            merged.values.append(Change(where, np.zeros(where.size), np.full(where.size, np.nan)))
+        else:
+            merged.values[where] = np.nan
 
 
 def count_changes(block: Block, task: Task) -> dict[str, NDArray[Any]]:
@@ -223,9 +285,13 @@ def count_changes(block: Block, task: Task) -> dict[str, NDArray[Any]]:
     weight = task.per_model.get("weight", np.ones(count))
     support, regions = np.zeros(count, np.int64), np.zeros(4, np.int64)
     overlap, conflict = np.zeros((count, count), np.int64), np.zeros((count, count), np.int64)
-    block.kernels.census(
-        block.delta, block.owner, np.sign(weight).astype(np.int64), support, regions, overlap, conflict
-    )
+    sign = np.sign(weight).astype(np.int64)
+    for patch in block.patches:
+        if not patch.alone:
+            block.kernels.census(patch.delta, sign, support, regions, overlap, conflict)
+        elif sign[patch.experts[0]] != 0:
+            support[patch.experts] += patch.where.size
+            regions[0] += patch.where.size
     return {"support": support, "regions": regions, "pair_overlap": overlap, "pair_conflict": conflict}
 
 

@@ -17,12 +17,22 @@ from typing import Literal
 
 import xxhash
 
-Backend = Literal["numba", "numpy"]
+Backend = Literal["auto", "numba", "numpy"]
+
+SMALL, SMALL_AT_FIRST = 2**24, 2**28
+"""Stored values up to which NumPy is done before numba has loaded its kernels, or compiled them in a first run."""
 
 
-def load_kernels(backend: Backend) -> ModuleType:
-    """The module of compiled or plain kernels. Imports numba only for 'numba'."""
-    if backend == "numpy":
+def choose(backend: Backend, values: int) -> Backend:
+    """'auto' made definite for a merge that reads so many stored values: what is done first (the bits are the same)."""
+    if backend != "auto":
+        return backend
+    return "numpy" if values <= SMALL or (values <= SMALL_AT_FIRST and not is_compiled()) else "numba"
+
+
+def load_kernels(backend: Backend, values: int = 2**62) -> ModuleType:
+    """The module of compiled or plain kernels, for 'auto' by how many values are read."""
+    if choose(backend, values) == "numpy":
         return importlib.import_module("rlmerge.kernels.plain")
     from numba.core import config
 

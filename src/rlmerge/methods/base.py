@@ -63,6 +63,7 @@ class Task:
     keys         uint64[K], one hash key an expert: (seed, method, expert, tensor)
     key          the same without an expert
     fisher       whether every expert has a Fisher for this tensor
+    repeats      whether it is the second copy of a tied tensor
     """
 
     tensor: str
@@ -73,6 +74,7 @@ class Task:
     keys: NDArray[np.uint64]
     key: int
     fisher: bool
+    repeats: bool = False
 
     @property
     def size(self) -> int:
@@ -85,14 +87,36 @@ class Task:
         return sum(side > 1 for side in self.shape) >= 2
 
 
-class Block(ABC):
-    """A run of n consecutive coordinates of one tensor, decoded to fp32, and the m of them that some expert changed.
+@dataclass
+class Patch:
+    """Coordinates of a block that one expert alone changed, or (one patch a block) that several changed.
 
-    Nothing is read before it is asked for: a method that never looks at `fisher` costs no byte of it. A delta is
-    `float64(expert) - float64(reference)`, formed by the engine: the reference is the base, or the base cast to the
-    narrower dtype of the expert and back, or nothing where the expert already is a delta (LoRA; then `additive[k]` is
-    true and expert[k] holds δ). So every method sees one rule, whatever an expert was stored as. Arrays belong to the
-    engine: read them, copy them, do not write into them.
+    experts      int64[E]: the one expert, or all K
+    where        int32[m], ascending: the coordinates in the block
+    delta        fp64[E, m]: deltas there, unweighted; 0 where that expert changed nothing (the filter η applied)
+    """
+
+    experts: NDArray[np.int64]
+    where: NDArray[np.int32]
+    delta: NDArray[np.float64]
+
+    @property
+    def alone(self) -> bool:
+        """Whether one expert changed all of it and nobody else did."""
+        return self.delta.shape[0] == 1
+
+
+class Block(ABC):
+    """A run of n consecutive coordinates of one tensor, as the base, K experts and their Fishers have them.
+
+    Nothing is read before it is asked for: a method that never looks at `fisher` costs no byte of it. RL updates are
+    sparse: a method of deltas works on `patches`, which hold every coordinate that some expert changed, each once, and
+    asks for base, stored values and Fishers there. `base`, `expert` and `fisher` decode the whole block.
+
+    A delta is `float64(expert) - float64(reference)`, formed by the engine: the reference is the base, or the base cast
+    to the narrower dtype of the expert and back, or nothing where the expert already is a delta (LoRA; then
+    `additive[k]` is true and expert[k] holds δ). So every method sees one rule, whatever an expert was stored as.
+    Arrays belong to the engine: read them, copy them, do not write into them.
 
     start        flat offset of the first coordinate in the tensor
     size         n
@@ -120,42 +144,64 @@ class Block(ABC):
 
     @property
     @abstractmethod
+    def comparable(self) -> NDArray[np.bool_]:
+        """bool[K]: the expert is stored as a value whose reference is the base itself, so base + δ is that value."""
+
+    @property
+    @abstractmethod
     def fisher(self) -> NDArray[np.float32]:
         """fp32[K, n], or [0, 0] where this tensor has none."""
 
     @property
     @abstractmethod
-    def where(self) -> NDArray[np.int32]:
-        """int32[m], ascending: the coordinates where some delta is not 0."""
+    def patches(self) -> list[Patch]:
+        """Every coordinate that some expert changed: a patch for each expert that alone changed some, in the order of
+        experts, then what several changed. Patches of no coordinate are left out.
+        """
+
+    @abstractmethod
+    def base_at(self, where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The base at some coordinates, fp64[m]."""
+
+    @abstractmethod
+    def stored_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """What the files of some experts hold at some coordinates, fp64[E, m] (deltas where additive)."""
+
+    @abstractmethod
+    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The Fishers of some experts at some coordinates, fp64[E, m]."""
 
     @property
     @abstractmethod
-    def owner(self) -> NDArray[np.int32]:
-        """int32[m]: the one expert that changed the coordinate, or -1 where several did."""
-
-    @property
-    @abstractmethod
-    def delta(self) -> NDArray[np.float64]:
-        """fp64[K, m]: deltas at `where`, unweighted; 0 where that expert changed nothing (the filter η applied)."""
+    def roomy(self) -> bool:
+        """Whether there is memory for all that stages may keep of this tensor; if not, keep what is dear to make."""
 
     @abstractmethod
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """`make()`, or what it returned in an earlier stage if there was memory to keep it.
 
-        For arrays (or tuples and objects of arrays) that cost more to make than to hold. They must own their data.
+        For arrays (or lists and dataclasses of arrays) that cost more to make than to hold.
         """
 
 
 @dataclass(slots=True)
-class Merged:
-    """What a method makes of one block: values fp64[n], rounded once later, and statistics that add up.
+class Change:
+    """New values fp64[m] at coordinates `where` int32[m] of a block whose base holds `old` fp64[m] there."""
 
-    `everywhere` says that coordinates may differ from the base that no expert changed (weights that do not sum to 1).
+    where: NDArray[np.int32]
+    old: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Merged:
+    """What a method makes of one block, rounded once later, and statistics that add up.
+
+    `values`: changes of the base, no coordinate twice; or fp64[n], every coordinate of the block.
     """
 
-    values: NDArray[np.float64]
+    values: list[Change] | NDArray[np.float64]
     stats: Summary = field(default_factory=dict)
-    everywhere: bool = False
 
 
 class Stage(ABC):
@@ -163,6 +209,8 @@ class Stage(ABC):
 
     name: str
     scope: Scope = "tensor"
+    carried: bool = False
+    """Whether tensors that are copied and not merged are measured, too, where they have a Fisher."""
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Whether this tensor must be measured; if not, the tensor has no share in the summary."""

@@ -37,4 +37,4 @@ class Linear(Method):
             weight = weight / np.sum(weight)
         out = np.empty(block.size, np.float64)
         block.kernels.linear(block.base, block.expert, block.additive, weight, out)
-        return Merged(out, everywhere=not task.values["normalize"])
+        return Merged(out)

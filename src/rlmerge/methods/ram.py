@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .base import Block, Merged, Method, Parameter, Result, Task
+from .base import Block, Change, Merged, Method, Parameter, Result, Task
 
 
 class Ram(Method):
@@ -29,7 +29,15 @@ class Ram(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Mean of the updates that count; statistics say how many do not."""
-        out = np.empty(block.size, np.float64)
         ignored = np.zeros(len(task.experts), np.int64)
-        block.kernels.ram(block.base, block.delta, block.where, float(task.values["epsilon"]), out, ignored)
-        return Merged(out, {"ignored": ignored})
+        changes = []
+        for patch in block.patches:
+            old, out, few = (
+                block.base_at(patch.where),
+                np.empty(patch.where.size),
+                np.zeros(len(patch.experts), np.int64),
+            )
+            block.kernels.ram(old, patch.delta, float(task.values["epsilon"]), out, few)
+            ignored[patch.experts] += few
+            changes.append(Change(patch.where, old, out))
+        return Merged(changes, {"ignored": ignored})

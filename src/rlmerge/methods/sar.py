@@ -12,23 +12,25 @@ The paper's public text (arXiv 2606.18521) names three stages and their order, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Merged, Method, Parameter, Result, Stage, Task
+from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Scope, Stage, Summary, Task
 from .sar_stages import FisherMean, PairConflict, Ranks, dense_ranks
 from .task_arithmetic import LAMBDA
-from .topk import Norms, Scorer, apply_cut, top_k
+from .topk import Ranked, Scorer, cut, top_k
 
 SENSITIVITY = ("fisher_delta2", "fisher", "delta2")
 ARBITRATION = ("winner", "soft", "elect", "margin", "random")
 AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
 SCORE = ("delta", "share", "merged")
-NO_FISHER = np.empty((0, 0), np.float32)
+NONE = np.empty((0, 0))
+NO_SCORES = np.empty((0, 0), np.float32)
 SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
 
 
@@ -37,81 +39,125 @@ def sensitivity_reads(values: Mapping[str, Any]) -> bool:
     return values["sensitivity"] != "delta2" or values["sparsify"] == "fisher_magnitude"
 
 
-def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
+@dataclass
+class Part(Ranked):
+    """A patch after stage 1, and after stage 2 once `cut` is set: t = r·d in `values`, cut in place.
+
+    experts      int64[E]
+    whole        uint8[m], the shares make a whole
+    dropped      uint8[m], where an update of some expert was cut
+    """
+
+    experts: NDArray[np.int64]
+    whole: NDArray[np.uint8]
+    dropped: NDArray[np.uint8]
+
+
+@dataclass
+class Resolved:
+    """What stage 1 leaves of a block, and stage 2 cuts in place, once.
+
+    wins         int64[K]
+    counts       int64[4]: draws, draws under δ², conflicts that both decide, of these with the same winner
+    eligible     int64[K], updates before the cut
+    kept         int64[K], updates after it; None before the cut
+    """
+
+    parts: list[Part]
+    wins: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    eligible: NDArray[np.int64]
+    kept: NDArray[np.int64] | None = None
+
+
+def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> Resolved:
     """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
     choices = tuple(value for name, value in task.values.items() if name != LAMBDA.name)
-    key = ("resolved", task.key, choices, *(values.tobytes() for values in task.per_model.values()))
-    return block.keep(key, lambda: _resolve(block, task, results))
+    key = (task.key, choices, *(values.tobytes() for values in task.per_model.values()))
+    if block.roomy:
+        return block.keep(("resolved", key), lambda: _resolve(block, task, results, None))
+    return _resolve(block, task, results, key)
 
 
-def _resolve(block: Block, task: Task, results: Mapping[str, Result]) -> _Resolved:
+def _resolve(block: Block, task: Task, results: Mapping[str, Result], key: Hashable) -> Resolved:
+    """All patches of a block. With a key, what is dear (the overlaps, which need Fishers) is kept by itself."""
     count = len(task.experts)
-    values = task.values
-    weight = task.per_model["weight"]
-    deltas = block.delta
-    if (weight != 1.0).any():
-        deltas = weight[:, None] * block.delta
-        deltas[weight == 0.0] = 0.0
-    resolved = np.empty(deltas.shape, np.float64)
-    whole = np.empty(block.where.size, np.uint8)
-    wins = np.zeros(count, np.int64)
-    counts = np.zeros(4, np.int64)
-    reads = task.fisher and sensitivity_reads(values)
-    sensitivity = SENSITIVITY.index(values["sensitivity"] if reads else "delta2")
+    state = Resolved([], np.zeros(count, np.int64), np.zeros(4, np.int64), np.zeros(count, np.int64))
+    for patch in block.patches:
+        if not task.per_model["weight"][patch.experts].any():
+            continue
+        if patch.alone:
+            part, wins, counts = _settle(block, task, results, patch)
+        else:
+            make = partial(_settle, block, task, results, patch)
+            part, wins, counts = make() if key is None else block.keep(("overlap", key), make)
+            part = replace(part)  # a cut changes it
+        state.wins += wins
+        state.counts += counts
+        for row, k in enumerate(patch.experts.tolist()):
+            state.eligible[k] += np.count_nonzero(part.values[row])
+        state.parts.append(part)
+    return state
+
+
+def _settle(
+    block: Block, task: Task, results: Mapping[str, Result], patch: Patch
+) -> tuple[Part, NDArray[np.int64], NDArray[np.int64]]:
+    """A patch: its resolved updates and their scores; wins int64[K] and counts int64[4] as in `Resolved`."""
+    reads = task.fisher and sensitivity_reads(task.values)
     mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if reads else np.empty(0)
+    by_fisher = reads and task.values["sparsify"] == "fisher_magnitude"
+    # Fishers matter where several meet, and for a sparsifier that ranks by them
+    needs_fisher = by_fisher or (reads and not patch.alone)
+    fisher = block.fisher_at(patch.experts, patch.where) if needs_fisher else NONE
+    weight = task.per_model["weight"][patch.experts]
+    delta = patch.delta
+    if (weight != 1.0).any():
+        delta = weight[:, None] * delta
+        delta[weight == 0.0] = 0.0
+    rows = np.zeros(1, np.int64) if task.values["score"] == "merged" else patch.experts
+    size = patch.where.size
+    whole, dropped = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    part = Part(rows, patch.where, delta, NO_SCORES, patch.experts, whole, dropped)
+    wins, counts = np.zeros(len(task.experts), np.int64), np.zeros(4, np.int64)
+    if not patch.alone:
+        part.values = np.empty(delta.shape)
+        _arbitrate(block, task, results, part, (delta, fisher, mean), (part.values, whole, wins, counts))
+    if task.values["sparsify"] != "none" and task.is_matrix:
+        choice = "delta" if task.values["sparsify"] == "fisher_magnitude" else task.values["score"]
+        part.scores = np.empty((len(rows), size), np.float32)
+        own = mean[patch.experts] if reads else mean
+        block.kernels.scores(delta, part.values, fisher, own, 3 if by_fisher else SCORE.index(choice), part.scores)
+    return part, wins, counts
+
+
+def _arbitrate(
+    block: Block, task: Task, results: Mapping[str, Result], part: Part, given: tuple[Any, ...], made: tuple[Any, ...]
+) -> None:
+    """Fills `made` (updates, whole, wins, counts) from `given` (weighted deltas, Fishers, their means)."""
+    values, count = task.values, len(task.experts)
+    sensitivity = SENSITIVITY.index(values["sensitivity"] if given[2].size else "delta2")
+    agreement = AGREEMENT.index(values["agreement"])
+    if values["arbitration"] == "winner" and values["allies"] == "drop" and agreement <= 2:
+        block.kernels.resolve(*given, sensitivity, agreement, *made)
+        return
     phi = np.zeros((count, count))
     if values["agreement"] == "multiplicity":
         phi = np.asarray(results["pair_conflict"]["phi"], np.float64).reshape(count, count)
-    fisher = block.fisher if reads else NO_FISHER
-    block.kernels.resolve(
-        deltas,
-        fisher,
-        mean,
+    block.kernels.resolve_by(
+        *given,
         sensitivity,
         ARBITRATION.index(values["arbitration"]),
-        AGREEMENT.index(values["agreement"]),
+        agreement,
         values["allies"] == "join",
         float(values["power"]),
         float(values["margin"]),
         phi,
         task.keys,
         block.start,
-        block.where,
-        block.owner,
-        resolved,
-        whole,
-        wins,
-        counts,
+        part.where,
+        *made,
     )
-    code = 3 if values["sparsify"] == "fisher_magnitude" else SCORE.index(values["score"])
-    code = 0 if code == 3 and not reads else code
-    scores = np.empty((1 if values["score"] == "merged" else count, block.where.size), np.float32)
-    if values["sparsify"] != "none" and task.is_matrix:
-        block.kernels.scores(deltas, resolved, fisher, block.where, mean, code, scores)
-    return _Resolved(resolved, scores, whole, wins, counts, np.count_nonzero(resolved, axis=1))
-
-
-@dataclass(slots=False)
-class _Resolved:
-    """What stage 1 leaves of a block, and stage 2 cuts in place, once.
-
-    updates      fp64[K, m], t = r·d
-    scores       fp32[K or 1, m], what sparsification ranks
-    whole        uint8[m], the shares make a whole
-    wins         int64[K]
-    counts       int64[4]: draws, draws under δ², conflicts that both decide, of these with the same winner
-    eligible     int64[K], updates before the cut
-    kept         int64[K], updates after it; dropped uint8[m], where one was cut; None before the cut
-    """
-
-    updates: NDArray[np.float64]
-    scores: NDArray[np.float32]
-    whole: NDArray[np.uint8]
-    wins: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    eligible: NDArray[np.int64]
-    kept: NDArray[np.int64] | None = None
-    dropped: NDArray[np.uint8] | None = None
 
 
 class ResolvedUpdates(Scorer):
@@ -136,12 +182,9 @@ class ResolvedUpdates(Scorer):
         """One row of scores an expert, or one for all."""
         return 1 if self.merged else count
 
-    def score(
-        self, block: Block, task: Task, results: Mapping[str, Result]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Part]:
         """Resolved updates and their scores."""
-        state = resolve(block, task, results)
-        return state.updates, state.scores
+        return resolve(block, task, results).parts
 
 
 class Sar(Method):
@@ -225,85 +268,99 @@ class Sar(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Resolve, cut, rescale, add: one block."""
-        values = task.values
-        count = len(task.experts)
         state = resolve(block, task, results)
-        scorer = ResolvedUpdates(values["score"])
-        cuts = values["sparsify"] != "none" and scorer.applies(task)
-        eligible = kept = state.eligible if cuts else np.zeros(count, np.int64)
-        dropped = np.zeros(block.where.size, np.uint8)
-        if cuts and bool((scorer.density(task) < 1.0).any()):
-            kept, dropped = cut(scorer, block, task, results, state)
+        cuts = task.values["sparsify"] != "none" and task.is_matrix
+        eligible = kept = state.eligible if cuts else np.zeros(len(task.experts), np.int64)
+        if cuts and bool((task.per_model["density"] < 1.0).any()):
+            kept = cut_resolved(block, task, results, state)
         gain = rescale_factors(task, results)
-        scale = float(values["lambda"])
-        unit = (scale * gain * task.per_model["weight"] == 1.0) & ~block.additive
-        # stored values are copied only where a factor of exactly 1 makes that possible
-        expert = block.expert if unit.any() else NO_FISHER
-        out = np.empty(block.size, np.float64)
-        block.kernels.compose(
-            block.base,
-            expert,
-            state.updates,
-            block.where,
-            block.owner,
-            gain,
-            scale,
-            unit,
-            state.whole,
-            dropped,
-            out,
-        )
+        scale = float(task.values["lambda"])
+        unit = (scale * gain * task.per_model["weight"] == 1.0) & block.comparable
+        changes = []
+        for part in state.parts:
+            old, out = block.base_at(part.where), np.empty(part.where.size)
+            units = unit[part.experts]
+            # stored values are copied only where a factor of exactly 1 makes that possible
+            stored = block.stored_at(part.experts, part.where) if units.any() else NONE
+            own = gain[part.experts]
+            block.kernels.compose(old, stored, part.values, own, scale, units, part.whole, part.dropped, out)
+            changes.append(Change(part.where, old, out))
         names = ("draws", "delta2_draws", "both_decide", "same_winner")
         stats = {name: state.counts[place : place + 1] for place, name in enumerate(names)}
-        return Merged(out, stats | {"wins": state.wins, "eligible": np.asarray(eligible, np.int64), "kept": kept})
+        return Merged(changes, stats | {"wins": state.wins, "eligible": eligible, "kept": kept})
 
 
-def cut(
-    scorer: ResolvedUpdates, block: Block, task: Task, results: Mapping[str, Result], state: _Resolved
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Stage 2 of SAR on a block, in place and once: top-k by threshold, or magprune by rank. Returns kept, dropped."""
-    if state.kept is not None and state.dropped is not None:
-        return state.kept, state.dropped
-    if task.values["sparsify"] == "magprune":
-        state.kept, state.dropped = _prune(scorer, block, task, results, state)
-    else:
-        state.kept, state.dropped = apply_cut(scorer, block, task, results, state.updates, state.scores)
-    return state.kept, state.dropped
+def cut_resolved(block: Block, task: Task, results: Mapping[str, Result], state: Resolved) -> NDArray[np.int64]:
+    """Stage 2 of SAR on a block, in place and once: top-k by threshold, or magprune by rank. Returns kept int64[K]."""
+    if state.kept is None:
+        state.kept = np.zeros(len(task.experts), np.int64)
+        for part in state.parts:
+            if task.values["sparsify"] == "magprune":
+                _prune(part, block, task, results, state.kept)
+                continue
+            part.where, part.values, kept, part.dropped = cut(part, block, task, results)
+            part.whole = part.whole[: part.where.size]  # all ones where a patch of one expert has shrunk
+            part.scores = NO_SCORES
+            state.kept[part.experts] += kept
+    return state.kept
 
 
-def _prune(
-    scorer: ResolvedUpdates, block: Block, task: Task, results: Mapping[str, Result], state: _Resolved
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    kept = np.zeros(state.updates.shape[0], np.int64)
-    dropped = np.zeros(state.updates.shape[1], np.uint8)
-    density = scorer.density(task)
+def _prune(part: Part, block: Block, task: Task, results: Mapping[str, Result], total: NDArray[np.int64]) -> None:
+    density = task.per_model["density"][part.rows]
     epsilon = np.where(density < 1.0, float(task.values["epsilon"]), 0.0)
+    kept = np.zeros(len(part.experts), np.int64)
+    part.values = part.values.copy()
     block.kernels.ramp(
-        state.scores,
-        dense_ranks(results["ranks"]),
+        part.scores,
+        dense_ranks(results["ranks"])[part.rows],
         np.minimum(density, 1.0) - epsilon,
         np.minimum(density, 1.0) + epsilon,
-        np.array([task.key], np.uint64) if scorer.merged else task.keys,
+        task.keys[part.rows] if task.values["score"] != "merged" else np.array([task.key], np.uint64),
         block.start,
-        block.where,
-        state.updates,
+        part.where,
+        part.values,
         task.values["rescale"] == "inverse_probability",
         kept,
-        dropped,
+        part.dropped,
     )
-    return kept, dropped
+    total[part.experts] += kept
 
 
-class KeptNorms(Norms):
-    """Norms before and after SAR's cut."""
+class KeptNorms(Stage):
+    """Norms of the resolved updates before and after the cut, per expert: what a rescaling must restore."""
 
-    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: dict[str, Any]) -> None:
-        """Adds the norms of a block before and after."""
-        assert isinstance(self.scorer, ResolvedUpdates)
+    name = "norms"
+
+    def __init__(self, scorer: Scorer, scope: Scope, order: int) -> None:
+        self.scorer = scorer
+        self.scope = scope
+        self.order = order
+
+    def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
+        """Where something is cut."""
+        return self.scorer.applies(task) and bool((self.scorer.density(task) < 1.0).any())
+
+    def empty(self, count: int) -> Summary:
+        """Sums of nothing."""
+        return {"before": np.zeros(count), "after": np.zeros(count)}
+
+    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
+        """Adds Σ|t| or Σt² of a block, before and after."""
         state = resolve(block, task, results)
-        block.kernels.kept_norms(state.updates, self.order, summary["before"])
-        cut(self.scorer, block, task, results, state)
-        block.kernels.kept_norms(state.updates, self.order, summary["after"])
+        self._add(block, state, summary["before"])
+        cut_resolved(block, task, results, state)
+        self._add(block, state, summary["after"])
+
+    def _add(self, block: Block, state: Resolved, total: NDArray[np.float64]) -> None:
+        for part in state.parts:
+            some = np.zeros(len(part.experts))
+            block.kernels.kept_norms(part.values, self.order, some)
+            total[part.experts] += some
+
+    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
+        """Norms (not their squares) per expert."""
+        before, after = (np.sqrt(total[k]) if self.order == 2 else total[k] for k in ("before", "after"))
+        return {"before": before.tolist(), "after": after.tolist()}
 
 
 def rescale_factors(task: Task, results: Mapping[str, Result]) -> NDArray[np.float64]:

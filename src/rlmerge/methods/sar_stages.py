@@ -18,10 +18,11 @@ class FisherMean(Stage):
 
     name = "fisher_mean"
     scope = "model"
+    carried = True
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
-        """Tensors that every Fisher has."""
-        return task.fisher
+        """Tensors that every Fisher has, merged or not; a tied one once."""
+        return task.fisher and not task.repeats
 
     def empty(self, count: int) -> Summary:
         """No sum, no count, no negative entries."""
@@ -67,7 +68,10 @@ class PairConflict(Stage):
         support = np.zeros(len(task.experts), np.int64)
         regions = np.zeros(4, np.int64)
         sign = np.sign(task.per_model["weight"]).astype(np.int64)
-        block.kernels.census(block.delta, block.owner, sign, support, regions, summary["overlap"], summary["conflict"])
+        for patch in block.patches:
+            if not patch.alone:
+                pairs = summary["overlap"], summary["conflict"]
+                block.kernels.census(patch.delta, sign, support, regions, *pairs)
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """φ as a symmetric matrix, flattened by JSON into lists; 0 for pairs that never overlap."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Block, Merged, Method, Parameter, Result, Task
+from .base import Block, Change, Merged, Method, Parameter, Result, Task
 
 WEIGHT = Parameter("weight", "number", None, "factor of this model's delta; 0 removes it", per_model=True)
 LAMBDA = Parameter("lambda", "number", 1.0, "factor of the merged delta", late=True)
@@ -39,6 +39,9 @@ class TaskArithmetic(Method):
         scale = float(task.values["lambda"])
         if task.values["normalize"]:
             scale /= float(np.sum(weight))
-        out = np.empty(block.size, np.float64)
-        block.kernels.task_arithmetic(block.base, block.delta, block.where, weight, scale, out)
-        return Merged(out)
+        changes = []
+        for patch in block.patches:
+            old, out = block.base_at(patch.where), np.empty(patch.where.size)
+            block.kernels.task_arithmetic(old, patch.delta, weight[patch.experts], scale, out)
+            changes.append(Change(patch.where, old, out))
+        return Merged(changes)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Merged, Method, Parameter, Result, Stage, Task
+from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage, Task
 from .task_arithmetic import LAMBDA, WEIGHT
-from .topk import Scorer, apply_cut, top_k
+from .topk import Ranked, Scorer, cut, top_k
 
-NO_FISHER = np.empty((0, 0), np.float32)
+NONE = np.empty((0, 0))
 
 
 class Magnitude(Scorer):
@@ -34,14 +34,17 @@ class Magnitude(Scorer):
         total = eligible if self.density_of == "support" else task.size
         return max(1, int(density * total)) if density > 0.0 else 0
 
-    def score(
-        self, block: Block, task: Task, results: Mapping[str, Result]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Ranked]:
         """δ and |δ|."""
-        delta = block.keep("delta", lambda: block.delta)
-        scores = np.empty(delta.shape, np.float32)
-        block.kernels.scores(delta, delta, NO_FISHER, block.where, np.empty(0), 0, scores)
-        return delta, scores
+        if not block.roomy:
+            return [_rank(block, patch) for patch in block.patches]
+        return block.keep("ranked by magnitude", lambda: [_rank(block, patch) for patch in block.patches])
+
+
+def _rank(block: Block, patch: Patch) -> Ranked:
+    scores = np.empty(patch.delta.shape, np.float32)
+    block.kernels.scores(patch.delta, patch.delta, NONE, np.empty(0), 0, scores)
+    return Ranked(patch.experts, patch.where, patch.delta, scores)
 
 
 class Ties(Method):
@@ -85,21 +88,21 @@ class Ties(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Trim, elect, merge."""
-        scorer = Magnitude(task.values["density_of"])
-        kept_deltas, scores = scorer.score(block, task, results)
-        deltas = kept_deltas.copy()
-        kept, _ = apply_cut(scorer, block, task, results, deltas, scores)
-        out = np.empty(block.size, np.float64)
-        counts = np.zeros(2, np.int64)
-        block.kernels.ties(
-            block.base,
-            deltas,
-            block.where,
-            task.per_model["weight"],
-            float(task.values["lambda"]),
-            bool(task.values["normalize"]),
-            int(task.values["cancelled"] == "positive"),
-            out,
-            counts,
-        )
-        return Merged(out, {"kept": kept, "elected": counts[:1] - counts[1:], "cancelled": counts[1:]})
+        changes, stats = [], {"kept": np.zeros(len(task.experts), np.int64), "counts": np.zeros(2, np.int64)}
+        for part in Magnitude(task.values["density_of"]).score(block, task, results):
+            where, deltas, kept, _ = cut(part, block, task, results)
+            stats["kept"][part.rows] += kept
+            old, out = block.base_at(where), np.empty(where.size)
+            block.kernels.ties(
+                old,
+                deltas,
+                task.per_model["weight"][part.rows],
+                float(task.values["lambda"]),
+                bool(task.values["normalize"]),
+                int(task.values["cancelled"] == "positive"),
+                out,
+                stats["counts"],
+            )
+            changes.append(Change(where, old, out))
+        updates, cancelled = stats.pop("counts")
+        return Merged(changes, stats | {"elected": np.array([updates - cancelled]), "cancelled": np.array([cancelled])})

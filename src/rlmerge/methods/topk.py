@@ -1,4 +1,4 @@
-"""Exact top-k as stages that every sparsifying method shares: coarse histogram, fine one, ties, norms.
+"""Exact top-k as stages that every sparsifying method shares: coarse histogram, fine one, ties; and the cut.
 
 A method says how a block is scored (`Scorer`); the stages find, per expert and tensor or model, the threshold and, for
 coordinates equal to it, the hash below which they stay. bf16 deltas tie in large classes, so ties are decided by a
@@ -8,7 +8,8 @@ hash of the coordinate: unbiased, in any order; tensors of up to 2²⁰ coordina
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,32 @@ COARSE, FINE = 65536, 32768
 ALL = 2**64 - 1
 
 
+@dataclass
+class Ranked:
+    """Updates of a patch and what ranks them.
+
+    rows         int64[S]: the rows of the histograms that the scores belong to, one an expert or one for all
+    where        int32[m]
+    values       fp64[E, m], what a cut sets to zero
+    scores       fp32[S, m], 0: not eligible
+    """
+
+    rows: NDArray[np.int64]
+    where: NDArray[np.int32]
+    values: NDArray[np.float64]
+    scores: NDArray[np.float32]
+
+
 class Scorer(ABC):
-    """What a method ranks: values fp64[K, m] and their scores fp32[K or 1, m] (0: not eligible)."""
+    """What a method ranks."""
 
     @abstractmethod
     def applies(self, task: Task) -> bool:
         """Whether this tensor is sparsified at all."""
 
     @abstractmethod
-    def score(
-        self, block: Block, task: Task, results: Mapping[str, Result]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """The values that a cut sets to zero (copy them before), and the scores that decide it."""
+    def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> Sequence[Ranked]:
+        """The updates of a block, patch by patch, and the scores that decide about them."""
 
     @abstractmethod
     def density(self, task: Task) -> NDArray[np.float64]:
@@ -44,20 +59,9 @@ class Scorer(ABC):
     def wanted(self, task: Task, density: float, eligible: int) -> int:
         """How many of the eligible coordinates to keep at this density."""
 
-    def keys(self, task: Task) -> NDArray[np.uint64]:
-        """The hash keys of the rows of scores: one for all experts, so that tied experts keep or lose a coordinate
-        together. (With a key an expert, half of a consensus would be cut away at a tie.)
-        """
-        return np.full(self.rows(len(task.experts)), task.key, np.uint64)
-
     def rows(self, count: int) -> int:
         """Rows of scores for `count` experts."""
         return count
-
-
-def cut_of(result: Result) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
-    """Thresholds fp32[rows] and cuts uint64[rows] for `kernels.trim`."""
-    return np.asarray(result["threshold"], np.float32), np.asarray(result["cut"], np.uint64)
 
 
 class _TopK(Stage):
@@ -83,8 +87,8 @@ class Coarse(_TopK):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block."""
-        _, scores = self.scorer.score(block, task, results)
-        block.kernels.coarse(scores, summary["count"], summary["low"], summary["high"])
+        for part in self.scorer.score(block, task, results):
+            block.kernels.coarse(part.scores, part.rows, summary["count"], summary["low"], summary["high"])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Counts add up; extremes are extremes of extremes."""
@@ -128,9 +132,9 @@ class Fine(_TopK):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block that lie in the open bins."""
-        _, scores = self.scorer.score(block, task, results)
         bins = np.array([row["bin"] if _is_open(row) else -1 for row in results["coarse"]["rows"]], np.int64)
-        block.kernels.fine(scores, bins, summary["count"])
+        for part in self.scorer.score(block, task, results):
+            block.kernels.fine(part.scores, part.rows, bins, summary["count"])
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Per row: the threshold, how many scores lie above it and how many equal it."""
@@ -165,14 +169,13 @@ class Ties(_TopK):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Appends the hashes of the ties of a block."""
-        _, scores = self.scorer.score(block, task, results)
-        keys = self.scorer.keys(task)
-        for row, entry in enumerate(_rows(results)):
-            if _is_tied(entry):
-                found = block.kernels.tie_hashes(
-                    scores[row], np.float32(entry["threshold"]), keys[row], block.start, block.where
-                )
-                summary[str(row)] = np.concatenate([summary[str(row)], found])
+        rows = _rows(results)
+        for part in self.scorer.score(block, task, results):
+            for row, scores in zip(part.rows.tolist(), part.scores):
+                if _is_tied(rows[row]):
+                    threshold = np.float32(rows[row]["threshold"])
+                    found = block.kernels.tie_hashes(scores, threshold, np.uint64(task.key), block.start, part.where)
+                    summary[str(row)] = np.concatenate([summary[str(row)], found])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Hashes are a set: the order in which they came means nothing."""
@@ -198,47 +201,31 @@ class Ties(_TopK):
         return {"threshold": thresholds, "cut": cuts, "eligible": eligible, "wanted": [row["wanted"] for row in rows]}
 
 
-class Norms(_TopK):
-    """Norms of the values before and after the cut, per expert: what a rescaling must restore."""
+def cut(
+    part: Ranked, block: Block, task: Task, results: Mapping[str, Result]
+) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.uint8]]:
+    """What the stages leave of a patch: coordinates, updates fp64[E, m'], how many of each expert, and where some were
+    dropped (uint8[m']). The updates of one expert alone shrink to what is left; where several meet they become 0.
 
-    name = "norms"
-
-    def __init__(self, scorer: Scorer, scope: str, order: int) -> None:
-        super().__init__(scorer, scope)
-        self.order = order
-
-    def empty(self, count: int) -> Summary:
-        """Sums of nothing."""
-        return {"before": np.zeros(count), "after": np.zeros(count)}
-
-    def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
-        """Adds Σ|v| or Σv² of a block, before and after."""
-        values, scores = self.scorer.score(block, task, results)
-        block.kernels.kept_norms(values, self.order, summary["before"])
-        values = values.copy()
-        apply_cut(self.scorer, block, task, results, values, scores)
-        block.kernels.kept_norms(values, self.order, summary["after"])
-
-    def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
-        """Norms (not their squares) per expert."""
-        before, after = (np.sqrt(total[k]) if self.order == 2 else total[k] for k in ("before", "after"))
-        return {"before": before.tolist(), "after": after.tolist()}
-
-
-def apply_cut(
-    scorer: Scorer,
-    block: Block,
-    task: Task,
-    results: Mapping[str, Result],
-    values: NDArray[np.float64],
-    scores: NDArray[np.float32],
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Zeroes what the stages cut, in place. Returns kept int64[K] and dropped uint8[m]."""
-    kept = np.zeros(values.shape[0], np.int64)
-    dropped = np.zeros(values.shape[1], np.uint8)
-    threshold, cut = cut_of(results["ties"])
-    block.kernels.trim(scores, threshold, cut, scorer.keys(task), block.start, block.where, values, kept, dropped)
-    return kept, dropped
+    One hash key serves all experts, so that tied experts keep or lose a coordinate together. (With a key an expert,
+    half of a consensus would be cut away at a tie.)
+    """
+    threshold = np.asarray(results["ties"]["threshold"], np.float32)[part.rows]
+    cuts = np.asarray(results["ties"]["cut"], np.uint64)[part.rows]
+    key = np.uint64(task.key)
+    size = part.where.size
+    if part.values.shape[0] == 1:
+        left, kept = np.empty(size + 1, np.int32), np.empty(size + 1, np.float64)
+        number = block.kernels.sift(
+            part.scores[0], threshold[0], cuts[0], key, block.start, part.where, part.values[0], left, kept
+        )
+        some = np.array([number], np.int64)
+        return left[:number], kept[:number].reshape(1, -1), some, np.zeros(number, np.uint8)
+    values, number = part.values.copy(), np.zeros(part.values.shape[0], np.int64)
+    dropped = np.zeros(size, np.uint8)
+    keys = np.full(len(part.rows), key)
+    block.kernels.trim(part.scores, threshold, cuts, keys, block.start, part.where, values, number, dropped)
+    return part.where, values, number, dropped
 
 
 def top_k(scorer: Scorer, scope: str) -> tuple[Stage, ...]:

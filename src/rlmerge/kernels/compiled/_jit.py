@@ -6,6 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numba
+from numba.core import config
+
+# groups of eight neighbours become vector operations (numba leaves this part of LLVM off; sums keep their order)
+config.SLP_VECTORIZE = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 F = TypeVar("F", bound=Callable[..., object])
 

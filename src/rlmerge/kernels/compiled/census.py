@@ -1,4 +1,4 @@
-"""What the experts did and what became of it: supports and conflicts, survival and direction after the cast."""
+"""What the experts did: supports, overlaps and conflicts; and the sums of their Fishers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from ._jit import inlined, kernel
 
-RESIDUE = 2.0**-48
 FEW = 5
 """Up to so many experts, coordinates are counted by their pattern of signs (3^K patterns)."""
 TILE = 2048
@@ -62,8 +61,8 @@ def _census_of_few(delta, sign, support, regions, overlap, conflict):
 
 
 @kernel
-def census(delta, owner, sign, support, regions, overlap, conflict):
-    """Counts who changed what, from deltas fp64[K, m] and their owners.
+def census(delta, sign, support, regions, overlap, conflict):
+    """Counts who changed what where several did, from deltas fp64[K, m].
 
     sign int64[K] is the sign of each weight (0 removes the expert). Adds to support int64[K], to regions int64[4]
     (unique, overlap, conflict, agreement) and, per pair, to overlap and conflict int64[K, K] (upper triangle).
@@ -72,21 +71,7 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
     if count <= FEW:
         _census_of_few(delta, sign, support, regions, overlap, conflict)
         return
-    alone = np.zeros(count + 1, np.int64)
-    for j in range(owner.shape[0]):
-        alone[owner[j] + 1] += 1
-    for k in range(count):
-        if sign[k] != 0:
-            support[k] += alone[k + 1]
-            regions[0] += alone[k + 1]
-    several = np.empty(alone[0], np.int32)
-    found = 0
-    for j in range(owner.shape[0]):
-        if owner[j] < 0:
-            several[found] = j
-            found += 1
-    for place in range(found):
-        j = several[place]
+    for j in range(delta.shape[1]):
         up = 0
         down = 0
         for k in range(count):
@@ -112,59 +97,31 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
 
 
 @kernel
-def realised(base, stored_base, intended, stored, where, counts, sums):
-    """Compares the intended update with the one that the stored values make.
-
-    base fp32[n] as read, stored_base fp32[n] the base cast to the output dtype, intended fp64[n] the values before the
-    cast, stored fp32[n] after it; only the coordinates in `where` are compared. Adds to counts int64[2] (intended
-    non-zero updates, those that still differ from the base) and to sums fp64[3] (Σ intended², Σ realised²,
-    Σ intended·realised), in coordinate order.
-    """
-    wanted = 0
-    survived = 0
-    square = 0.0
-    real_square = 0.0
-    product = 0.0
-    for j in range(where.shape[0]):
-        i = where[j]
-        old = np.float64(base[i])
-        update = intended[i] - old
-        # what is left of Σ w·θ where deltas cancel is rounding and no update: no stored change is that small
-        update = update if abs(update) > RESIDUE * abs(old) else 0.0
-        real = np.float64(stored[i]) - np.float64(stored_base[i])
-        wanted += update != 0.0
-        survived += (update != 0.0) & (real != 0.0)
-        square += update * update
-        product += update * real
-        real_square += real * real
-    counts[0] += wanted
-    counts[1] += survived
-    sums[0] += square
-    sums[1] += real_square
-    sums[2] += product
-
-
-@kernel
 def fisher_sums(fisher, total, negative):
     """Adds the sum of each row of fp32[K, n] to total fp64[K], in eight interleaved lanes; counts negative entries."""
     size = fisher.shape[1]
     even = size - size % 8
     for k in range(fisher.shape[0]):
+        row = fisher[k]
         a = b = c = d = e = f = g = h = 0.0
-        bad = 0
         for i in range(0, even, 8):
-            a += np.float64(fisher[k, i])
-            b += np.float64(fisher[k, i + 1])
-            c += np.float64(fisher[k, i + 2])
-            d += np.float64(fisher[k, i + 3])
-            e += np.float64(fisher[k, i + 4])
-            f += np.float64(fisher[k, i + 5])
-            g += np.float64(fisher[k, i + 6])
-            h += np.float64(fisher[k, i + 7])
+            a += np.float64(row[i])
+            b += np.float64(row[i + 1])
+            c += np.float64(row[i + 2])
+            d += np.float64(row[i + 3])
+            e += np.float64(row[i + 4])
+            f += np.float64(row[i + 5])
+            g += np.float64(row[i + 6])
+            h += np.float64(row[i + 7])
         rest = 0.0
         for i in range(even, size):
-            rest += np.float64(fisher[k, i])
-        for i in range(size):
-            bad += fisher[k, i] < np.float32(0.0)
+            rest += np.float64(row[i])
         total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
-        negative[k] += bad
+        # as integers, floats with a sign are negative: one quick look before counting
+        signed = row.view(np.int32)
+        least = np.int32(0)
+        for i in range(size):
+            least = min(least, signed[i])
+        if least < 0:
+            for i in range(size):
+                negative[k] += row[i] < np.float32(0.0)

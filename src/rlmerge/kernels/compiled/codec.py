@@ -130,11 +130,12 @@ def _quantum(bits, fraction_bits, smallest_exponent):
 
 
 @kernel
-def round_stochastically(values, start, key, fraction_bits, smallest_exponent):
-    """Rounds fp64[n] in place to neighbours in a format, up with the probability of the distance from below.
+def round_stochastically(values, where, start, key, fraction_bits, smallest_exponent):
+    """Rounds fp64[m], at `where` in the block, in place to neighbours in a format: up with the chance of
+    its distance from the one below.
 
     Formats: bf16 (7, −126), fp16 (10, −14), fp32 (23, −126). Representable values stay. Unbiased: E[result] = value.
-    The uniform number is the hash of (key, start + i), so the result does not depend on blocks, threads or order.
+    The uniform number is the hash of (key, start + where[i]), so that blocks, threads and order do not matter.
     """
     bits = values.view(np.uint64)
     for i in range(values.shape[0]):
@@ -148,5 +149,5 @@ def round_stochastically(values, start, key, fraction_bits, smallest_exponent):
         rest = scaled - below
         if rest == 0.0:
             continue
-        uniform = np.float64(hash64(key, np.uint64(start + i)) >> np.uint64(11)) * 2.0**-53
+        uniform = np.float64(hash64(key, np.uint64(start + where[i])) >> np.uint64(11)) * 2.0**-53
         values[i] = (below + (1.0 if uniform < rest else 0.0)) * quantum

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import kernel
+from ._jit import inlined, kernel
 from .hash import hash64
+from .select import bit_places, select
 
 TILE = 2048
 
 
+@inlined
+def in_pairs(lane):
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))
+
+
 @kernel
-def coarse(score, count, low, high):
-    """Adds scores fp32[K, m] to count int64[K, 65536]; low and high uint16[K, 65536] keep the extremes of fine bins.
+def coarse(score, rows, count, low, high):
+    """Adds scores fp32[E, m] to rows int64[E] of count int64[K, 65536]; low and high uint16 keep extremes of fine bins.
 
     A coarse bin whose extremes are equal holds one value only and needs no fine histogram: the rule for bf16 deltas.
     """
     bits = score.view(np.uint32)
     filled = np.empty(TILE + 1, np.uint32)
-    for k in range(score.shape[0]):
+    for e in range(score.shape[0]):
+        k = rows[e]
         for first in range(0, score.shape[1], TILE):
-            row = bits[k, first : min(first + TILE, score.shape[1])]
+            row = bits[e, first : min(first + TILE, score.shape[1])]
             found = 0
             for j in range(row.shape[0]):
                 filled[found] = row[j]
@@ -41,15 +48,16 @@ def coarse(score, count, low, high):
 
 
 @kernel
-def fine(score, bin_, count):
-    """Adds the scores fp32[K, m] that lie in coarse bin bin_[k] (negative: none) to count int64[K, 32768]."""
+def fine(score, rows, bin_, count):
+    """Adds scores fp32[E, m] that lie in coarse bin bin_[rows[e]] (negative: none) to rows of count int64[K, 32768]."""
     bits = score.view(np.uint32)
-    for k in range(score.shape[0]):
+    for e in range(score.shape[0]):
+        k = rows[e]
         if bin_[k] < 0:
             continue
         wanted = np.uint32(bin_[k])
         for i in range(score.shape[1]):
-            word = bits[k, i]
+            word = bits[e, i]
             if word != np.uint32(0) and word >> np.uint32(15) == wanted:
                 count[k, word & np.uint32(0x7FFF)] += 1
 
@@ -71,11 +79,47 @@ def tie_hashes(score, threshold, key, start, where):
 
 
 @kernel
-def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
-    """Zeroes, in place, the values fp64[K, m] of eligible coordinates that are not kept.
+def sift(score, threshold, cut, key, start, where, values, left, kept):
+    """What a cut leaves of the updates fp64[m] of one expert: coordinates to left int32[m], updates to kept fp64[m].
 
-    Kept: score above threshold[k], or equal to it and hash ≤ cut[k]. Adds to kept int64[K]; dropped uint8[m] is set to
-    1 where some expert's eligible coordinate was cut. `score` may have one row for all experts.
+    Left: eligible (score fp32[m] > 0) with a score above the threshold, or equal to it and a hash ≤ cut. Returns how
+    many; what lies behind them is undefined.
+    """
+    number = 0
+    ties = cut != np.uint64(0xFFFFFFFFFFFFFFFF) and threshold > np.float32(0.0)
+    flags = np.empty(TILE, np.uint8)
+    lucky = np.empty(TILE, np.uint8)
+    places = np.empty(TILE + 8, np.int32)
+    table = bit_places()
+    for first in range(0, score.shape[0], TILE):
+        some = score[first : first + TILE]
+        size = some.shape[0]
+        lucky[:] = np.uint8(not ties)
+        if ties:
+            # only ties need a hash: they are gathered first, so that no loop has to guess which they are
+            for j in range(size):
+                flags[j] = np.uint8(some[j] == threshold)
+            for place in range(select(flags, size, 0, table, places, 0)):
+                j = np.uint64(places[place])
+                lucky[j] = np.uint8(hash64(key, np.uint64(start + where[np.uint64(first) + j])) <= cut)
+        for j in range(size):
+            above = (some[j] > threshold) | ((some[j] == threshold) & (lucky[j] != np.uint8(0)))
+            flags[j] = np.uint8(above & (some[j] > np.float32(0.0)))
+        found = select(flags, size, first, table, places, 0)
+        for place in range(found):
+            j = np.uint64(places[place])
+            left[number + place] = where[j]
+            kept[number + place] = values[j]
+        number += found
+    return number
+
+
+@kernel
+def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
+    """Zeroes, in place, the values fp64[E, m] of eligible coordinates that are not kept.
+
+    Kept: score above threshold[e], or equal to it and hash ≤ cut[e]. Adds to kept int64[E]; dropped uint8[m] is set to
+    1 where some expert's eligible coordinate was cut. `score`, threshold, cut and keys may have one row for all.
     """
     tied = np.empty(values.shape[1] + 1, np.int32)
     for k in range(values.shape[0]):
@@ -107,35 +151,24 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
 
 @kernel
 def kept_norms(values, order, total):
-    """Adds Σ|v| (order 1) or Σv² (order 2), per expert in eight interleaved lanes, of fp64[K, m] to total fp64[K]."""
+    """Adds Σ|v| (order 1) or Σv² (order 2), per row of fp64[E, m] in eight interleaved lanes, to total fp64[E]."""
+    lane = np.empty(8, np.float64)
     for k in range(values.shape[0]):
         value = values[k]
         even = value.shape[0] - value.shape[0] % 8
-        a = b = c = d = e = f = g = h = 0.0
+        lane[:] = 0.0
         if order == 1:
             for i in range(0, even, 8):
-                a += abs(value[i])
-                b += abs(value[i + 1])
-                c += abs(value[i + 2])
-                d += abs(value[i + 3])
-                e += abs(value[i + 4])
-                f += abs(value[i + 5])
-                g += abs(value[i + 6])
-                h += abs(value[i + 7])
+                for j in range(8):
+                    lane[j] += abs(value[i + j])
         else:
             for i in range(0, even, 8):
-                a += value[i] * value[i]
-                b += value[i + 1] * value[i + 1]
-                c += value[i + 2] * value[i + 2]
-                d += value[i + 3] * value[i + 3]
-                e += value[i + 4] * value[i + 4]
-                f += value[i + 5] * value[i + 5]
-                g += value[i + 6] * value[i + 6]
-                h += value[i + 7] * value[i + 7]
+                for j in range(8):
+                    lane[j] += value[i + j] * value[i + j]
         rest = 0.0
         for i in range(even, value.shape[0]):
             rest += abs(value[i]) if order == 1 else value[i] * value[i]
-        total[k] += (((a + b) + (c + d)) + ((e + f) + (g + h))) + rest
+        total[k] += in_pairs(lane) + rest
 
 
 @kernel

@@ -1,6 +1,7 @@
 """The plain kernels: NumPy twins of `compiled`, the same bits, for reading and for checking."""
 
-from .census import census, fisher_sums, realised
+from .census import census, fisher_sums
+from .changes import changes, changes_bf16, deltas, deltas_bf16, take, take_bf16
 from .codec import (
     count_nonfinite,
     decode_bf16,
@@ -10,22 +11,25 @@ from .codec import (
     encode_f32,
     round_stochastically,
 )
-from .combine import changed, deltas, linear, ram, task_arithmetic, ties
-from .sar import compose, resolve, scores
-from .trim import coarse, fine, kept_norms, ramp, tie_hashes, trim
+from .combine import linear, ram, task_arithmetic, ties
+from .sar import compose, resolve, resolve_by, scores
+from .settle import realised, settle_bf16, settle_f16, settle_f32
+from .trim import coarse, fine, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numpy"
 
 __all__ = [
     "NAME",
     "census",
-    "changed",
+    "changes",
+    "changes_bf16",
     "coarse",
     "compose",
     "count_nonfinite",
     "decode_bf16",
     "decode_f16",
     "deltas",
+    "deltas_bf16",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -37,8 +41,15 @@ __all__ = [
     "ramp",
     "realised",
     "resolve",
+    "resolve_by",
     "round_stochastically",
     "scores",
+    "settle_bf16",
+    "settle_f16",
+    "settle_f32",
+    "sift",
+    "take",
+    "take_bf16",
     "task_arithmetic",
     "tie_hashes",
     "ties",

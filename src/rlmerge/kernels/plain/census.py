@@ -1,4 +1,4 @@
-"""What the experts did and what became of it, in NumPy (see `compiled.census` for the definitions)."""
+"""What the experts did, and the sums of their Fishers, in NumPy (definitions: `compiled.census`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import numpy as np
 
 from .lanes import sum_in_lanes
 
-RESIDUE = 2.0**-48
 
-
-def census(delta, owner, sign, support, regions, overlap, conflict):
-    """Counts who changed what."""
+def census(delta, sign, support, regions, overlap, conflict):
+    """Counts who changed what where several did."""
     signs = np.sign(np.nan_to_num(delta)).astype(np.int64) * sign[:, None]
     active = signs != 0
     number = active.sum(axis=0)
@@ -23,19 +21,6 @@ def census(delta, owner, sign, support, regions, overlap, conflict):
             both = active[k] & active[j]
             overlap[k, j] += both.sum()
             conflict[k, j] += (both & (signs[k] != signs[j])).sum()
-
-
-def realised(base, stored_base, intended, stored, where, counts, sums):
-    """Compares the intended update with the one that the stored values make."""
-    old = base[where].astype(np.float64)
-    update = intended[where] - old
-    update[~(np.abs(update) > RESIDUE * np.abs(old))] = 0.0
-    real = stored[where].astype(np.float64) - stored_base[where].astype(np.float64)
-    counts += np.array([np.count_nonzero(update), np.count_nonzero((update != 0) & (real != 0))])
-    if where.size:
-        with np.errstate(invalid="ignore", over="ignore"):
-            for place, terms in enumerate((update * update, real * real, update * real)):
-                sums[place] += np.cumsum(terms)[-1]
 
 
 def fisher_sums(fisher, total, negative):

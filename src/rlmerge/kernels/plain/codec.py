@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .hash import coordinates, hash64
+from .hash import hash64
 
 EXPONENT = np.uint32(0x7F800000)
 
@@ -57,15 +57,15 @@ def encode_f16(values, out):
     return int(np.count_nonzero((out & np.uint16(0x7C00)) == np.uint16(0x7C00)))
 
 
-def round_stochastically(values, start, key, fraction_bits, smallest_exponent):
-    """Rounds fp64[n] in place to neighbours in a format, up with the probability of the distance from below."""
+def round_stochastically(values, where, start, key, fraction_bits, smallest_exponent):
+    """Rounds fp64[m] in place to neighbours in a format, up with the probability of the distance from below."""
     with np.errstate(all="ignore"):
         exponent = ((values.view(np.uint64) >> np.uint64(52)) & np.uint64(0x7FF)).astype(np.int64) - 1023
         quantum = np.ldexp(1.0, np.maximum(exponent, smallest_exponent) - fraction_bits)
         scaled = values / quantum
         below = np.floor(scaled)
         rest = scaled - below
-        hashes = hash64(key, coordinates(start, values.shape[0]))
+        hashes = hash64(key, where.astype(np.uint64) + np.uint64(start))
         uniform = (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
         moved = np.isfinite(values) & (values != 0.0) & (rest != 0.0)
         values[moved] = ((below + (uniform < rest)) * quantum)[moved]

@@ -15,8 +15,3 @@ def hash64(key: int | np.uint64, coordinates: NDArray[np.uint64]) -> NDArray[np.
     word *= np.uint64(0x94D049BB133111EB)
     word ^= word >> np.uint64(31)
     return word
-
-
-def coordinates(start: int, size: int) -> NDArray[np.uint64]:
-    """start, start + 1, … as uint64[size]."""
-    return np.arange(start, start + size, dtype=np.uint64)

@@ -83,27 +83,18 @@ def _clear(sens, active, margin):
     return ordered[-1] >= margin * second
 
 
-def resolve(
-    delta,
-    fisher,
-    mean,
-    sensitivity,
-    arbitration,
-    agreement,
-    join,
-    power,
-    margin,
-    phi,
-    keys,
-    start,
-    where,
-    owner,
-    out,
-    whole,
-    wins,
-    counts,
-):
-    """Stage 1 of SAR: resolved updates t = r·d."""
+def resolve(delta, fisher, mean, sensitivity, agreement, out, whole, wins, counts):
+    """Stage 1 of SAR by its usual rules."""
+    experts = delta.shape[0]
+    none = np.zeros((experts, experts)), np.zeros(experts, np.uint64), 0, np.zeros(delta.shape[1], np.int32)
+    resolve_by(delta, fisher, mean, sensitivity, 0, agreement, False, 1.0, 1.0, *none, out, whole, wins, counts)
+
+
+def resolve_by(
+    delta, fisher, mean, sensitivity, arbitration, agreement, join, power, margin, phi, keys, start, where,
+    out, whole, wins, counts,
+):  # fmt: skip
+    """Stage 1 of SAR where several experts changed a coordinate: t = r·d."""
     active = delta != 0.0
     number = active.sum(axis=0)
     conflict = (delta > 0).any(axis=0) & (delta < 0).any(axis=0)
@@ -111,7 +102,7 @@ def resolve(
     if sensitivity == 2:
         sens = square
     else:
-        weight = fisher[:, where].astype(np.float64) / mean[:, None]
+        weight = fisher / mean[:, None]
         sens = weight * square if sensitivity == 0 else weight
     sens = np.where(active, sens, 0.0)
     share, is_whole = _agree(agreement, delta, sens, active, phi)
@@ -123,12 +114,15 @@ def resolve(
         soft = conflict & ~_clear(sens, active, margin)
     share = np.where(soft, _soft(sens, active, power), share)
     complete &= ~soft
+    blended, decided = _winners(delta, sens, active)
+    wins += (blended & active & soft & decided).sum(axis=1)
     hard = conflict & ~soft
     if arbitration == 2:
         up = _sum_over_experts(np.where(delta > 0, sens, 0.0))
         down = _sum_over_experts(np.where(delta < 0, sens, 0.0))
         draw = hard & (up == down)
         chosen = active & ((delta > 0) == (up > down))
+        wins += (chosen & hard & ~draw).sum(axis=1)
         joined, is_whole = _agree(agreement, delta, sens, chosen, phi)
         share = np.where(hard, joined, share)
         complete = np.where(hard, is_whole, complete)
@@ -167,7 +161,7 @@ def resolve(
     whole[:] = (complete | single) & ~draw & (number > 0)
 
 
-def scores(delta, resolved, fisher, where, mean, score, out):
+def scores(delta, resolved, fisher, mean, score, out):
     """The fp32 scores that sparsification ranks."""
     if score == 2:
         size = np.abs(_sum_over_experts(resolved))[None]
@@ -175,23 +169,20 @@ def scores(delta, resolved, fisher, where, mean, score, out):
     else:
         size = np.abs(resolved if score == 1 else delta)
         if score == 3:
-            size = size * np.sqrt(fisher[:, where].astype(np.float64) / mean[:, None])
+            size = size * np.sqrt(fisher / mean[:, None])
         eligible = resolved != 0.0
     with np.errstate(over="ignore", under="ignore"):
         out[:] = np.where(eligible, np.maximum(size.astype(np.float32), np.float32(1e-45)), np.float32(0.0))
 
 
-def compose(base, expert, resolved, where, owner, gain, scale, unit, whole, dropped, out):
-    """θ0 + scale·Σ gain·t; the stored value where one whole share returns to it."""
+def compose(base, stored, resolved, gain, scale, unit, whole, dropped, out):
+    """base + scale·Σ gain·t; the stored value where one whole share returns to it."""
     contributes = resolved != 0.0
     sum_ = _sum_over_experts(np.where(contributes, gain[:, None] * resolved, 0.0))
     any_ = contributes.any(axis=0)
-    # without a factor of exactly 1 nothing is copied, and the caller need not have read the experts
-    there = expert[:, where] if unit.any() else np.zeros(resolved.shape, np.float32)
-    first = there[contributes.argmax(axis=0), np.arange(where.shape[0])]
-    same = (~contributes | ((there == first) & unit[:, None])).all(axis=0)
-    copy = any_ & (whole == 1) & (dropped == 0) & same
-    out[:] = base.astype(np.float64)
-    value = base[where].astype(np.float64) + scale * sum_
-    value[copy] = first[copy].astype(np.float64)
-    out[where[any_]] = value[any_]
+    out[:] = np.where(any_, base + scale * sum_, base)
+    if unit.any():
+        first = stored[contributes.argmax(axis=0), np.arange(base.size)]
+        same = (~contributes | ((stored == first) & unit[:, None])).all(axis=0)
+        copy = any_ & (whole == 1) & (dropped == 0) & same
+        out[copy] = first[copy]

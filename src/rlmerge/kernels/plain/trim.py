@@ -12,10 +12,10 @@ def _places(start, where):
     return where.astype(np.uint64) + np.uint64(start)
 
 
-def coarse(score, count, low, high):
+def coarse(score, rows, count, low, high):
     """Adds scores to the coarse histogram and to the extremes of the fine bins."""
-    for k in range(score.shape[0]):
-        words = score[k].view(np.uint32)
+    for k, row in zip(rows, score):
+        words = row.view(np.uint32)
         words = words[words != 0]
         bins = words >> np.uint32(15)
         rest = (words & np.uint32(0x7FFF)).astype(np.uint16)
@@ -24,11 +24,11 @@ def coarse(score, count, low, high):
         np.maximum.at(high[k], bins, rest)
 
 
-def fine(score, bin_, count):
+def fine(score, rows, bin_, count):
     """Adds the scores of one coarse bin to its fine histogram."""
-    for k in range(score.shape[0]):
+    for k, row in zip(rows, score):
         if bin_[k] >= 0:
-            words = score[k].view(np.uint32)
+            words = row.view(np.uint32)
             words = words[(words != 0) & (words >> np.uint32(15) == np.uint32(bin_[k]))]
             count[k] += np.bincount(words & np.uint32(0x7FFF), minlength=32768)
 
@@ -36,6 +36,16 @@ def fine(score, bin_, count):
 def tie_hashes(score, threshold, key, start, where):
     """The hashes of the coordinates whose score equals the threshold."""
     return hash64(key, _places(start, where[score == threshold]))
+
+
+def sift(score, threshold, cut, key, start, where, values, left, kept):
+    """What a cut leaves of the updates of one expert: coordinates, updates, and how many."""
+    tied = (score == threshold) & (hash64(key, _places(start, where)) <= cut)
+    stays = ((score > threshold) | tied) & (score > 0)
+    number = np.count_nonzero(stays)
+    left[:number] = where[stays]
+    kept[:number] = values[stays]
+    return number
 
 
 def trim(score, threshold, cut, keys, start, where, values, kept, dropped):

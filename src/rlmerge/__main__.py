@@ -1,0 +1,5 @@
+"""`python -m rlmerge`: the command line without its console script."""
+
+from rlmerge.cli.main import main
+
+main()

@@ -1,0 +1,69 @@
+"""Which files of a model folder go into an output beside the weights: configuration, tokenizer, templates, code."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from rlmerge.checkpoint.folder import PICKLE_SUFFIXES, TRAINER_STATE
+
+_WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
+    ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".npz", ".tflite", ".distcp",
+}  # fmt: skip
+_NOT_COPIED = frozenset({
+    "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
+    "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
+})  # fmt: skip
+_NOT_COPIED_FOLDER = re.compile(
+    r"\..*|__pycache__|(tmp-)?checkpoint-.*|(global_|epoch_)?step_?\d+|runs|wandb|mlruns|logs|tensorboard|completions"
+)
+
+
+def other_files(folder: Path) -> list[Path]:
+    """The files that go into an output beside the weights: configuration, tokenizer, code, licence, chat templates.
+
+    Not among them: weights and indexes of any framework, the model card, trainer and optimizer state, hidden files,
+    what a merge writes itself, and what would turn the output into something else (adapter_config.json). Of folders
+    below, the regular files, unless the folder holds weights, a trainer's logs or another checkpoint.
+    """
+    entries = sorted(folder.iterdir())
+    files = [entry for entry in entries if _is_copied(entry.name) and entry.is_file()]
+    homes = _homes(folder)
+    return files + [file for entry in entries for file in _files_below(entry, homes)]
+
+
+def _homes(folder: Path) -> tuple[Path, ...]:
+    """Where a link in a model folder may lead: into the folder, or to the blobs of the hub's cache beside it."""
+    inside = folder.resolve()
+    blobs = (inside.parent.parent / "blobs",) if inside.parent.name == "snapshots" else ()
+    return (inside, *blobs)
+
+
+def _files_below(entry: Path, homes: tuple[Path, ...]) -> list[Path]:
+    """All files of a folder that go into an output; none if it is a link, or anything in it says weights."""
+    if entry.is_symlink() or not entry.is_dir() or _NOT_COPIED_FOLDER.fullmatch(entry.name):
+        return []
+    found: list[Path] = []
+    for here, folders, names in os.walk(entry):
+        if any(map(_is_weight_file, names)):
+            return []
+        folders[:] = sorted(name for name in folders if not _NOT_COPIED_FOLDER.fullmatch(name))
+        for name in sorted(names):
+            file = Path(here) / name
+            target = file.resolve()
+            inside = any(home in target.parents for home in homes)
+            if _is_copied(name) and _is_copied(target.name) and target.is_file() and inside:
+                found.append(file)
+    return found
+
+
+def _is_weight_file(name: str) -> bool:
+    """Whether a file says that its folder holds a model, or the state of a training."""
+    return Path(name).suffix.lower() in _WEIGHT_SUFFIXES or TRAINER_STATE.match(name) is not None
+
+
+def _is_copied(name: str) -> bool:
+    if name.startswith(".") or name in _NOT_COPIED or name.endswith(".index.json") or not name.isprintable():
+        return False
+    return Path(name).suffix.lower() not in _WEIGHT_SUFFIXES

@@ -1,0 +1,246 @@
+"""Blocks as methods see them: read when asked for, sorted into patches, decoded only where somebody looks.
+
+Models that are bf16 throughout are compared as stored words; every other mixture is decoded to fp32 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlmerge.methods.base import Block, Kept, Patch
+from rlmerge.plan import ExpertSource, Place, TensorPlan
+
+from .memory import Memo, Space
+
+if TYPE_CHECKING:
+    from .inputs import Hashes, Inputs
+
+NOTHING = np.empty((0, 0), np.float32)
+KEPT_EACH = 16
+"""Bytes that stages keep of a coordinate, at most (RL updates are sparse)."""
+
+
+class InputBlock(Block):
+    """A block that reads what is asked of it, once."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        tensor: int,
+        start: int,
+        stop: int,
+        space: Space,
+        hashes: Hashes | None,
+        memo: Memo | None,
+        last: bool,
+    ) -> None:
+        self.start = start
+        self.size = stop - start
+        self.kernels = inputs.kernels
+        self._inputs = inputs
+        self._tensor = tensor
+        self._plan = inputs.plan.tensors[tensor]
+        self._space = space
+        self._hashes = hashes
+        self._memo = memo
+        self._keeps = memo is not None and memo.budget > 0 and not last
+        self._by_words = reads_words(self._plan) and not inputs.allow_nonfinite
+        self._read: set[int] = set()
+        self._made: dict[str, NDArray[np.float32]] = {}
+        self._patches: list[Patch] | None = None
+
+    # -- stored words ---------------------------------------------------------------------------------------------
+
+    def words(self, number: int) -> NDArray[np.uint16]:
+        """Row `number` (0 base, 1 … K experts) as stored, of an input with 16 bits a value."""
+        shape = (1 + len(self._plan.experts), self.size)
+        rows = self._space.get("words", shape, np.uint16)
+        if number not in self._read:
+            place = self._plan.base if number == 0 else self._plan.experts[number - 1].place
+            assert place is not None
+            self._inputs.read_row(place, self.start, rows[number], self._hashes, number)
+            self._read.add(number)
+        return rows[number]
+
+    def _all_words(self) -> NDArray[np.uint16]:
+        for number in range(1 + len(self._plan.experts)):
+            self.words(number)
+        return self._space.get("words", (1 + len(self._plan.experts), self.size), np.uint16)
+
+    # -- decoded values -------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if "base" not in self._made:
+            out = self._space.get("base", (self.size,), np.float32)
+            if self._plan.base is None:
+                out[:] = 0.0
+            else:
+                self._decode(0, self._plan.base, out)
+            self._made["base"] = out
+        return self._made["base"]
+
+    @property
+    def expert(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if "expert" not in self._made:
+            out = self._space.get("expert", (len(self._plan.experts), self.size), np.float32)
+            for k, source in enumerate(self._plan.experts):
+                if source.kind == "base":
+                    out[k] = self.base
+                elif source.place is None:
+                    self._inputs.low_rank(self._tensor, k, self.start, out[k], self._space, self._hashes)
+                else:
+                    self._decode(1 + k, source.place, out[k])
+            self._made["expert"] = out
+        return self._made["expert"]
+
+    def _decode(self, number: int, place: Place, out: NDArray[np.float32]) -> None:
+        if place.dtype == "F32":
+            self._inputs.decode(self._plan, place, self.start, out, self._space, self._hashes, number)
+            return
+        decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
+        if decode(self.words(number), out) and not self._inputs.allow_nonfinite:
+            self._inputs.refuse(self._plan, place, self.start, out)
+
+    @property
+    def fisher(self) -> NDArray[np.float32]:
+        """Read on first use."""
+        if not self._plan.fishers:
+            return NOTHING
+        if "fisher" not in self._made:
+            count = len(self._plan.fishers)
+            out = self._space.get("fisher", (count, self.size), np.float32)
+            for k, place in enumerate(self._plan.fishers):
+                number = 1 + len(self._plan.experts) + k
+                self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
+            self._made["fisher"] = out
+        return self._made["fisher"]
+
+    @property
+    def additive(self) -> NDArray[np.bool_]:
+        """From the plan."""
+        return np.array([source.kind == "low_rank" for source in self._plan.experts], np.bool_)
+
+    @property
+    def comparable(self) -> NDArray[np.bool_]:
+        """From the plan."""
+        return np.array([reference_of(self._plan, source) == "base" for source in self._plan.experts], np.bool_)
+
+    # -- what changed ---------------------------------------------------------------------------------------------
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Found on first use."""
+        if self._patches is None:
+            experts = np.arange(len(self._plan.experts))
+            places = self._space.get("places", (len(experts) + 1, self.size + 8), np.int32)
+            counts = np.zeros(len(experts) + 1, np.int64)
+            self._sort_out(places, counts)
+            groups = [*(experts[k : k + 1] for k in experts), experts]
+            if len(experts) == 1:
+                groups.pop()
+            self._patches = [
+                self._patch(row, group, places[row, : counts[row]]) for row, group in enumerate(groups) if counts[row]
+            ]
+        return self._patches
+
+    def _sort_out(self, places: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+        if not self._by_words:
+            self.kernels.changes(*self._compared(), places, counts)
+        elif self.kernels.changes_bf16(self._all_words(), places, counts):
+            # some number is none: decoding finds it and says where
+            _ = (self.base, self.expert)
+
+    def _compared(self) -> tuple[object, ...]:
+        reference, which = self._inputs.references(self._plan, self.base, self._space)
+        return self.base, self.expert, reference, which, self.additive, self._inputs.min_change
+
+    def _patch(self, row: int, experts: NDArray[np.int64], where: NDArray[np.int32]) -> Patch:
+        shape = (len(experts), where.size)
+        if self._keeps:
+            where, delta = where.copy(), np.empty(shape)
+        else:
+            delta = self._space.get(f"delta{row}", shape, np.float64)
+        if self._by_words:
+            self.kernels.deltas_bf16(self._all_words(), experts, where, delta)
+        else:
+            self.kernels.deltas(*self._compared(), experts, where, delta)
+        return Patch(experts, where, delta)
+
+    def base_at(self, where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Taken from the stored words where all are bf16."""
+        out = np.empty(where.size)
+        if self._by_words:
+            self.kernels.take_bf16(self.words(0), where, out)
+        else:
+            self.kernels.take(self.base, where, out)
+        return out
+
+    def stored_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Taken from the stored words where all are bf16."""
+        out = np.empty((len(experts), where.size))
+        for row, k in enumerate(experts.tolist()):
+            if self._by_words:
+                self.kernels.take_bf16(self.words(1 + k), where, out[row])
+            else:
+                self.kernels.take(self.expert[k], where, out[row])
+        return out
+
+    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Taken from the decoded block."""
+        out = np.empty((len(experts), where.size))
+        for row, k in enumerate(experts.tolist()):
+            self.kernels.take(self.fisher[k], where, out[row])
+        return out
+
+    # -- between stages -------------------------------------------------------------------------------------------
+
+    @property
+    def roomy(self) -> bool:
+        """Small tensors, as far as the memory of this run goes."""
+        return self._memo is not None and self._plan.size * KEPT_EACH <= self._memo.budget
+
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """From memory if it is there."""
+        if self._memo is None:
+            return make()
+        kept = self._memo.get(self._tensor, self.start, key)
+        if kept is None:
+            kept = make()
+            if self._keeps:
+                self._memo.put(self._tensor, self.start, key, kept)
+        return kept
+
+    def read_all(self) -> None:
+        """Reads what no stage has asked for, so that its bytes are in the provenance."""
+        assert self._hashes is not None
+        for number in range(1 + len(self._plan.experts) + len(self._plan.fishers)):
+            if self._hashes.reached.get(number, self._hashes.start) <= self.start:
+                if number > len(self._plan.experts):
+                    _ = self.fisher
+                elif self._by_words:
+                    self.words(number)
+                else:
+                    _ = (self.base, self.expert)
+
+
+def reads_words(plan: TensorPlan) -> bool:
+    """Whether base and experts are bf16 throughout, so that stored words say what changed."""
+    if plan.base is None or plan.base.dtype != "BF16" or not plan.experts:
+        return False
+    return all(source.place is not None and source.place.dtype == "BF16" for source in plan.experts)
+
+
+def reference_of(plan: TensorPlan, source: ExpertSource) -> str:
+    """What an expert is compared with: 'base', 'zeros' (it is a delta), or the narrower dtype to cast the base to."""
+    if source.kind == "low_rank":
+        return "zeros"
+    if source.place is not None and plan.base is not None and source.place.dtype not in ("F32", plan.base.dtype):
+        return source.place.dtype
+    return "base"

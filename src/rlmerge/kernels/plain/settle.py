@@ -1,0 +1,48 @@
+"""Values rounded once, put where they belong and compared, in NumPy (definitions: `compiled.settle`)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .codec import decode_bf16, decode_f16, encode_bf16, encode_f16, encode_f32
+
+RESIDUE = 2.0**-48
+
+
+def realised(base, stored_base, intended, stored, counts, sums):
+    """Compares intended updates with those that the stored values make."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        update = intended - base
+        update[~(np.abs(update) > RESIDUE * np.abs(base))] = 0.0
+        real = stored.astype(np.float64) - stored_base
+        counts += np.array([np.count_nonzero(update), np.count_nonzero((update != 0) & (real != 0))])
+        if base.size:
+            for place, terms in enumerate((update * update, real * real, update * real)):
+                sums[place] += np.cumsum(terms)[-1]
+
+
+def _settle(encode, decode, base, values, where, out, counts, sums):
+    words = np.empty(values.shape, out.dtype)
+    bad = encode(values, words)
+    out[where] = words
+    stored = words
+    if decode is not None:
+        stored = np.empty(values.shape, np.float32)
+        decode(words, stored)
+    realised(base, base, values, stored, counts, sums)
+    return bad
+
+
+def settle_bf16(base, values, where, out, counts, sums):
+    """Stores new values as bf16 words, and says what is left of the updates."""
+    return _settle(encode_bf16, decode_bf16, base, values, where, out, counts, sums)
+
+
+def settle_f16(base, values, where, out, counts, sums):
+    """As `settle_bf16`, for fp16."""
+    return _settle(encode_f16, decode_f16, base, values, where, out, counts, sums)
+
+
+def settle_f32(base, values, where, out, counts, sums):
+    """As `settle_bf16`, for fp32."""
+    return _settle(encode_f32, None, base, values, where, out, counts, sums)

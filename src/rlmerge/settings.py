@@ -1,0 +1,110 @@
+"""The settings of a run, before anything is computed: threads and memory, the points of a sweep, what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlmerge.errors import MismatchError, RecipeError
+from rlmerge.plan import Plan, stage_names
+from rlmerge.recipe import Recipe, load_recipe
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+KEPT_BYTES = 80 * 2**20
+"""Per thread, for what stages keep of a tensor for the next one (4.4 M coordinates, three sparse experts: 40 MB)."""
+
+
+def as_recipe(recipe: Recipe | Path | str) -> Recipe:
+    """The recipe itself, or the one that lies at this path."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_run(threads: int | None, kernels: str, shard_bytes: int) -> None:
+    """Raises RecipeError for settings of a run that cannot mean anything."""
+    if kernels not in ("auto", "numba", "numpy"):
+        raise RecipeError(f"--kernels {kernels!r}: choose numba, numpy (the same bits, slowly), or auto.")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"--threads {threads}: at least one is needed.")
+    if shard_bytes < 10**6:
+        raise RecipeError(f"--shard-size: {shard_bytes} bytes is too little; write at least 1MB, for instance 5GB.")
+
+
+def make_variants(recipe: Recipe, sweep: Sequence[dict[str, Any]]) -> tuple[Recipe, ...]:
+    """The recipe of each point of a sweep. Raises RecipeError for what cannot vary within one reading."""
+    fixed = sorted({key for point in sweep for key in point} & {"dtype", "out_dtype", "min_change", "on_mismatch"})
+    if fixed and len(sweep) > 1:
+        raise RecipeError(
+            f"--set {fixed[0]}: all points of a sweep share one reading, so {', '.join(fixed)} cannot vary in it: "
+            "run one merge for each value."
+        )
+    variants = tuple(recipe.with_settings(settings) for settings in sweep)
+    if len({stage_names(variant) for variant in variants}) > 1:
+        raise RecipeError(
+            "--set: the points of this sweep must measure different things, so they cannot share one reading: run one "
+            "merge for each value."
+        )
+    return variants
+
+
+def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The folder of each point of a sweep, by what varies: 'lambda=0.3,density=0.5'; '' for a single merge."""
+    keys = list(dict.fromkeys(key for point in sweep for key in point))
+    varying = [key for key in keys if len({str(point.get(key)) for point in sweep}) > 1]
+    names = [",".join(f"{key}={point[key]}" for key in varying if key in point) or "default" for point in sweep]
+    if len(sweep) == 1:
+        names = [",".join(f"{key}={value}" for key, value in sweep[0].items())]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"--set: a value is given twice: {', '.join(name or 'default' for name in names)}.")
+    return tuple(names) or ("",)
+
+
+def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
+    """Raises MismatchError if tokenizers differ although the vocabularies have one size; notes them if accepted."""
+    from rlmerge.checkpoint.tokenizer import compare_tokenizers
+
+    folders = list(dict.fromkeys([plan.donor.folder, *(model.folder for model in plan.models)]))
+    differences = tuple(compare_tokenizers(folders))
+    if differences and not accept:
+        listed = "\n  ".join(differences[:8]) + (
+            f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""
+        )
+        raise MismatchError(
+            f"the models have the same shapes but not the same tokenizer:\n  {listed}\n"
+            "  Their rows of the embedding may mean different tokens. If you know that this is harmless, add "
+            f"--accept-tokenizers: the output then has the tokenizer of {plan.donor.reference}."
+        )
+    return differences
+
+
+def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
+    """Threads that fit in `memory` bytes. Raises RecipeError if not even one does."""
+    if memory is None:
+        return threads
+    each, fixed = thread_bytes(plan), 250 * 2**20
+    if fixed + each > memory:
+        raise RecipeError(
+            f"--memory {memory / 1e6:.0f} MB is less than one thread needs: {(fixed + each) / 1e6:.0f} MB "
+            f"({fixed / 1e6:.0f} for Python and the kernels, {each / 1e6:.0f} for its buffers)."
+        )
+    return max(1, min(threads, (memory - fixed) // each))
+
+
+def thread_bytes(plan: Plan) -> int:
+    """Anonymous memory of one thread, at most: what stages keep, a block of stored words or decoded values, places,
+    deltas and updates in fp64, histograms, LoRA factors, for K experts.
+    """
+    count = len(plan.experts)
+    block = max((tensor.block for tensor in plan.tensors), default=0)
+    factors = 0
+    for tensor in plan.tensors:
+        for source in tensor.experts:
+            if source.a is not None and source.b is not None:
+                factors = max(factors, 4 * (source.a.nbytes + source.b.nbytes))
+    return KEPT_BYTES + block * (24 + count * 60) + count * 2**20 * len(plan.variants) + count * factors

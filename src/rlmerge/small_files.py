@@ -1,0 +1,156 @@
+"""The small files of an output: configuration, tokenizer, model card, and `rlmerge.json`, which says what was merged.
+
+All but run.log are the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
+from rlmerge.checkpoint.copied import other_files
+from rlmerge.checkpoint.header import Header
+from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
+from rlmerge.execute.folder import OutputFolder
+from rlmerge.execute.journal import Journal
+from rlmerge.plan import Plan
+from rlmerge.version import VERSION
+
+PROVENANCE = "rlmerge.json"
+
+
+def write_small_files(
+    target: OutputFolder, variant: int, report: dict[str, Any], journal: Journal, sha256: bool
+) -> None:
+    """Everything of an output but its weights; the provenance last."""
+    plan = target.plan
+    digests: dict[str, str] = {}
+
+    def put(name: str, data: bytes) -> None:
+        target.write_small(variant, name, data)
+        digests[name] = xxhash.xxh3_128_hexdigest(data)
+
+    dtype = _main_dtype(plan)
+    for path in other_files(plan.donor.folder):
+        data = path.read_bytes()
+        name = path.relative_to(plan.donor.folder).as_posix()
+        put(name, rewrite_config(data, dtype) if name == "config.json" and dtype else data)
+    index = index_json(plan.outputs)
+    if index is not None:
+        put(INDEX, index.encode())
+    put("README.md", _card(plan, variant, report).encode())
+    provenance = _provenance(plan, variant, report, journal, sha256) | {"files": digests}
+    target.write_small(variant, PROVENANCE, (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:
+    recipe = plan.variants[variant]
+    written = {entry.model: read_licence(model.folder) for entry, model in zip(recipe.experts, plan.models)}
+    licences = {entry.model: written[entry.model] for entry in recipe.models}
+    if plan.base is not None and recipe.base_model:
+        licences = {recipe.base_model: read_licence(plan.base.folder), **licences}
+    title = recipe.name or f"{recipe.merge_method} merge"
+    return model_card(title, recipe.to_dict(), recipe.to_yaml(), licences, report["total"])
+
+
+def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journal, sha256: bool) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "rlmerge": VERSION,
+        "recipe": plan.variants[variant].to_dict(),
+        "inputs": _inputs(plan, journal, sha256),
+        "files": {},
+        "weights": [
+            {"file": file.name, "size": file.size, "header": xxhash.xxh3_128_hexdigest(file.header)}
+            for file in plan.outputs
+        ],
+        "units": _written_units(plan, journal, variant),
+        "notes": [portable(note, plan) for note in plan.notes],
+        "statistics": report,
+    }
+
+
+def portable(note: str, plan: Plan) -> str:
+    """A note without paths of this machine: folders as the recipe writes them, the recipe by its file name."""
+    for checkpoint in (plan.donor, *plan.models):
+        for folder in (str(checkpoint.folder.absolute()), str(checkpoint.folder)):
+            note = note.replace(folder, checkpoint.reference)
+    source = plan.recipe.source_name
+    return note.replace(source, Path(source).name) if source else note
+
+
+def _main_dtype(plan: Plan) -> str | None:
+    """The dtype of most merged bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.carry is None:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size * WIDTH[tensor.dtype]
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
+    """Every model: reference as written, files with sizes and header digests, and the digest of the bytes read.
+
+    `xxh3` is the xxh3-128 of the digests of the units in plan order, each of which is the xxh3-128 of the unit's bytes.
+    A file that two models share is listed with both.
+    """
+    hubs: dict[Path, str] = {}
+    found = []
+    for role, reference, headers, number in _roles(plan):
+        state = xxhash.xxh3_128()
+        for unit in plan.unit_list():
+            read = journal.units[unit].read
+            state.update((read[number] if number < len(read) else "-").encode())
+        listed = [{"file": header.file.name, "size": header.size, "header": header.digest} for header in headers]
+        for item, header in zip(listed, headers if sha256 else ()):
+            if header.file not in hubs:
+                with open(header.file, "rb") as file:
+                    hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
+            item["sha256"] = hubs[header.file]
+        found.append({"role": role, "reference": reference, "files": listed, "xxh3": state.hexdigest()})
+    return found
+
+
+def _roles(plan: Plan) -> list[tuple[str, str | None, Sequence[Header], int]]:
+    """Base, experts, Fishers: role, reference, files, and number among the inputs of a unit."""
+    written = {entry.key: entry for entry in plan.recipe.models}
+    count = len(plan.experts)
+    roles: list[tuple[str, str | None, Sequence[Header], int]] = []
+    if plan.base is not None:
+        roles.append(("base", plan.recipe.base_model, plan.base.headers, 0))
+    for k, (key, model) in enumerate(zip(plan.experts, plan.models)):
+        roles.append((key, written[key].model, model.headers, 1 + k))
+    for k, (key, fisher) in enumerate(zip(plan.experts, plan.fishers)):
+        roles.append((f"fisher of {key}", written[key].fisher, fisher.headers, 1 + count + k))
+    return roles
+
+
+def _written_units(plan: Plan, journal: Journal, variant: int) -> dict[str, Any]:
+    """Per tensor, its units as [start, stop, xxh3 of the bytes written]."""
+    return {
+        tensor.name: [[*tensor.units[u], journal.units[t, u].written[variant]] for u in range(len(tensor.units))]
+        for t, tensor in enumerate(plan.tensors)
+    }
+
+
+def write_log(
+    target: OutputFolder, seconds: float, threads: int, kernels: str, resumed: int, units: int, bytes_read: int
+) -> None:
+    """run.log of the first variant: the only file of an output that differs from run to run."""
+    line = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 3),
+        "threads": threads,
+        "kernels": kernels,
+        "units_resumed": resumed,
+        "units": units,
+        "bytes_read": bytes_read,
+    }
+    target.write_small(0, "run.log", (json.dumps(line) + "\n").encode())
