@@ -84,7 +84,7 @@ class Place:
         found = {"rlmerge": [str(self.rlmerge), "merge", str(recipe), output, *RLMERGE_FLAGS]}
         if method.mergekit and not skip_mergekit:
             found["mergekit"] = [str(mergekit_env.executable()), str(recipe), output, *MERGEKIT_FLAGS]
-        return {**found, "floor": floor, "floor_fsync": [*floor, "--fsync"]}
+        return {**found, "plain": [*floor, "--threads", "1"], "floor": floor, "floor_fsync": [*floor, "--fsync"]}
 
     def clear(self) -> None:
         """Deletes the last run's output."""

@@ -90,6 +90,7 @@ def bench(place: Place, method: Method, runs: int, skip_mergekit: bool, say: Cal
         "input_mb": round(sum(path.stat().st_size for path in inputs) / 1e6, 1),
         "output_mb": round((place.data / "base" / "model.safetensors").stat().st_size / 1e6, 1),
         "contenders": results,
+        "rlmerge_over_plain": ratio(results, "rlmerge", "plain"),
         "rlmerge_over_floor": ratio(results, "rlmerge", "floor"),
         "rlmerge_over_floor_fsync": ratio(results, "rlmerge", "floor_fsync"),
         "mergekit_over_rlmerge": ratio(results, "mergekit", "rlmerge"),
@@ -161,7 +162,18 @@ def table(report: dict[str, Any]) -> Table:
     """The report's medians for the terminal."""
     size = report["size"]
     result = Table(title=f"{size['parameters'] / 1e6:.0f}M parameters, bf16, median of {size['runs']}", box=SIMPLE_HEAD)
-    for column in ("method", "tool", "wall s", "CPU s", "peak MB", "anon. MB", "× floor", "× fsync", "× rlmerge"):
+    for column in (
+        "method",
+        "tool",
+        "wall s",
+        "CPU s",
+        "peak MB",
+        "anon. MB",
+        "× plain",
+        "× floor",
+        "× fsync",
+        "× rlmerge",
+    ):
         result.add_column(column, justify="left" if column in ("method", "tool") else "right", no_wrap=True)
     for name, found in report["methods"].items():
         contenders = found["contenders"]
@@ -170,7 +182,7 @@ def table(report: dict[str, Any]) -> Table:
                 result.add_row(name, tool, "failed")
                 continue
             m = one["median"]
-            quotients = [ratio(contenders, tool, other) for other in ("floor", "floor_fsync", "rlmerge")]
+            quotients = [ratio(contenders, tool, other) for other in ("plain", "floor", "floor_fsync", "rlmerge")]
             result.add_row(
                 name,
                 tool,

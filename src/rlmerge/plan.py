@@ -25,7 +25,7 @@ from rlmerge.parameters import Resolver, count_layers
 from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
 
-BLOCK = 2**18
+BLOCK = 2**19
 """Coordinates of a block, at most: what a kernel sees at once (fewer with many experts)."""
 UNIT = 2**24
 """Coordinates of a unit of work, at most: what a journal line covers."""

@@ -45,9 +45,13 @@ def decode_f16(raw, out):
 def count_nonfinite(values):
     """The number of NaN and infinities in fp32[n]."""
     bits = values.view(np.uint32)
-    bad = 0
+    largest = np.uint32(0)
     for i in range(bits.shape[0]):
-        bad += (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+        largest = max(largest, np.uint32(bits[i] & np.uint32(0x7F800000)))
+    bad = 0
+    if largest == np.uint32(0x7F800000):
+        for i in range(bits.shape[0]):
+            bad += (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     return bad
 
 

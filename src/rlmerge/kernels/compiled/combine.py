@@ -59,6 +59,17 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
     """
     updates = 0
     draws = 0
+    if delta.shape[0] == 1:
+        # nobody else votes: the same sums with one term each
+        own = weight[0]
+        row = delta[0]
+        for j in range(row.shape[0]):
+            value = own * row[j]
+            mean = value / own if normalize & (own != 0.0) else value
+            out[j] = base[j] + scale * mean if value != 0.0 else base[j]
+            updates += value != 0.0
+        counts[0] += updates
+        return
     total = np.empty(TILE, np.float64)
     sum_ = np.empty(TILE, np.float64)
     divisor = np.empty(TILE, np.float64)

@@ -121,7 +121,9 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     Kept: score above threshold[e], or equal to it and hash ≤ cut[e]. Adds to kept int64[E]; dropped uint8[m] is set to
     1 where some expert's eligible coordinate was cut. `score`, threshold, cut and keys may have one row for all.
     """
-    tied = np.empty(values.shape[1] + 1, np.int32)
+    flags = np.empty(TILE, np.uint8)
+    places = np.empty(TILE + 8, np.int32)
+    table = bit_places()
     for k in range(values.shape[0]):
         row = 0 if score.shape[0] == 1 else k
         value = values[k]
@@ -135,17 +137,17 @@ def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
             number += eligible & keep
             dropped[j] |= np.uint8(eligible & (size[j] < bound))
             value[j] = value[j] if keep else 0.0
-        if bound > 0.0 and cut[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
-            found = 0
-            for j in range(value.shape[0]):
-                tied[found] = j
-                found += (size[j] == bound) & (value[j] != 0.0)
-            for place in range(found):
-                j = tied[place]
-                lost = hash64(keys[row], np.uint64(start + where[j])) > cut[row]
-                value[j] = 0.0 if lost else value[j]
-                dropped[j] |= np.uint8(lost)
-                number -= lost
+        if bound > np.float32(0.0) and cut[row] != np.uint64(0xFFFFFFFFFFFFFFFF):
+            for first in range(0, value.shape[0], TILE):
+                some = size[first : first + TILE]
+                for j in range(some.shape[0]):
+                    flags[j] = np.uint8((some[j] == bound) & (value[first + j] != 0.0))
+                for place in range(select(flags, some.shape[0], first, table, places, 0)):
+                    j = np.uint64(places[place])
+                    lost = hash64(keys[row], np.uint64(start + where[j])) > cut[row]
+                    value[j] = 0.0 if lost else value[j]
+                    dropped[j] |= np.uint8(lost)
+                    number -= lost
         kept[k] += number
 
 
