@@ -99,7 +99,7 @@ def run(command: list[str], cwd: Path, log: Path, env: dict[str, str] | None = N
     Raises CommandError if it cannot be started or does not exit with 0.
     """
     load = os.getloadavg()[0]
-    environment = {**os.environ, **(env or {})}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | (env or {})
     with log.open("wb") as out:
         began = time.perf_counter()
         try:
