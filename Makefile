@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-long check bench docs clean
+.PHONY: install demo test test-long check bench bench-kernels docs clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# Every compiled kernel on one block.
+bench-kernels: $(STAMP)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name benchmarks/bench_kernels.py
 
 clean:
 	rm -rf .venv build demo-out .pytest_cache .ruff_cache .hypothesis

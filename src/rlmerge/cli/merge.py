@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import sys
 from argparse import Namespace
@@ -30,6 +31,7 @@ def hold_memory() -> None:
     """Asks glibc to keep freed memory and to share one arena: block arrays come and go by the thousand, and giving
     their pages back to the kernel each time costs a third of a merge. Elsewhere, nothing.
     """
+    gc.set_threshold(50_000, 50, 50)  # numba brings many objects that live as long as we do
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-1, 2**30), (-3, 2**30), (-2, 2**26), (-8, 1)):  # trim, mmap threshold; top pad; arenas

@@ -160,6 +160,12 @@ class Inputs:
         """Raises NonFiniteError for the first value that is none."""
         where = int(np.flatnonzero(~np.isfinite(values))[0])
         entry = self.plan.files[place.file]
+        if place in tensor.fishers:
+            raise NonFiniteError(
+                f"{entry.path}: the Fisher of tensor {tensor.name!r} holds {values[where]} at coordinate "
+                f"{start + where}. A Fisher is a mean of squared gradients; these overflowed, or the file is damaged.\n"
+                "  Estimate it again with fp32 gradients, or set `sensitivity: delta2`, which needs none."
+            )
         raise NonFiniteError(
             f"{entry.path}: tensor {tensor.name!r} holds {values[where]} at coordinate {start + where}. A merge would "
             "spread it.\n  Repair or leave out this model, or exclude the tensor (`exclude:`); `allow_nonfinite: true` "

@@ -27,15 +27,25 @@ class Total:
 
     def __init__(self, stage: Stage, experts: int) -> None:
         self.stage = stage
-        self.total = stage.empty(experts)
+        self._experts = experts
+        self._total: Summary | None = None
         self._next = 0
         self._early: dict[int, Summary] = {}
+
+    @property
+    def total(self) -> Summary:
+        """The sum so far."""
+        return self.stage.empty(self._experts) if self._total is None else self._total
 
     def add(self, place: int, part: Summary) -> None:
         """Adds the summary of unit number `place`; those after it wait for it."""
         self._early[place] = part
         while self._next in self._early:
-            self.stage.combine(self.total, self._early.pop(self._next))
+            part = self._early.pop(self._next)
+            if self._total is None:
+                self._total = part
+            else:
+                self.stage.combine(self._total, part)
             self._next += 1
 
     def check(self, units: int) -> None:

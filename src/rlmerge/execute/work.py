@@ -1,4 +1,4 @@
-"""The two pure functions of execution: measure one unit for a stage, merge one unit. Functions of a plan and of paths.
+"""The two steps of execution: measure one unit for a stage, merge one unit.
 
 Everything that varies between runs (threads, order, machine) stays outside: given a plan, the results of finished
 stages and a unit, the outcome is determined to the bit.
