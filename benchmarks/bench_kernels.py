@@ -80,7 +80,7 @@ def cases(d: Data) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "kept_norms alone": ("kept_norms", (d.delta, 2, zeros(1))),
         "fisher_sums": ("fisher_sums", (d.fishers, zeros(3), zeros(3, dtype=np.int64))),
         "take_bf16 alone": ("take_bf16", (d.words[0], d.where, zeros(m))),
-        "compose alone": ("compose", (d.base, NONE, d.delta, np.full(1, 1.1), 1.0, zeros(1, dtype=bool), *flags, zeros(m))),
+        "compose alone": ("compose", (d.base, NONE, d.delta, np.ones(1), 1.1, zeros(1, dtype=bool), *flags, zeros(m))),
         "ties alone": ("ties", (d.base, d.delta, np.ones(1), 1.0, True, 0, zeros(m), zeros(2, dtype=np.int64))),
         "settle_bf16 alone": ("settle_bf16", (d.base, moved, d.where, d.words[0].copy(), *survival)),
     }  # fmt: skip
