@@ -47,7 +47,7 @@ bench: $(STAMP)
 
 # Every compiled kernel on one block.
 bench-kernels: $(STAMP)
-	$(BIN)/python -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name benchmarks/bench_kernels.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -o addopts= --benchmark-columns=median,iqr,rounds --benchmark-sort=name benchmarks/bench_kernels.py
 
 clean:
 	rm -rf .venv build demo-out .pytest_cache .ruff_cache .hypothesis

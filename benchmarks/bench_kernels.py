@@ -82,7 +82,7 @@ def cases(d: Data) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "take_bf16 alone": ("take_bf16", (d.words[0], d.where, zeros(m))),
         "compose alone": ("compose", (d.base, NONE, d.delta, np.ones(1), 1.1, zeros(1, dtype=bool), *flags, zeros(m))),
         "ties alone": ("ties", (d.base, d.delta, np.ones(1), 1.0, True, 0, zeros(m), zeros(2, dtype=np.int64))),
-        "settle_bf16 alone": ("settle_bf16", (d.base, moved, d.where, d.words[0].copy(), *survival)),
+        "settle_bf16 alone": ("settle_bf16", (d.base, moved, moved, d.where, d.words[0].copy(), *survival)),
     }  # fmt: skip
 
 

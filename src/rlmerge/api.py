@@ -100,7 +100,7 @@ def merge_to_folder(
     variants = make_variants(recipe, sweep)
     names = sweep_names(sweep)
     with recipe.located():
-        plan = make_plan(recipe, variants, shard_bytes)
+        plan = make_plan(variants[0] if variants else recipe, variants, shard_bytes)
     notes = (*plan.notes, *check_tokenizers(plan, accept_tokenizers))
     target = OutputFolder(plan, Path(out), names, overwrite, fsync)
     target.tidy()

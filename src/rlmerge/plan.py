@@ -7,7 +7,7 @@ the versions, the recipe and the inputs, so that a run is only ever continued by
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -65,7 +65,8 @@ class TensorPlan:
     block      coordinates of a block; units are multiples of it
     units      [start, stop) in coordinates
     fishers    also of a tensor that is carried: they count in the mean of a Fisher
-    repeats    whether it is the second copy of a tied tensor
+    repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
+               Fishers of that one, so that the copies stay equal
     """
 
     name: str
@@ -77,12 +78,17 @@ class TensorPlan:
     carry: str | None
     block: int
     units: tuple[tuple[int, int], ...]
-    repeats: bool = False
+    repeats: str = ""
 
     @property
     def size(self) -> int:
         """Number of coordinates."""
         return prod(self.shape)
+
+    @property
+    def known_as(self) -> str:
+        """The name that decides parameters and random numbers."""
+        return self.repeats or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +210,7 @@ def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int 
     if len(keys) > 64:
         raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
     matched = match(donor, list(models.values()), list(recipe.include), list(recipe.exclude), recipe.on_mismatch)
-    fishers, fisher_notes = _open_fishers(recipe, variants, donor, keys)
+    fishers, fisher_notes = _open_fishers(recipe, variants, donor, keys, matched.tied)
     layers = count_layers(donor.tensors, donor.config)
     files = _Files()
     files.add(donor, "base" if base is not None else recipe.models[0].key)
@@ -230,7 +236,7 @@ def _written(recipe: Recipe, key: str) -> str:
 
 
 def _open_fishers(
-    recipe: Recipe, variants: Sequence[Recipe], donor: Checkpoint, keys: tuple[str, ...]
+    recipe: Recipe, variants: Sequence[Recipe], donor: Checkpoint, keys: tuple[str, ...], tied: Mapping[str, str]
 ) -> tuple[tuple[FisherFolder, ...], list[str]]:
     """The Fishers, if the method reads them; all experts have one or none has."""
     paths = recipe.fisher_paths
@@ -255,7 +261,8 @@ def _open_fishers(
     shared = [name for name in donor.tensors if all(name in folder.tensors for folder in folders)]
     if not shared:
         raise FisherError("the Fishers have no tensor in common, so their scales cannot be compared.")
-    lacking = [name for name in donor.tensors if name not in shared]
+    copies = {*(tied.get(name, name) for name in shared), *(name for name, first in tied.items() if first in shared)}
+    lacking = [name for name in donor.tensors if name not in shared and name not in copies]
     notes = []
     if lacking:
         notes.append(
@@ -290,9 +297,11 @@ def _plan_tensor(
     reason = matched.carried.get(info.name)
     block = _block_size(info.shape, len(matched.merged.get(info.name, ())))
     units = tuple(_ranges(info.size, UNIT // block * block))
-    shared = all(info.name in folder.tensors for folder in fishers)
-    places = tuple(files.place(folder.tensors[info.name]) for folder in fishers) if shared else ()
-    repeats = info.name in matched.tied
+    repeats = matched.tied.get(info.name, "")
+    # a Fisher has a tied tensor once, under the name that its file has
+    copies = {info.name, repeats, *(name for name, first in matched.tied.items() if first in (info.name, repeats))}
+    named = next((name for name in sorted(copies - {""}) if fishers and all(name in f.tensors for f in fishers)), None)
+    places = tuple(files.place(folder.tensors[named]) for folder in fishers) if named else ()
     if reason is not None:
         base = files.place(info)
         return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats)

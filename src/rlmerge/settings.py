@@ -84,7 +84,8 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
 
 
 def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
-    """Threads that fit in `memory` bytes. Raises RecipeError if not even one does."""
+    """Threads that have work and fit in `memory` bytes. Raises RecipeError if not even one does."""
+    threads = max(1, min(threads, len(plan.unit_list())))
     if memory is None:
         return threads
     each, fixed = thread_bytes(plan), 250 * 2**20

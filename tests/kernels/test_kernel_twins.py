@@ -234,8 +234,8 @@ def test_settle(name, dtype, size, data):
     out = np.full(2 * size, 7, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         found = agree(
-            f"settle_{name}", base=base, values=values, where=where, out=out, counts=np.ones(2, np.int64),
-            sums=np.array([0.1, 0.2, 0.3]),
+            f"settle_{name}", base=base, intended=values * 1.5, values=values, where=where, out=out,
+            counts=np.ones(2, np.int64), sums=np.array([0.1, 0.2, 0.3]),
         )  # fmt: skip
     encoded = np.empty(size, dtype)
     bad = getattr(PLAIN, f"encode_{name}")(values, encoded)

@@ -8,7 +8,7 @@ comparing their bytes: a base whose embedding and head are one matrix stays so, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -48,13 +48,13 @@ class Matched:
     carried  base tensor name -> why it is copied from the base: 'dtype' (double, integer, boolean), 'empty', 'buffer'
              (recomputed by every model, such as rotary_emb.inv_freq), 'excluded', 'mismatch'
     notes    what the user should know: ignored aliases and buffers, mismatches taken from the base
-    tied     base tensors that repeat another one, which a tied base stores twice
+    tied     base tensors that repeat another one, which a tied base stores twice -> that one
     """
 
     merged: dict[str, tuple[Source, ...]]
     carried: dict[str, str]
     notes: list[str]
-    tied: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 def match(
@@ -79,6 +79,10 @@ def match(
     chosen = _select(names, include, exclude)
     carried = {n: why for n, info in base.tensors.items() if (why := _why_carried(info, n in chosen))}
     wanted = [name for name in base.tensors if name not in carried]
+    split = _split(base, carried)
+    if split:
+        carried |= dict.fromkeys(split, "excluded")
+        wanted = [name for name in wanted if name not in split]
     found = [_match_one(base, expert, wanted, chosen) for expert in experts]
     ties, tie_notes = _ties(base, wanted) if not all(expert.adapter for expert in experts) else ([], [])
     for one in found:
@@ -86,6 +90,7 @@ def match(
     problems = [problem for one in found for problem in one.problems]
     if problems and on_mismatch == "error":
         raise MismatchError(_describe(problems))
+    tie_notes += [f"{name} is tied to an excluded tensor: excluded, too." for name in sorted(split)]
     notes = [*tie_notes, *(note for one in found for note in one.notes)]
     if problems:
         notes.append(
@@ -94,8 +99,8 @@ def match(
         )
     carried |= {problem.name: "mismatch" for problem in problems if problem.name in base.tensors}
     merged = {n: tuple(one.sources[n] for one in found) for n in wanted if n not in carried}
-    repeated = frozenset(second for _, second in ties)
-    return Matched(merged, {n: carried[n] for n in base.tensors if n in carried}, notes, repeated)
+    tied = {second: first for first, second in reversed(ties)}
+    return Matched(merged, {n: carried[n] for n in base.tensors if n in carried}, notes, tied)
 
 
 @dataclass(frozen=True)
@@ -259,6 +264,12 @@ def _ties(base: Checkpoint, names: list[str]) -> tuple[list[tuple[str, str]], li
                     "values: both are merged, and a loader that ties them will use one."
                 )
     return pairs, notes
+
+
+def _split(base: Checkpoint, carried: dict[str, str]) -> set[str]:
+    """Matrices whose tied copy is excluded while they are not: a loader would use one of the two."""
+    pairs, _ = _ties(base, [name for name in base.tensors if carried.get(name, "excluded") == "excluded"])
+    return {name for pair in pairs for name, other in (pair, pair[::-1]) if other in carried and name not in carried}
 
 
 def _untied(base: Checkpoint, ties: list[tuple[str, str]], found: _Found) -> list[_Problem]:

@@ -48,7 +48,9 @@ class InputBlock(Block):
         self._hashes = hashes
         self._memo = memo
         self._keeps = memo is not None and memo.budget > 0 and not last
-        self._by_words = reads_words(self._plan) and not inputs.allow_nonfinite
+        # stored words show what differs, not by how much, nor what is no number
+        plain = inputs.min_change == 0.0 and not inputs.allow_nonfinite
+        self._by_words = plain and reads_words(self._plan)
         self._read: set[int] = set()
         self._made: dict[str, NDArray[np.float32]] = {}
         self._patches: list[Patch] | None = None

@@ -50,6 +50,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.fsync = fsync
         self._handles: dict[tuple[int, int], int] = {}
+        self._units = set(plan.unit_list())
         self._file_of = {name: i for i, file in enumerate(plan.outputs) for name in file.offsets}
         self._lock: int | None = None
 
@@ -192,6 +193,8 @@ class OutputFolder:
                 ) from error
 
     def _is_written(self, key: tuple[int, int], digests: list[str]) -> bool:
+        if key not in self._units or len(digests) != len(self.names):
+            return False  # a damaged journal
         tensor = self.plan.tensors[key[0]]
         place = self._file_of[tensor.name]
         start, stop = tensor.units[key[1]]
@@ -199,7 +202,7 @@ class OutputFolder:
         offset = self.plan.outputs[place].offsets[tensor.name]
         ranges = (offset + start * width, offset + stop * width)
         handles = [self._handles[variant, place] for variant in range(len(self.names))]
-        return all(hash_range(handle, *ranges) == digest for handle, digest in zip(handles, digests))
+        return all(hash_range(handle, *ranges) == digest for handle, digest in zip(handles, digests, strict=True))
 
     def write_small(self, variant: int, name: str, data: bytes) -> None:
         """Writes one small file of an output, whole."""

@@ -247,7 +247,7 @@ def cast(
     if dtype == "F32":
         bad = kernels.encode_f32(values, out)
         return out.view(np.uint8), bad
-    words = space.get("words", (values.shape[0],), np.uint16)
+    words = space.get("cast words", (values.shape[0],), np.uint16)
     encode, decode = (
         (kernels.encode_bf16, kernels.decode_bf16) if dtype == "BF16" else (kernels.encode_f16, kernels.decode_f16)
     )

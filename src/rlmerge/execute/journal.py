@@ -112,13 +112,22 @@ class Journal:
                     break
                 if number == 0:
                     self._check(path, line, digest, stamps)
-                elif "stage" in line:
-                    self.results.put(line["group"], line["tensor"], line["stage"], line["result"])
-                elif "unit" in line:
-                    record = UnitRecord(**line["unit"])
-                    self.units[record.tensor, record.unit] = record
+                elif not self._take(line):
+                    break  # damaged: what follows is done again
                 good += len(raw)
         return good
+
+    def _take(self, line: dict[str, Any]) -> bool:
+        """One line of an earlier run; False if it is none of ours."""
+        try:
+            if "stage" in line:
+                self.results.put(line["group"], line["tensor"], line["stage"], dict(line["result"]))
+            else:
+                record = UnitRecord(**line["unit"])
+                self.units[int(record.tensor), int(record.unit)] = record
+        except (KeyError, TypeError, ValueError):
+            return False
+        return True
 
     @staticmethod
     def _check(path: Path, line: dict[str, Any], digest: str, stamps: list[list[int]]) -> None:

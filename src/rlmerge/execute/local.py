@@ -260,10 +260,13 @@ class LocalRun:
                 busy += 1
             try:
                 finish = work(item)
-            finally:
+            except BaseException:
                 with self._lock:
                     busy -= 1
+                raise
             with self._lock:
+                # in one breath: between the two, others would see neither work under way nor what follows from it
+                busy -= 1
                 if not failures:
                     finish()
                     self.tick(self.worker.inputs.bytes_read)

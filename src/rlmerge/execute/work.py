@@ -68,8 +68,8 @@ class Worker:
         """What the method of a variant knows of a tensor."""
         if (variant, tensor) not in self._tasks:
             plan, recipe = self.plan.tensors[tensor], self.plan.variants[variant]
-            resolved = self.resolvers[variant].resolve(plan.name)
-            keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.name) for expert in self.plan.experts]
+            resolved = self.resolvers[variant].resolve(plan.known_as)
+            keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.known_as) for expert in self.plan.experts]
             self._tasks[variant, tensor] = Task(
                 plan.name,
                 plan.shape,
@@ -77,9 +77,9 @@ class Worker:
                 resolved.values,
                 {name: np.array(values) for name, values in resolved.per_model.items()},
                 np.array(keys, np.uint64),
-                hash_key(recipe.seed, recipe.merge_method, "", plan.name),
+                hash_key(recipe.seed, recipe.merge_method, "", plan.known_as),
                 bool(plan.fishers),
-                plan.repeats,
+                bool(plan.repeats),
             )
         return self._tasks[variant, tensor]
 
@@ -176,7 +176,8 @@ class Worker:
         settle = {"BF16": "settle_bf16", "F16": "settle_f16", "F32": "settle_f32"}[plan.dtype]
         for change in changes:
             values = self._rounded(plan, variant, block, change.values, change.where)
-            bad += getattr(self.kernels, settle)(change.old, values, change.where, out, counts, sums)
+            settled = getattr(self.kernels, settle)
+            bad += settled(change.old, change.values, values, change.where, out, counts, sums)
         if self.inputs.allow_nonfinite:
             # the base itself may hold some, where nobody changed it
             stored = out if plan.dtype == "F32" else decode_words(out, plan.dtype, self.kernels)
@@ -215,7 +216,7 @@ class Worker:
         if recipe.rounding != "stochastic":
             return values
         values = values.copy()
-        key = np.uint64(hash_key(recipe.seed, "rounding", "", plan.name))
+        key = np.uint64(hash_key(recipe.seed, "rounding", "", plan.known_as))
         self.kernels.round_stochastically(values, where, block.start, key, *FORMATS[plan.dtype])
         return values
 

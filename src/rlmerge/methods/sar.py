@@ -113,8 +113,7 @@ def _settle(
     weight = task.per_model["weight"][patch.experts]
     delta = patch.delta
     if (weight != 1.0).any():
-        delta = weight[:, None] * delta
-        delta[weight == 0.0] = 0.0
+        delta = np.where(weight[:, None] != 0.0, delta, 0.0) * weight[:, None]
     rows = np.zeros(1, np.int64) if task.values["score"] == "merged" else patch.experts
     size = patch.where.size
     whole, dropped = np.ones(size, np.uint8), np.zeros(size, np.uint8)

@@ -77,7 +77,8 @@ class PairConflict(Stage):
         """φ as a symmetric matrix, flattened by JSON into lists; 0 for pairs that never overlap."""
         overlap = total["overlap"].astype(np.float64)
         share = np.divide(total["conflict"], overlap, out=np.full(overlap.shape, 0.5), where=overlap > 0)
-        phi = np.where(share < 0.5, 1.0 - share / (1.0 - share), 0.0)
+        odds = np.divide(share, 1.0 - share, out=np.ones(share.shape), where=share < 0.5)
+        phi = 1.0 - odds
         upper = np.triu(phi, 1)
         return {"phi": (upper + upper.T).tolist()}
 

@@ -63,6 +63,9 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
         # nobody else votes: the same sums with one term each
         own = weight[0]
         row = delta[0]
+        if own == 0.0:
+            out[:] = base
+            return
         for j in range(row.shape[0]):
             value = own * row[j]
             mean = value / own if normalize & (own != 0.0) else value
@@ -81,12 +84,16 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
         divisor[:] = 0.0
         any_[:] = False
         for k in range(delta.shape[0]):
+            if weight[k] == 0.0:
+                continue
             row = delta[k, first : first + size]
             for j in range(size):
                 value = weight[k] * row[j]
                 total[j] += value
                 any_[j] |= value != 0.0
         for k in range(delta.shape[0]):
+            if weight[k] == 0.0:
+                continue
             row = delta[k, first : first + size]
             for j in range(size):
                 value = weight[k] * row[j]

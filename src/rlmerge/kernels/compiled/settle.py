@@ -37,10 +37,10 @@ def _compare(base, stored_base, intended, stored, counts, sums):
 
 
 @kernel
-def settle_bf16(base, values, where, out, counts, sums):
+def settle_bf16(base, intended, values, where, out, counts, sums):
     """Stores new values fp64[m] as bf16 words at `where` in out uint16[n], and says what is left of the updates.
 
-    base fp64[m] holds the old ones, exact in bf16. Adds to counts and sums as `realised`. Returns how many results are
+    base fp64[m] holds the old ones, exact in bf16, intended fp64[m] the new ones before a stochastic rounding. Adds to counts and sums as `realised`. Returns how many results are
     NaN or infinite.
     """
     words = np.empty(TILE, np.uint16)
@@ -53,7 +53,7 @@ def settle_bf16(base, values, where, out, counts, sums):
         old = base[first : first + size]
         bad += encode_bf16(some, words[:size])
         decode_bf16(words[:size], stored[:size])
-        _compare(old, old, some, stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, sum_)
         for j in range(size):
             out[where[first + j]] = words[j]
     for place in range(3):
@@ -62,7 +62,7 @@ def settle_bf16(base, values, where, out, counts, sums):
 
 
 @kernel
-def settle_f16(base, values, where, out, counts, sums):
+def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
     words = np.empty(TILE, np.uint16)
     stored = np.empty(TILE, np.float32)
@@ -74,7 +74,7 @@ def settle_f16(base, values, where, out, counts, sums):
         old = base[first : first + size]
         bad += encode_f16(some, words[:size])
         decode_f16(words[:size], stored[:size])
-        _compare(old, old, some, stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, sum_)
         for j in range(size):
             out[where[first + j]] = words[j]
     for place in range(3):
@@ -83,7 +83,7 @@ def settle_f16(base, values, where, out, counts, sums):
 
 
 @kernel
-def settle_f32(base, values, where, out, counts, sums):
+def settle_f32(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for out fp32[n]."""
     stored = np.empty(TILE, np.float32)
     sum_ = np.zeros(3, np.float64)
@@ -93,7 +93,7 @@ def settle_f32(base, values, where, out, counts, sums):
         some = values[first : first + size]
         old = base[first : first + size]
         bad += encode_f32(some, stored[:size])
-        _compare(old, old, some, stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, sum_)
         for j in range(size):
             out[where[first + j]] = stored[j]
     for place in range(3):

@@ -25,6 +25,7 @@ def task_arithmetic(base, delta, weight, scale, out):
 
 def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
     """Elects a sign per coordinate and joins those who agree with it."""
+    delta, weight = delta[weight != 0.0], weight[weight != 0.0]  # 0 removes an expert, whatever it holds
     values = weight[:, None] * delta
     total = np.zeros(base.shape)
     for value in values:

@@ -21,7 +21,7 @@ def realised(base, stored_base, intended, stored, counts, sums):
                 sums[place] += np.cumsum(terms)[-1]
 
 
-def _settle(encode, decode, base, values, where, out, counts, sums):
+def _settle(encode, decode, base, intended, values, where, out, counts, sums):
     words = np.empty(values.shape, out.dtype)
     bad = encode(values, words)
     out[where] = words
@@ -29,20 +29,20 @@ def _settle(encode, decode, base, values, where, out, counts, sums):
     if decode is not None:
         stored = np.empty(values.shape, np.float32)
         decode(words, stored)
-    realised(base, base, values, stored, counts, sums)
+    realised(base, base, intended, stored, counts, sums)
     return bad
 
 
-def settle_bf16(base, values, where, out, counts, sums):
+def settle_bf16(base, intended, values, where, out, counts, sums):
     """Stores new values as bf16 words, and says what is left of the updates."""
-    return _settle(encode_bf16, decode_bf16, base, values, where, out, counts, sums)
+    return _settle(encode_bf16, decode_bf16, base, intended, values, where, out, counts, sums)
 
 
-def settle_f16(base, values, where, out, counts, sums):
+def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
-    return _settle(encode_f16, decode_f16, base, values, where, out, counts, sums)
+    return _settle(encode_f16, decode_f16, base, intended, values, where, out, counts, sums)
 
 
-def settle_f32(base, values, where, out, counts, sums):
+def settle_f32(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp32."""
-    return _settle(encode_f32, None, base, values, where, out, counts, sums)
+    return _settle(encode_f32, None, base, intended, values, where, out, counts, sums)
