@@ -9,6 +9,8 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── OutputError                 the output folder: exists, locked, another plan's, disk full
+├── EvaluationError, TaskError, VerifierError, WorkerError, ResultsError    what `evaluate` cannot do (defined there)
+├── SandboxError                model-written code cannot be isolated here (`evaluate.sandbox`)
 └── MissingExtraError           an optional dependency, with the pip command that brings it
 """
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "explain": "Print which parameters hold for which tensors.",
     "methods": "List the merge methods, or describe one.",
     "convert": "Convert pickled weights to safetensors.",
+    "compare": "Compare models on the same problems, from results files.",
+    "eval": "Evaluate a model on tasks with verifiable answers.",
     "verify": "Compare every byte of an output with its rlmerge.json.",
 }
 """Each is a module of this package, imported when it is asked for: DESCRIPTION, USAGE, declare(parser), run(given)."""

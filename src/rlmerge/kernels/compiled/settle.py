@@ -40,8 +40,8 @@ def _compare(base, stored_base, intended, stored, counts, sums):
 def settle_bf16(base, intended, values, where, out, counts, sums):
     """Stores new values fp64[m] as bf16 words at `where` in out uint16[n], and says what is left of the updates.
 
-    base fp64[m] holds the old ones, exact in bf16, intended fp64[m] the new ones before a stochastic rounding. Adds to counts and sums as `realised`. Returns how many results are
-    NaN or infinite.
+    base fp64[m] holds the old values, exact in bf16; intended fp64[m] the new ones before a stochastic rounding, if
+    there was one. Adds to counts and sums as `realised`. Returns how many results are NaN or infinite.
     """
     words = np.empty(TILE, np.uint16)
     stored = np.empty(TILE, np.float32)
