@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,8 @@ from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.tasks import SHARES, TaskError, human_eval, load_task, reasoning, split_of
 from rlmerge.evaluate.tasks.splits import Draft, stream
 
-SMOLLM2 = Path("/work/lab-runs/smollm2")
+SMOLLM2 = Path(os.environ.get("RLMERGE_SMOLLM2", "smollm2"))
+"""A folder of the model (`python -m rlmerge.lab base` makes one): how long its tokenizer finds the working."""
 
 
 def test_shares_of_the_splits() -> None:

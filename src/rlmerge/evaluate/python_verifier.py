@@ -14,6 +14,7 @@ put before the code.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def make_verifier(unsafe: bool = False, timeout: float = 5.0, memory_mb: int = 2
     return PythonVerifier(Pool(isolation, Limits(wall=timeout, memory_mb=memory_mb), workers))
 
 
-class _Check:
+class _Check(ABC):
     """One completion with its tests."""
 
     def __init__(self, code: str, tests: Mapping[str, Any]) -> None:
@@ -85,8 +86,9 @@ class _Check:
         correct, reason = self.run(client)
         return Verdict(correct, " ".join(reason.split())[:_REASON])
 
+    @abstractmethod
     def run(self, client: Client) -> tuple[bool, str]:
-        raise NotImplementedError
+        """Whether the tests pass, and what happened."""
 
 
 class _Cases(_Check):
