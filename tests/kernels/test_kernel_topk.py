@@ -30,7 +30,9 @@ class Sizes(topk.Scorer):
     def score(self, block, task, results):
         """Coordinates that one changed alone, by expert, and those that several changed."""
         return [
-            topk.Ranked(patch.experts, patch.where, patch.delta.copy(), np.abs(patch.delta).astype(np.float32))
+            topk.Ranked(
+                patch.experts, patch.where, patch.delta.copy(), np.abs(patch.delta).astype(np.float32), patch.experts
+            )
             for patch in block.patches
         ]
 
@@ -50,14 +52,14 @@ class Changes:
         self.start, self.kernels = start, kernels
 
 
-def keep(values, density, kernels, step, scope="tensor"):
-    """The mask that the stages and the trim leave, measured in blocks of `step` coordinates, each a unit of its own."""
+def measure(values, density, kernels, step, scope="tensor", order=0):
+    """Blocks of `step` coordinates, each a unit of its own, the task, and the results of the stages."""
     count, size = values.shape
     task = Task("t", (size,), tuple("abcde"[:count]), {}, {"density": np.full(count, density)},
                 np.arange(count).astype(np.uint64), KEY, False)  # fmt: skip
     blocks = [Changes(np.ascontiguousarray(values[:, s : s + step]), s, kernels) for s in range(0, size, step)]
     results = {}
-    for stage in topk.top_k(Sizes(), scope):
+    for stage in topk.top_k(Sizes(), scope, order):
         total = stage.empty(count)
         if stage.needed(task, results):
             for block in blocks:
@@ -65,12 +67,18 @@ def keep(values, density, kernels, step, scope="tensor"):
                 stage.measure(block, task, results, part)
                 stage.combine(total, part)
         results[stage.name] = stage.reduce(total, task, results)
+    return blocks, task, results
+
+
+def keep(values, density, kernels, step, scope="tensor"):
+    """The mask that the stages and the trim leave."""
+    blocks, task, results = measure(values, density, kernels, step, scope)
     mask = np.zeros(values.shape, bool)
     for block in blocks:
         for patch, part in zip(block.patches, Sizes().score(block, task, results)):
             where, left, kept, dropped = topk.cut(part, block, task, results)
             assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
-            if len(patch.experts) > 1 or count == 1:
+            if len(patch.experts) > 1 or len(values) == 1:
                 lost = (patch.delta != 0) & ~np.isin(patch.where, where[(left != 0).any(axis=0)])
                 assert where.size < patch.where.size or (dropped[lost[0][: where.size]] == 1).all()
             mask[np.ix_(patch.experts, block.start + where)] |= left != 0
@@ -126,3 +134,27 @@ def test_larger_tensors_do_not_gather_hashes(monkeypatch):
     assert keep(values, 0.5, PLAIN, 64)[0].tolist() == expected.tolist()
     monkeypatch.setattr(topk, "EXACT", 200)
     assert keep(values, 0.5, PLAIN, 64)[0].sum() == 100
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, COMPILED], ids=["numpy", "numba"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_histograms_carry_the_norms_of_large_tensors(monkeypatch, kernels, order, scope):
+    """Σ before the cut, and after it with the share of the ties that stays, as adding up the sorted values does."""
+    monkeypatch.setattr(topk, "EXACT", 50)
+    rng = np.random.default_rng(order)
+    close = (np.float32(1.0) + np.arange(400) * np.float32(2.0**-23)).astype(np.float32)  # one coarse bin, many values
+    for row in (rng.choice([0.0, 1.0, -2.0, 3.0, 0.125], 400), rng.permutation(close), rng.standard_normal(400)):
+        values = np.stack([row, row[::-1]]).astype(np.float32)
+        for density in (0.1, 0.37, 0.8):
+            results = measure(values, density, kernels, 64, scope, order)[2]
+            for k, mine in enumerate(values):
+                size = np.sort(np.abs(mine[mine != 0]).astype(np.float64))[::-1]
+                wanted = int(density * size.size)
+                bound = size[wanted - 1]
+                share = (wanted - (size > bound).sum()) / (size == bound).sum()
+                terms = size**order
+                after = terms[size > bound].sum() + share * terms[size == bound].sum()
+                assert results["ties"]["norms"]["before"][k] == pytest.approx(terms.sum(), rel=1e-12)
+                assert results["ties"]["norms"]["after"][k] == pytest.approx(after, rel=1e-12)
+    assert "norms" not in measure(values[:, :40], 0.5, kernels, 64, scope, order)[2]["ties"]

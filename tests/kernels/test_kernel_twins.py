@@ -354,6 +354,19 @@ def test_fine(given_, data):
     agree("fine", score=scores, rows=rows, bin_=bins, count=np.ones((5, 32768), np.int64))
 
 
+@given(ranked(), st.data(), st.sampled_from([1, 2]))
+def test_norms_by_bin(given_, data, order):
+    """ "coarse_norms", "fine_norms": the same bins as the histograms, the same sums in the same order."""
+    _, values, scores = given_
+    experts = np.array(data.draw(st.permutations(range(5))), np.int64)[: len(values)]
+    norm = np.full((5, 65537), 0.1)
+    agree("coarse_norms", score=scores, values=values, experts=experts, order=order, norm=norm)
+    present = [-1, *sorted({int(word) >> 15 for word in scores.view(np.uint32).ravel()})]
+    bins = np.array([data.draw(st.sampled_from(present)) for _ in range(len(scores))], np.int64)
+    norm = np.full((5, 32768), 0.1)
+    agree("fine_norms", score=scores, values=values, experts=experts, bin_=bins, order=order, norm=norm)
+
+
 @given(ranked(), st.data(), START, st.sampled_from([0, 2**63, 2**64 - 1]))
 def test_sift(given_, data, start, cut):
     where, values, scores = given_

@@ -500,16 +500,36 @@ def _factors(tensors: list[Tensor], o: Options) -> dict[str, list[float]]:
 
 
 def _factor(group: list[Tensor], i: int, o: Options) -> float:
-    before = [abs(tensor.t(i, x)) for tensor in group for x in range(tensor.size)]
-    after = [abs(tensor.t(i, x)) for tensor in group for x in range(tensor.size) if tensor.kept[i][x]]
-    if o.rescale == "l2":
-        norm_before = math.sqrt(math.fsum(t * t for t in before))
-        norm_after = math.sqrt(math.fsum(t * t for t in after))
+    before = [(1.0, abs(tensor.t(i, x))) for tensor in group for x in range(tensor.size)]
+    if o.sparsify != "magprune" and sum(tensor.size for tensor in group) > EXACT_TIES_UP_TO:
+        after = _expected_after(group, i, o)
     else:
-        norm_before, norm_after = math.fsum(before), math.fsum(after)
+        after = [(1.0, abs(tensor.t(i, x))) for tensor in group for x in range(tensor.size) if tensor.kept[i][x]]
+    if o.rescale == "l2":
+        norm_before = math.sqrt(math.fsum(share * t * t for share, t in before))
+        norm_after = math.sqrt(math.fsum(share * t * t for share, t in after))
+    else:
+        norm_before, norm_after = (math.fsum(share * t for share, t in terms) for terms in (before, after))
     if norm_after == 0.0:
         return 1.0
     return min(o.rescale_max, norm_before / norm_after)
+
+
+def _expected_after(group: list[Tensor], i: int, o: Options) -> list[tuple[float, float]]:
+    """(share that stays, |t|) where ties are many: all above the threshold and of each tie the share that is kept."""
+    members = range(len(o.keys)) if _is_merged(o) else [i]
+    scores = _scores(group, members, o)
+    if not scores:
+        return []
+    k = max(1, int(o.density[i] * len(scores)))
+    threshold = sorted(scores.values(), reverse=True)[k - 1]
+    above = sum(value > threshold for value in scores.values())
+    share = (k - above) / sum(value == threshold for value in scores.values())
+    return [
+        (1.0 if value > threshold else share, abs(group[index].t(i, x)))
+        for (index, x), value in scores.items()
+        if value >= threshold
+    ]
 
 
 def _compose(tensors: list[Tensor], factors: dict[str, list[float]], o: Options) -> tuple[Tensors, Tensors]:

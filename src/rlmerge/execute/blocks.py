@@ -216,7 +216,8 @@ class InputBlock(Block):
         if kept is None:
             kept = make()
             if self._keeps:
-                self._memo.put(self._tensor, self.start, key, kept)
+                # a tensor that does not fit as a whole must not crowd out those that do
+                self._memo.put(self._tensor, self.start, key, kept, spare=not self.roomy)
         return kept
 
     def read_all(self) -> None:

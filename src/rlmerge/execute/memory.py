@@ -42,11 +42,11 @@ class Memo:
         """What is kept, or None."""
         return self._held.get(tensor, {}).get((start, key))
 
-    def put(self, tensor: int, start: int, key: Hashable, value: Any) -> bool:
-        """Keeps a value if there is room."""
+    def put(self, tensor: int, start: int, key: Hashable, value: Any, spare: bool = False) -> bool:
+        """Keeps a value if there is room; a `spare` one leaves half of the budget to others."""
         size = bytes_of(value)
         with self._lock:
-            if self._total + size > self.budget:
+            if self._total + size > (self.budget // 2 if spare else self.budget):
                 return False
             self._held.setdefault(tensor, {})[start, key] = value
             self._bytes[tensor] = self._bytes.get(tensor, 0) + size

@@ -31,6 +31,7 @@ AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
 SCORE = ("delta", "share", "merged")
 NONE = np.empty((0, 0))
 NO_SCORES = np.empty((0, 0), np.float32)
+NORMS = {"l1": 1, "l2": 2}
 SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
 
 
@@ -43,12 +44,10 @@ def sensitivity_reads(values: Mapping[str, Any]) -> bool:
 class Part(Ranked):
     """A patch after stage 1, and after stage 2 once `cut` is set: t = r·d in `values`, cut in place.
 
-    experts      int64[E]
     whole        uint8[m], the shares make a whole
     dropped      uint8[m], where an update of some expert was cut
     """
 
-    experts: NDArray[np.int64]
     whole: NDArray[np.uint8]
     dropped: NDArray[np.uint8]
 
@@ -256,9 +255,9 @@ class Sar(Method):
             if values["sparsify"] == "magprune":
                 stages.append(Ranks(scorer, values["scope"]))
             else:
-                stages += top_k(scorer, values["scope"])
-            if values["rescale"] in ("l1", "l2"):
-                stages.append(KeptNorms(scorer, values["scope"], 2 if values["rescale"] == "l2" else 1))
+                stages += top_k(scorer, values["scope"], NORMS.get(values["rescale"], 0))
+            if values["rescale"] in NORMS:
+                stages.append(KeptNorms(scorer, values["scope"], NORMS[values["rescale"]]))
         return tuple(stages)
 
     def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
@@ -275,6 +274,8 @@ class Sar(Method):
         gain = rescale_factors(task, results)
         scale = float(task.values["lambda"])
         unit = (scale * gain * task.per_model["weight"] == 1.0) & block.comparable
+        if task.values["rescale"] == "inverse_probability":
+            unit &= task.per_model["density"] >= 1.0  # survivors were divided by their chance: no stored value fits
         changes = []
         for part in state.parts:
             old, out = block.base_at(part.where), np.empty(part.where.size)
@@ -326,7 +327,10 @@ def _prune(part: Part, block: Block, task: Task, results: Mapping[str, Result], 
 
 
 class KeptNorms(Stage):
-    """Norms of the resolved updates before and after the cut, per expert: what a rescaling must restore."""
+    """Norms of the resolved updates before and after the cut, per expert: what a rescaling must restore.
+
+    Measured only where the histograms of top-k do not have them already (they do above 2²⁰ coordinates).
+    """
 
     name = "norms"
 
@@ -336,7 +340,9 @@ class KeptNorms(Stage):
         self.order = order
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
-        """Where something is cut."""
+        """Where something is cut and no earlier stage has added it up."""
+        if "norms" in results.get("ties", {}):
+            return False
         return self.scorer.applies(task) and bool((self.scorer.density(task) < 1.0).any())
 
     def empty(self, count: int) -> Summary:
@@ -358,7 +364,10 @@ class KeptNorms(Stage):
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Norms (not their squares) per expert."""
-        before, after = (np.sqrt(total[k]) if self.order == 2 else total[k] for k in ("before", "after"))
+        sums = results.get("ties", {}).get("norms", total)
+        before, after = (np.asarray(sums[key], np.float64) for key in ("before", "after"))
+        if self.order == 2:
+            before, after = np.sqrt(before), np.sqrt(after)
         return {"before": before.tolist(), "after": after.tolist()}
 
 

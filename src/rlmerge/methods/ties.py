@@ -44,7 +44,7 @@ class Magnitude(Scorer):
 def _rank(block: Block, patch: Patch) -> Ranked:
     scores = np.empty(patch.delta.shape, np.float32)
     block.kernels.scores(patch.delta, patch.delta, NONE, np.empty(0), 0, scores)
-    return Ranked(patch.experts, patch.where, patch.delta, scores)
+    return Ranked(patch.experts, patch.where, patch.delta, scores, patch.experts)
 
 
 class Ties(Method):

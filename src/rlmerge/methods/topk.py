@@ -3,10 +3,14 @@
 A method says how a block is scored (`Scorer`); the stages find, per expert and tensor or model, the threshold and, for
 coordinates equal to it, the hash below which they stay. bf16 deltas tie in large classes, so ties are decided by a
 hash of the coordinate: unbiased, in any order; tensors of up to 2²⁰ coordinates keep exactly k.
+
+The same histograms can carry the norms of the updates (`order`), which saves large tensors a pass: what the cut leaves
+is what lies in the bins above the threshold, and of the ties the share that stays.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +36,14 @@ class Ranked:
     where        int32[m]
     values       fp64[E, m], what a cut sets to zero
     scores       fp32[S, m], 0: not eligible
+    experts      int64[E], whose updates they are
     """
 
     rows: NDArray[np.int64]
     where: NDArray[np.int32]
     values: NDArray[np.float64]
     scores: NDArray[np.float32]
+    experts: NDArray[np.int64]
 
 
 class Scorer(ABC):
@@ -65,9 +71,19 @@ class Scorer(ABC):
 
 
 class _TopK(Stage):
-    def __init__(self, scorer: Scorer, scope: str) -> None:
+    def __init__(self, scorer: Scorer, scope: str, order: int = 0) -> None:
         self.scorer = scorer
         self.scope = scope  # type: ignore[assignment]
+        self.order = order
+        """1 or 2: also Σ|t| or Σt² per bin, for tensors (or models) whose ties are kept in proportion; 0: none."""
+
+    def sums(self, task: Task) -> bool:
+        """Whether norms are added up with the scores of this tensor."""
+        return self.order > 0 and (self.scope == "model" or task.size > EXACT)
+
+    def empty_norms(self, count: int, bins: int) -> NDArray[np.float64]:
+        """Σ of nothing per expert and bin, or an empty array where no norms are wanted."""
+        return np.zeros((count, bins) if self.order else (0, 0))
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Only tensors that are sparsified, and only where some density cuts."""
@@ -83,16 +99,21 @@ class Coarse(_TopK):
         """Histograms of nothing."""
         shape = (self.scorer.rows(count), COARSE)
         low = np.full(shape, 65535, np.uint16)
-        return {"count": np.zeros(shape, np.int64), "low": low, "high": np.zeros(shape, np.uint16)}
+        # the last bin takes updates that have no score: they count before the cut and not after it
+        norm = self.empty_norms(count, COARSE + 1)
+        return {"count": np.zeros(shape, np.int64), "low": low, "high": np.zeros(shape, np.uint16), "norm": norm}
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block."""
         for part in self.scorer.score(block, task, results):
             block.kernels.coarse(part.scores, part.rows, summary["count"], summary["low"], summary["high"])
+            if self.sums(task):
+                block.kernels.coarse_norms(part.scores, part.values, part.experts, self.order, summary["norm"])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Counts add up; extremes are extremes of extremes."""
         total["count"] += part["count"]
+        total["norm"] += part["norm"]
         np.minimum(total["low"], part["low"], out=total["low"])
         np.maximum(total["high"], part["high"], out=total["high"])
 
@@ -114,7 +135,8 @@ class Coarse(_TopK):
                 if low == high:
                     entry |= {"threshold": _from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
             rows.append(entry)
-        return {"rows": rows}
+        large = self.order > 0 and task.size > EXACT
+        return {"rows": rows, "norms": [_norms(row, own) for row, own in _by_expert(rows, total["norm"])] * large}
 
 
 class Fine(_TopK):
@@ -128,19 +150,23 @@ class Fine(_TopK):
 
     def empty(self, count: int) -> Summary:
         """Histograms of nothing."""
-        return {"count": np.zeros((self.scorer.rows(count), FINE), np.int64)}
+        count_ = np.zeros((self.scorer.rows(count), FINE), np.int64)
+        return {"count": count_, "norm": self.empty_norms(count, FINE)}
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block that lie in the open bins."""
         bins = np.array([row["bin"] if _is_open(row) else -1 for row in results["coarse"]["rows"]], np.int64)
         for part in self.scorer.score(block, task, results):
             block.kernels.fine(part.scores, part.rows, bins, summary["count"])
+            if self.sums(task):
+                own = bins[part.rows]
+                block.kernels.fine_norms(part.scores, part.values, part.experts, own, self.order, summary["norm"])
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Per row: the threshold, how many scores lie above it and how many equal it."""
         rows = []
         for place, coarse in enumerate(results["coarse"]["rows"]):
-            entry = dict(coarse)
+            entry = dict(coarse) | {"place": -1}
             if _is_open(coarse):
                 count = total["count"][place]
                 bin_, above = _bin_of(count, coarse["wanted"] - coarse["above"])
@@ -148,9 +174,15 @@ class Fine(_TopK):
                     "threshold": _from_bits(coarse["bin"] * FINE + bin_),
                     "above": coarse["above"] + above,
                     "ties": int(count[bin_]),
+                    "place": bin_,
                 }
             rows.append(entry)
-        return {"rows": rows}
+        norms = [dict(entry) for entry in results["coarse"]["norms"]]
+        for entry, (row, own) in zip(norms, _by_expert(rows, total["norm"])):
+            if row["place"] >= 0:
+                above = entry["above"] + _exact_sum(own[row["place"] + 1 :])
+                entry |= {"above": above, "tied": float(own[row["place"]])}
+        return {"rows": rows, "norms": norms}
 
 
 class Ties(_TopK):
@@ -197,8 +229,15 @@ class Ties(_TopK):
                 cuts.append(int(np.partition(hashes, places - 1)[places - 1]))
             else:
                 cuts.append(places * 2**64 // row["ties"] - 1)
-        eligible = [row["eligible"] for row in rows]
-        return {"threshold": thresholds, "cut": cuts, "eligible": eligible, "wanted": [row["wanted"] for row in rows]}
+        found = {"threshold": thresholds, "cut": cuts}
+        found |= {key: [row[key] for row in rows] for key in ("eligible", "wanted")}
+        norms = results["fine"]["norms"]
+        if norms:
+            # of the ties, which are many, the share that stays
+            shares = [(row["wanted"] - row["above"]) / row["ties"] if row["ties"] else 0.0 for row in rows]
+            after = [entry["above"] + shares[k % len(rows)] * entry["tied"] for k, entry in enumerate(norms)]
+            found["norms"] = {"before": [entry["before"] for entry in norms], "after": after}
+        return found
 
 
 def cut(
@@ -228,9 +267,33 @@ def cut(
     return part.where, values, number, dropped
 
 
-def top_k(scorer: Scorer, scope: str) -> tuple[Stage, ...]:
-    """The three stages that end in results['ties']: thresholds and cuts."""
-    return Coarse(scorer, scope), Fine(scorer, scope), Ties(scorer, scope)
+def top_k(scorer: Scorer, scope: str, order: int = 0) -> tuple[Stage, ...]:
+    """The three stages that end in results['ties']: thresholds and cuts.
+
+    With `order` 1 or 2, also 'norms' (Σ|t| or Σt² before and after the cut, per expert) where the group that shares a
+    threshold has more than 2²⁰ coordinates.
+    """
+    return Coarse(scorer, scope, order), Fine(scorer, scope, order), Ties(scorer, scope, order)
+
+
+def _by_expert(
+    rows: Sequence[Mapping[str, Any]], norm: NDArray[np.float64]
+) -> list[tuple[Mapping[str, Any], NDArray[np.float64]]]:
+    """Each expert's row of scores and its sums by bin."""
+    return [(rows[k % len(rows)], norm[k]) for k in range(norm.shape[0])]
+
+
+def _norms(row: Mapping[str, Any], sums: NDArray[np.float64]) -> dict[str, float]:
+    """Σ over all updates, over those above the bin of the threshold, and in that bin."""
+    before, bin_ = _exact_sum(sums), row["bin"]
+    if bin_ < 0:
+        return {"before": before, "above": before if row["wanted"] else 0.0, "tied": 0.0}
+    return {"before": before, "above": _exact_sum(sums[bin_ + 1 : COARSE]), "tied": float(sums[bin_])}
+
+
+def _exact_sum(values: NDArray[np.float64]) -> float:
+    """Rounded once, so that no order of adding shows."""
+    return math.fsum(values[values != 0.0].tolist())
 
 
 def _bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:

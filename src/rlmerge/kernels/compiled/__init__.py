@@ -15,7 +15,7 @@ from .combine import linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import realised, settle_bf16, settle_f16, settle_f32
-from .trim import coarse, fine, kept_norms, ramp, sift, tie_hashes, trim
+from .trim import coarse, coarse_norms, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numba"
 
@@ -25,6 +25,7 @@ __all__ = [
     "changes",
     "changes_bf16",
     "coarse",
+    "coarse_norms",
     "compose",
     "count_nonfinite",
     "decode_bf16",
@@ -35,6 +36,7 @@ __all__ = [
     "encode_f16",
     "encode_f32",
     "fine",
+    "fine_norms",
     "fisher_sums",
     "kept_norms",
     "linear",

@@ -62,6 +62,43 @@ def fine(score, rows, bin_, count):
                 count[k, word & np.uint32(0x7FFF)] += 1
 
 
+@inlined
+def _size(value, order):
+    return abs(value) if order == 1 else value * value
+
+
+@kernel
+def coarse_norms(score, values, experts, order, norm):
+    """Adds |t| (order 1) or t² (order 2) of values fp64[E, m] to rows experts[e] of norm fp64[K, 65537], by coarse bin.
+
+    `score` fp32[E, m] or [1, m] for all; what has no score goes into the last bin.
+    """
+    bits = score.view(np.uint32)
+    for e in range(values.shape[0]):
+        value = values[e]
+        row = bits[0 if score.shape[0] == 1 else e]
+        sums = norm[experts[e]]
+        for j in range(value.shape[0]):
+            bin_ = row[j] >> np.uint32(15) if row[j] != np.uint32(0) else np.uint32(65536)
+            sums[bin_] += _size(value[j], order)
+
+
+@kernel
+def fine_norms(score, values, experts, bin_, order, norm):
+    """As `coarse_norms`, by fine bin in norm fp64[K, 32768], for scores in coarse bin bin_[e or 0] (negative: none)."""
+    bits = score.view(np.uint32)
+    for e in range(values.shape[0]):
+        own = 0 if score.shape[0] == 1 else e
+        if bin_[own] < 0:
+            continue
+        wanted = np.uint32(bin_[own])
+        sums = norm[experts[e]]
+        for j in range(values.shape[1]):
+            word = bits[own, j]
+            if word != np.uint32(0) and word >> np.uint32(15) == wanted:
+                sums[word & np.uint32(0x7FFF)] += _size(values[e, j], order)
+
+
 @kernel
 def tie_hashes(score, threshold, key, start, where):
     """The hashes uint64[t] of the coordinates start + where[j] whose score, fp32[m], is equal to the threshold."""

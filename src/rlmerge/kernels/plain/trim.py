@@ -33,6 +33,25 @@ def fine(score, rows, bin_, count):
             count[k] += np.bincount(words & np.uint32(0x7FFF), minlength=32768)
 
 
+def coarse_norms(score, values, experts, order, norm):
+    """Adds |t| or t² by coarse bin."""
+    for e, value in enumerate(values):
+        words = score[0 if score.shape[0] == 1 else e].view(np.uint32)
+        bins = np.where(words != 0, words >> np.uint32(15), np.uint32(65536))
+        np.add.at(norm[experts[e]], bins, np.abs(value) if order == 1 else value * value)
+
+
+def fine_norms(score, values, experts, bin_, order, norm):
+    """Adds |t| or t² by fine bin, for the scores of one coarse bin."""
+    for e, value in enumerate(values):
+        own = 0 if score.shape[0] == 1 else e
+        if bin_[own] >= 0:
+            words = score[own].view(np.uint32)
+            here = (words != 0) & (words >> np.uint32(15) == np.uint32(bin_[own]))
+            terms = np.abs(value) if order == 1 else value * value
+            np.add.at(norm[experts[e]], words[here] & np.uint32(0x7FFF), terms[here])
+
+
 def tie_hashes(score, threshold, key, start, where):
     """The hashes of the coordinates whose score equals the threshold."""
     return hash64(key, _places(start, where[score == threshold]))
