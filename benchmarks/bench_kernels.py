@@ -30,12 +30,12 @@ class Data:
             row[changed] += (1 - 2 * rng.integers(0, 2, changed.sum())).astype(np.uint16)
         self.places, self.counts = np.empty((4, SIZE + 8), np.int32), np.zeros(4, np.int64)
         kernels = load_kernels("numba")
-        kernels.changes_bf16(self.words, self.places, self.counts)
+        self.alone, self.several = np.empty((3, SIZE)), np.empty(3 * SIZE)
+        kernels.patches_bf16(self.words, self.places, self.counts, self.alone, self.several)
         self.where = self.places[0, : self.counts[0]].copy()
         self.shared = self.places[3, : self.counts[3]].copy()
-        self.delta, self.deltas = np.empty((1, self.where.size)), np.empty((3, self.shared.size))
-        kernels.deltas_bf16(self.words, ALL[:1], self.where, self.delta)
-        kernels.deltas_bf16(self.words, ALL, self.shared, self.deltas)
+        self.delta = self.alone[:1, : self.where.size].copy()
+        self.deltas = self.several[: 3 * self.shared.size].reshape(3, -1).copy()
         self.score = np.abs(self.delta).astype(np.float32)
         self.scores = np.abs(self.deltas).astype(np.float32)
         self.fishers = (rng.standard_normal((3, SIZE)) ** 2).astype(np.float32)
@@ -68,9 +68,7 @@ def cases(d: Data) -> dict[str, tuple[str, tuple[Any, ...]]]:
     )
     moved = d.base + d.delta[0]
     return {
-        "changes_bf16": ("changes_bf16", (d.words, d.places, d.counts)),
-        "deltas_bf16 alone": ("deltas_bf16", (d.words, ALL[:1], d.where, zeros(1, m))),
-        "deltas_bf16 several": ("deltas_bf16", (d.words, ALL, d.shared, zeros(3, o))),
+        "patches_bf16": ("patches_bf16", (d.words, d.places, d.counts, d.alone, d.several)),
         "scores alone": ("scores", (d.delta, d.delta, NONE, zeros(0), 0, zeros(1, m, dtype=np.float32))),
         "coarse alone": ("coarse", (d.score, ALL[:1], *histogram)),
         "resolve several": ("resolve", (d.deltas, d.fisher, np.ones(3), 0, 0, *resolved)),

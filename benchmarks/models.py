@@ -214,6 +214,20 @@ def write_tensors(path: Path, size: Size, dtype: str, fill: Fill, threads: int) 
     part.replace(path)
 
 
+def write_sums(path: Path) -> None:
+    """fisher.json beside a Fisher: the sum of each tensor, as `rlmerge fisher` records it."""
+    header, first = read_header(path)
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        total = 0.0
+        for offset in range(start, end, 4 * CHUNK):
+            count = min(CHUNK, (end - offset) // 4)
+            total += float(np.fromfile(path, np.float32, count, offset=first + offset).sum(dtype=np.float64))
+        found[name] = {"sum": total, "count": (end - start) // 4}
+    (path.parent / "fisher.json").write_text(json.dumps({"format": 1, "tensors": found}, indent=1) + "\n")
+
+
 def ensure(folder: Path, size: Size, threads: int = 2) -> Path:
     """Makes what is missing of base, expert0..2 and fisher0..2 in `folder`; returns it."""
     spec = {"config": size.config(), "made_with": [SEED, CHUNK, HOT, SUPPORT_HOT, SUPPORT_COLD, *STEPS, COMMON_SIGN]}
@@ -244,7 +258,7 @@ def ensure(folder: Path, size: Size, threads: int = 2) -> Path:
     for i in range(EXPERTS):
         files.append((folder / f"fisher{i}" / "fisher.safetensors", "F32", fisher_fill(i)))
     for path, dtype, fill in files:
-        if path.exists():
+        if path.exists() and (path.name != "fisher.safetensors" or (path.parent / "fisher.json").exists()):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if dtype == "BF16":
@@ -252,6 +266,8 @@ def ensure(folder: Path, size: Size, threads: int = 2) -> Path:
         began = time.perf_counter()
         write_tensors(path, size, dtype, fill, threads)
         took = time.perf_counter() - began
+        if path.name == "fisher.safetensors":
+            write_sums(path)
         print(f"made {path} ({path.stat().st_size / 1e6:.0f} MB, {took:.1f} s)", file=sys.stderr, flush=True)
     return folder
 

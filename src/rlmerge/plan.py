@@ -65,6 +65,7 @@ class TensorPlan:
     block      coordinates of a block; units are multiples of it
     units      [start, stop) in coordinates
     fishers    also of a tensor that is carried: they count in the mean of a Fisher
+    fisher_sums  Σ F of each, where every fisher.json records it
     repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
                Fishers of that one, so that the copies stay equal
     """
@@ -79,6 +80,7 @@ class TensorPlan:
     block: int
     units: tuple[tuple[int, int], ...]
     repeats: str = ""
+    fisher_sums: tuple[float, ...] = ()
 
     @property
     def size(self) -> int:
@@ -302,9 +304,11 @@ def _plan_tensor(
     copies = {info.name, repeats, *(name for name, first in matched.tied.items() if first in (info.name, repeats))}
     named = next((name for name in sorted(copies - {""}) if fishers and all(name in f.tensors for f in fishers)), None)
     places = tuple(files.place(folder.tensors[named]) for folder in fishers) if named else ()
+    known = named is not None and all(named in folder.sums for folder in fishers)
+    sums = tuple(folder.sums[named] for folder in fishers) if known and named else ()
     if reason is not None:
         base = files.place(info)
-        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats)
+        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, sums)
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:
@@ -312,7 +316,7 @@ def _plan_tensor(
     wanted = HEADER_DTYPE[recipe.output_dtype] if recipe.output_dtype else _promote(stored)
     experts = tuple(files.source(source) for source in sources)
     base = files.place(info) if has_base else None
-    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats)
+    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums)
 
 
 def _promote(dtypes: list[str]) -> str:

@@ -12,7 +12,7 @@ from rlmerge.plan import Plan, stage_names
 from rlmerge.recipe import Recipe, load_recipe
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-KEPT_BYTES = 80 * 2**20
+KEPT_BYTES = 128 * 2**20
 """Per thread, for what stages keep of a tensor for the next one (4.4 M coordinates, three sparse experts: 40 MB)."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,23 @@ def test_refused(tmp_path: Path, base: Checkpoint) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     refused(path, base, "fisher.safetensors")
     refused(path.parent, base, "fisher.safetensors")
+
+
+def test_recorded_sums(tmp_path: Path, base: Checkpoint) -> None:
+    entry = {
+        "model.layers.0.w.weight": {"sum": 2.5, "count": 16},
+        "another": {"sum": 1},
+        "model.embed_tokens.weight": 3,
+    }
+    path = folder(tmp_path, {"model.layers.0.w.weight": LAYER}, json.dumps({"tensors": entry}))
+    assert open_fisher(path, base).sums == {"model.layers.0.w.weight": 2.5}
+    assert open_fisher(folder(tmp_path, {"model.layers.0.w.weight": LAYER}, "{}"), base).sums == {}
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"sum": -1, "count": 16}', '{"sum": NaN}', '{"sum": "2"}', '{"sum": true}', '{"sum": 1, "count": 15}']
+)
+def test_sums_that_cannot_be(tmp_path: Path, base: Checkpoint, entry: str) -> None:
+    meta = f'{{"tensors": {{"model.layers.0.w.weight": {entry}}}}}'
+    refused(folder(tmp_path, {"model.layers.0.w.weight": LAYER}, meta), base, "fisher.json", "model.layers.0.w.weight")
+    refused(folder(tmp_path, {"model.layers.0.w.weight": LAYER}, '{"tensors": []}'), base, "fisher.json")

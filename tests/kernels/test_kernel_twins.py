@@ -121,15 +121,15 @@ def test_changes_and_deltas_of_bf16_words(count, size, data):
     values = (stored.astype(np.uint32) << 16).view(np.float32)
     which, additive = np.zeros(count, np.int64), np.zeros(count, np.bool_)
     patches = reduce(values[0], values[1:], values[:1], which, additive, 0.0)
-    for kernels in (PLAIN, COMPILED):  # "changes_bf16"
+    for kernels in (PLAIN, COMPILED):  # "patches_bf16"
         places, counts = np.zeros((count + 1, size + 8), np.int32), np.zeros(count + 1, np.int64)
-        assert kernels.changes_bf16(stored, places, counts) == 0
-        assert [places[row, :number].tolist() for row, number in enumerate(counts)] == [
-            where.tolist() for _, where, _ in patches
-        ]
-    for experts, where, delta in patches:
-        found = agree("deltas_bf16", words=stored, experts=experts, where=where, out=np.full(delta.shape, 7.0))["out"]
-        assert found.tobytes() == delta.tobytes()
+        alone, several = np.full((count, size), 7.0), np.full(count * size, 7.0)
+        assert kernels.patches_bf16(stored, places, counts, alone, several) == 0
+        for row, (_, where, delta) in enumerate(patches):
+            assert places[row, : counts[row]].tolist() == where.tolist()
+            found = several[: delta.size] if row == count else alone[row, : counts[row]]
+            assert found.tobytes() == delta.tobytes()
+    for _, where, _ in patches:
         agree("take_bf16", words=stored[0], where=where, out=np.full(where.size, 7.0))
         agree("take", values=values[0], where=where, out=np.full(where.size, 7.0))
 
@@ -139,7 +139,8 @@ def test_words_that_are_no_number_are_counted(place):
     stored = np.full((3, 9001), 0x3F80, np.uint16)
     stored[1, place], stored[2, 5] = 0x7F80, 0xFFC1
     for kernels in (PLAIN, COMPILED):
-        assert kernels.changes_bf16(stored, np.zeros((3, 9009), np.int32), np.zeros(3, np.int64)) == 2
+        places, counts, alone = np.zeros((3, 9009), np.int32), np.zeros(3, np.int64), np.zeros((2, 9001))
+        assert kernels.patches_bf16(stored, places, counts, alone, np.zeros(2 * 9001)) == 2
 
 
 @pytest.mark.parametrize("form", ["words", "values"])
@@ -150,7 +151,11 @@ def test_changes_in_more_coordinates_than_a_tile(form):
     values = (stored.astype(np.uint32) << 16).view(np.float32)
     places, counts = np.zeros((4, 9009), np.int32), np.zeros(4, np.int64)
     if form == "words":
-        COMPILED.changes_bf16(stored.astype(np.uint16), places, counts)
+        alone, several = np.zeros((3, 9001)), np.zeros(3 * 9001)
+        COMPILED.patches_bf16(stored.astype(np.uint16), places, counts, alone, several)
+        assert (several[: 3 * counts[3]].reshape(3, -1) == (values[1:] - values[0])[:, places[3, : counts[3]]]).all()
+        for k in range(3):
+            assert (alone[k, : counts[k]] == (values[1 + k] - values[0])[places[k, : counts[k]]]).all()
     else:
         rest = (values[:1], np.zeros(3, np.int64), np.zeros(3, np.bool_), 0.0)
         COMPILED.changes(values[0], values[1:], *rest, places, counts)
@@ -354,12 +359,18 @@ def test_fine(given_, data):
     agree("fine", score=scores, rows=rows, bin_=bins, count=np.ones((5, 32768), np.int64))
 
 
+@given(ranked(), st.data())
+def test_count_updates(given_, data):
+    experts = np.array(data.draw(st.permutations(range(5))), np.int64)[: len(given_[1])]
+    agree("count_updates", values=given_[1], experts=experts, count=np.ones(5, np.int64))
+
+
 @given(ranked(), st.data(), st.sampled_from([1, 2]))
 def test_norms_by_bin(given_, data, order):
     """ "coarse_norms", "fine_norms": the same bins as the histograms, the same sums in the same order."""
     _, values, scores = given_
     experts = np.array(data.draw(st.permutations(range(5))), np.int64)[: len(values)]
-    norm = np.full((5, 65537), 0.1)
+    norm = np.full((2, 5, 65537), 0.1)
     agree("coarse_norms", score=scores, values=values, experts=experts, order=order, norm=norm)
     present = [-1, *sorted({int(word) >> 15 for word in scores.view(np.uint32).ravel()})]
     bins = np.array([data.draw(st.sampled_from(present)) for _ in range(len(scores))], np.int64)

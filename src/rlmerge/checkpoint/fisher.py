@@ -1,7 +1,12 @@
-"""Opens a Fisher folder by its headers: one sensitivity per coordinate, under the names that the base's files use."""
+"""Opens a Fisher folder by its headers: one sensitivity per coordinate, under the names that the base's files use.
+
+`fisher.json` may record the sum of each tensor, which saves a merge a pass over the Fishers:
+{"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES}}}. The merge compares it with what it reads.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,16 @@ FISHER_DTYPES = frozenset({"F32", "BF16"})
 
 @dataclass(frozen=True)
 class FisherFolder:
-    """An opened diagonal Fisher: `tensors` under the base's names, `meta` is fisher.json or {}."""
+    """An opened diagonal Fisher: `tensors` under the base's names, `meta` is fisher.json or {}.
+
+    `sums` are those that fisher.json records.
+    """
 
     folder: Path
     tensors: dict[str, TensorInfo]
     headers: tuple[Header, ...]
     meta: dict[str, Any]
+    sums: dict[str, float]
 
 
 def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
@@ -46,7 +55,8 @@ def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
         _check(info, base)
     if not tensors:
         raise FisherError(f"{headers[0].file}: holds only a tied head, which {base.folder} does not store.")
-    return FisherFolder(folder if folder.is_dir() else folder.parent, tensors, headers, meta)
+    home = folder if folder.is_dir() else folder.parent
+    return FisherFolder(home, tensors, headers, meta, _read_sums(home / "fisher.json", meta, stored))
 
 
 def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:
@@ -67,6 +77,26 @@ def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:
         )
     meta = folder / "fisher.json"
     return headers, read_json_object(meta) if meta.exists() else {}
+
+
+def _read_sums(file: Path, meta: dict[str, Any], stored: dict[str, TensorInfo]) -> dict[str, float]:
+    """The recorded sums. Raises FisherError where they cannot be those of the stored tensors."""
+    entries = meta.get("tensors", {})
+    if not isinstance(entries, dict):
+        raise FisherError(f"{file}: 'tensors' is not an object of tensor names. Remove the file, or estimate again.")
+    sums: dict[str, float] = {}
+    for name, entry in entries.items():
+        if name not in stored or not isinstance(entry, dict) or "sum" not in entry:
+            continue
+        total, count = entry["sum"], entry.get("count", stored[name].size)
+        if type(total) not in (int, float) or not math.isfinite(total) or total < 0 or count != stored[name].size:
+            raise FisherError(
+                f"{file}: tensor {name!r} has sum {total!r} and count {count!r}, but {stored[name].file.name} holds "
+                f"{stored[name].size:,} values, and a Fisher's sum is no negative number. The two files do not belong "
+                "together: remove fisher.json (it is not required), or estimate again."
+            )
+        sums[name] = float(total)
+    return sums
 
 
 def _check(info: TensorInfo, base: Checkpoint) -> None:

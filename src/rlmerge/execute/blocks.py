@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .inputs import Hashes, Inputs
 
 NOTHING = np.empty((0, 0), np.float32)
+NONE = np.empty((0, 0))
 KEPT_EACH = 16
 """Bytes that stages keep of a coordinate, at most (RL updates are sparse)."""
 
@@ -120,7 +121,10 @@ class InputBlock(Block):
             out = self._space.get("fisher", (count, self.size), np.float32)
             for k, place in enumerate(self._plan.fishers):
                 number = 1 + len(self._plan.experts) + k
+                fresh = self._hashes is not None and self._hashes.is_new(number, self.start)
                 self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
+                if fresh and self._hashes is not None and self._plan.fisher_sums:
+                    self._inputs.add_fisher(self._plan, k, self.start, out[k], self._hashes)
             self._made["fisher"] = out
         return self._made["fisher"]
 
@@ -143,37 +147,45 @@ class InputBlock(Block):
             experts = np.arange(len(self._plan.experts))
             places = self._space.get("places", (len(experts) + 1, self.size + 8), np.int32)
             counts = np.zeros(len(experts) + 1, np.int64)
-            self._sort_out(places, counts)
+            find = self._deltas_of_words if self._by_words else self._deltas_of_values
+            deltas = find(places, counts)
             groups = [*(experts[k : k + 1] for k in experts), experts]
-            if len(experts) == 1:
-                groups.pop()
             self._patches = [
-                self._patch(row, group, places[row, : counts[row]]) for row, group in enumerate(groups) if counts[row]
+                self._patch(group, places[row, : counts[row]], deltas[row])
+                for row, group in enumerate(groups)
+                if counts[row]
             ]
         return self._patches
 
-    def _sort_out(self, places: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
-        if not self._by_words:
-            self.kernels.changes(*self._compared(), places, counts)
-        elif self.kernels.changes_bf16(self._all_words(), places, counts):
+    def _deltas_of_words(self, places: NDArray[np.int32], counts: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """Fills places and counts; the deltas of each patch, fp64[E, m]."""
+        count = len(self._plan.experts)
+        alone = self._space.get("alone", (count, self.size), np.float64)
+        several = self._space.get("several", (count * self.size,), np.float64)
+        if self.kernels.patches_bf16(self._all_words(), places, counts, alone, several):
             # some number is none: decoding finds it and says where
             _ = (self.base, self.expert)
+        together = several[: count * counts[-1]].reshape(count, -1) if counts[-1] else NONE
+        return [*(alone[k : k + 1, : counts[k]] for k in range(count)), together]
+
+    def _deltas_of_values(self, places: NDArray[np.int32], counts: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """As `_deltas_of_words`, for every other mixture of dtypes."""
+        compared, count = self._compared(), len(self._plan.experts)
+        self.kernels.changes(*compared, places, counts)
+        found = []
+        for row, number in enumerate(counts.tolist()):
+            experts = np.arange(count) if row == count else np.arange(row, row + 1)
+            delta = self._space.get(f"delta{row}", (len(experts), number), np.float64)
+            self.kernels.deltas(*compared, experts, places[row, :number], delta)
+            found.append(delta)
+        return found
 
     def _compared(self) -> tuple[object, ...]:
         reference, which = self._inputs.references(self._plan, self.base, self._space)
         return self.base, self.expert, reference, which, self.additive, self._inputs.min_change
 
-    def _patch(self, row: int, experts: NDArray[np.int64], where: NDArray[np.int32]) -> Patch:
-        shape = (len(experts), where.size)
-        if self._keeps:
-            where, delta = where.copy(), np.empty(shape)
-        else:
-            delta = self._space.get(f"delta{row}", shape, np.float64)
-        if self._by_words:
-            self.kernels.deltas_bf16(self._all_words(), experts, where, delta)
-        else:
-            self.kernels.deltas(*self._compared(), experts, where, delta)
-        return Patch(experts, where, delta)
+    def _patch(self, experts: NDArray[np.int64], where: NDArray[np.int32], delta: NDArray[np.float64]) -> Patch:
+        return Patch(experts, where.copy(), delta.copy()) if self._keeps else Patch(experts, where, delta)
 
     def base_at(self, where: NDArray[np.int32]) -> NDArray[np.float64]:
         """Taken from the stored words where all are bf16."""

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
-from rlmerge.errors import CheckpointError, NonFiniteError
+from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
 from rlmerge.plan import ExpertSource, Place, Plan, TensorPlan
 
 from .blocks import InputBlock, reference_of
@@ -29,16 +29,22 @@ class Hashes:
     Several stages read the same bytes; each input is hashed the first time that it is read from the start.
     """
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: int, fishers: int = 0) -> None:
         self.start = start
+        self.sums = np.zeros(fishers)
+        """Σ F of what was read of each Fisher."""
         self.states: dict[int, Any] = {}
         self.reached: dict[int, int] = {}
 
     def update(self, number: int, start: int, stop: int, data: Any) -> None:
         """Adds the bytes of coordinates [start, stop) of input `number`, unless they were added before."""
-        if self.reached.get(number, self.start) == start:
+        if self.is_new(number, start):
             self.states.setdefault(number, xxhash.xxh3_128()).update(data)
             self.reached[number] = stop
+
+    def is_new(self, number: int, start: int) -> bool:
+        """Whether the bytes of input `number` from this coordinate on were not added before."""
+        return self.reached.get(number, self.start) == start
 
     def digests(self, count: int) -> list[str]:
         """Hexadecimal digests of inputs 0 … count - 1; '' for one that was never read."""
@@ -135,8 +141,9 @@ class Inputs:
         if place.dtype == "F32":
             raw = out.view(np.uint8)
             self.read_into(place, start * width, raw)
-            # bytes that were hashed before were also looked at before
-            seen = hashes is not None and hashes.reached.get(number, hashes.start) > start
+            # bytes that were hashed before were also looked at before; a sum of Fishers shows what is no number
+            summed = hashes is not None and place in tensor.fishers[: hashes.sums.size]
+            seen = summed or (hashes is not None and not hashes.is_new(number, start))
             bad = 0 if seen else self.kernels.count_nonfinite(out)
         else:
             words = space.get("raw", (out.shape[0],), np.uint16)
@@ -155,6 +162,22 @@ class Inputs:
         self.read_into(place, 2 * start, raw)
         if hashes is not None:
             hashes.update(number, start, start + words.shape[0], raw.data)
+
+    def add_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32], hashes: Hashes) -> None:
+        """Adds a block of Fisher number k to its sum; a negative entry is an error."""
+        negative = np.zeros(1, np.int64)
+        total = np.zeros(1)
+        self.kernels.fisher_sums(values[None], total, negative)
+        if not np.isfinite(total[0]) and not np.isfinite(values).all():
+            self.refuse(tensor, tensor.fishers[k], start, values)
+        hashes.sums[k] += total[0]
+        if negative[0]:
+            where = int(np.flatnonzero(values < 0)[0])
+            raise FisherError(
+                f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} holds "
+                f"{values[where]} at coordinate {start + where}; a diagonal Fisher is a mean of squares. Estimate it "
+                "again, or use `sensitivity: delta2`."
+            )
 
     def refuse(self, tensor: TensorPlan, place: Place, start: int, values: NDArray[np.float32]) -> None:
         """Raises NonFiniteError for the first value that is none."""

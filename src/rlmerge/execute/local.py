@@ -114,23 +114,30 @@ class LocalRun:
 
     def merge(self, first: int, tensors: Iterable[int], write: Write) -> None:
         """Runs the remaining stages and the merge of these tensors."""
+        tensors = list(tensors)
         self._walk_all(tensors, first, self.steps, write)
+        for tensor in tensors:
+            self.worker.check_sums(tensor, self.journal.units)
 
     # -- one stage over the whole model ---------------------------------------------------------------------------
 
     def _model_step(self, step: int) -> None:
         experts = len(self.plan.experts)
         chosen: list[tuple[int, Stage, set[int], Total]] = []
+        known: list[dict[int, Summary]] = []
         for group, stages in enumerate(self.worker.stages):
             if step < len(stages) and stages[step].name not in self.journal.results.of(group, ""):
                 among = range(len(self.plan.tensors)) if stages[step].carried else self.merged
                 members = {t for t in among if any(g == group for g, _ in self._pending(step, t))}
                 chosen.append((group, stages[step], members, Total(stages[step], experts)))
-        wanted = set().union(*(members for _, _, members, _ in chosen))
-        units = [(t, u) for t in sorted(wanted) for u in range(len(self.plan.tensors[t].units))]
+                tasks = {t: self.worker.task(self.worker.leaders[group], t) for t in sorted(members)}
+                found = {t: stages[step].known(task) for t, task in tasks.items()}
+                known.append({t: summary for t, summary in found.items() if summary is not None})
+        left = [members - have.keys() for (_, _, members, _), have in zip(chosen, known)]
+        units = [(t, u) for t in sorted(set().union(*left)) for u in range(len(self.plan.tensors[t].units))]
         places: dict[tuple[int, int, int], int] = {}
-        for index, (_, _, members, _) in enumerate(chosen):
-            for place, (t, u) in enumerate(unit for unit in units if unit[0] in members):
+        for index, measured in enumerate(left):
+            for place, (t, u) in enumerate(unit for unit in units if unit[0] in measured):
                 places[index, t, u] = place
 
         def work(unit: tuple[int, int]) -> Callable[[], None]:
@@ -146,11 +153,14 @@ class LocalRun:
             return done
 
         self._run(deque(units), work)
-        for group, stage, members, total in chosen:
-            total.check(sum(len(self.plan.tensors[t].units) for t in members))
+        for (group, stage, members, total), measured, have in zip(chosen, left, known):
+            total.check(sum(len(self.plan.tensors[t].units) for t in measured))
+            summary = total.total
+            for part in have.values():
+                stage.combine(summary, part)
             leader = self.worker.leaders[group]
             task = self.worker.model_task(leader, sorted(members) or self.merged[:1])
-            result = stage.reduce(total.total, task, self.journal.results.of(group, ""))
+            result = stage.reduce(summary, task, self.journal.results.of(group, ""))
             self.journal.stage(group, "", stage.name, result)
 
     # -- tensors on their own -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
-from rlmerge.errors import NonFiniteError
+from rlmerge.errors import FisherError, NonFiniteError
 from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task
 from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
@@ -36,7 +36,9 @@ Write = Callable[[int, int, int, NDArray[np.uint8]], None]
 
 @dataclass(slots=True)
 class UnitRecord:
-    """What a merged unit leaves behind: digests of written and read bytes, statistics per variant and per group."""
+    """What a merged unit leaves behind: digests of written and read bytes, statistics per variant and per group, and
+    the sum of each Fisher where its file records one.
+    """
 
     tensor: int
     unit: int
@@ -44,6 +46,7 @@ class UnitRecord:
     read: list[str]
     stats: list[dict[str, list[Any]]]
     census: list[dict[str, list[Any]]]
+    fisher_sums: list[float] = field(default_factory=list)
 
 
 class Worker:
@@ -80,6 +83,7 @@ class Worker:
                 hash_key(recipe.seed, recipe.merge_method, "", plan.known_as),
                 bool(plan.fishers),
                 bool(plan.repeats),
+                plan.fisher_sums,
             )
         return self._tasks[variant, tensor]
 
@@ -135,11 +139,28 @@ class Worker:
             hashes.digests(1 + len(plan.experts) + len(plan.fishers)),
             [entry.to_lists() for entry in stats],
             [entry.to_lists() for entry in census],
+            hashes.sums.tolist() if plan.fisher_sums else [],
         )
+
+    def check_sums(self, tensor: int, units: Mapping[tuple[int, int], UnitRecord]) -> None:
+        """Raises FisherError where fisher.json recorded another sum than the merge has read from the file."""
+        plan = self.plan.tensors[tensor]
+        if not plan.fisher_sums or plan.carry is not None:
+            return
+        found = sum(np.array(units[tensor, unit].fisher_sums) for unit in range(len(plan.units)))
+        for place, recorded, read in zip(plan.fishers, plan.fisher_sums, np.atleast_1d(found).tolist()):
+            # both are fp64 sums of the same numbers in another order
+            if abs(read - recorded) > 1e-6 * max(read, recorded):
+                raise FisherError(
+                    f"{self.plan.files[place.file].path}: tensor {plan.name!r} adds up to {read:.9g}, but the "
+                    f"fisher.json beside it says {recorded:.9g}, which this merge believed. Nothing was delivered.\n"
+                    "  The file was changed after fisher.json was written: remove fisher.json, or estimate again, and "
+                    "merge with --overwrite."
+                )
 
     def _blocks(self, tensor: int, unit: int, space: Space, last: bool) -> Iterator[InputBlock]:
         plan = self.plan.tensors[tensor]
-        hashes = self._hashes.setdefault((tensor, unit), Hashes(plan.units[unit][0]))
+        hashes = self._hashes.setdefault((tensor, unit), Hashes(plan.units[unit][0], len(plan.fisher_sums)))
         for start, stop in blocks_of(plan, unit):
             yield self.inputs.block(tensor, start, stop, space, hashes, self.memo, last)
 

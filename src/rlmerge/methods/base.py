@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
@@ -64,6 +65,7 @@ class Task:
     key          the same without an expert
     fisher       whether every expert has a Fisher for this tensor
     repeats      whether it is the second copy of a tied tensor
+    fisher_sums  Σ F of each expert's Fisher where the files record it, else empty
     """
 
     tensor: str
@@ -75,11 +77,12 @@ class Task:
     key: int
     fisher: bool
     repeats: bool = False
+    fisher_sums: tuple[float, ...] = ()
 
     @property
     def size(self) -> int:
         """Number of coordinates."""
-        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+        return prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
@@ -215,6 +218,10 @@ class Stage(ABC):
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Whether this tensor must be measured; if not, the tensor has no share in the summary."""
         return True
+
+    def known(self, task: Task) -> Summary | None:
+        """The summary of a whole tensor where small files tell it and nothing must be read (scope 'model' only)."""
+        return None
 
     @abstractmethod
     def empty(self, count: int) -> Summary:

@@ -13,7 +13,7 @@ The paper's public text (arXiv 2606.18521) names three stages and their order, n
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -88,27 +88,26 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result], key: Hasha
         if patch.alone:
             part, wins, counts = _settle(block, task, results, patch)
         else:
-            make = partial(_settle, block, task, results, patch)
-            part, wins, counts = make() if key is None else block.keep(("overlap", key), make)
-            part = replace(part)  # a cut changes it
+            part, wins, counts = _settle(block, task, results, patch, key)
         state.wins += wins
         state.counts += counts
-        for row, k in enumerate(patch.experts.tolist()):
-            state.eligible[k] += np.count_nonzero(part.values[row])
+        block.kernels.count_updates(part.values, part.experts, state.eligible)
         state.parts.append(part)
     return state
 
 
 def _settle(
-    block: Block, task: Task, results: Mapping[str, Result], patch: Patch
+    block: Block, task: Task, results: Mapping[str, Result], patch: Patch, key: Hashable = None
 ) -> tuple[Part, NDArray[np.int64], NDArray[np.int64]]:
-    """A patch: its resolved updates and their scores; wins int64[K] and counts int64[4] as in `Resolved`."""
+    """A patch: its resolved updates and their scores; wins int64[K] and counts int64[4] as in `Resolved`.
+
+    With a key, what arbitration made is kept by itself.
+    """
     reads = task.fisher and sensitivity_reads(task.values)
     mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if reads else np.empty(0)
     by_fisher = reads and task.values["sparsify"] == "fisher_magnitude"
     # Fishers matter where several meet, and for a sparsifier that ranks by them
-    needs_fisher = by_fisher or (reads and not patch.alone)
-    fisher = block.fisher_at(patch.experts, patch.where) if needs_fisher else NONE
+    fisher = block.fisher_at(patch.experts, patch.where) if by_fisher else NONE
     weight = task.per_model["weight"][patch.experts]
     delta = patch.delta
     if (weight != 1.0).any():
@@ -119,8 +118,8 @@ def _settle(
     part = Part(rows, patch.where, delta, NO_SCORES, patch.experts, whole, dropped)
     wins, counts = np.zeros(len(task.experts), np.int64), np.zeros(4, np.int64)
     if not patch.alone:
-        part.values = np.empty(delta.shape)
-        _arbitrate(block, task, results, part, (delta, fisher, mean), (part.values, whole, wins, counts))
+        make = partial(_arbitrate, block, task, results, part, delta, mean)
+        part.values, part.whole, wins, counts = make() if key is None else block.keep(("overlap", key), make)
     if task.values["sparsify"] != "none" and task.is_matrix:
         choice = "delta" if task.values["sparsify"] == "fisher_magnitude" else task.values["score"]
         part.scores = np.empty((len(rows), size), np.float32)
@@ -130,15 +129,18 @@ def _settle(
 
 
 def _arbitrate(
-    block: Block, task: Task, results: Mapping[str, Result], part: Part, given: tuple[Any, ...], made: tuple[Any, ...]
-) -> None:
-    """Fills `made` (updates, whole, wins, counts) from `given` (weighted deltas, Fishers, their means)."""
+    block: Block, task: Task, results: Mapping[str, Result], part: Part, delta: NDArray[np.float64],
+    mean: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:  # fmt: skip
+    """Updates fp64[K, m], whole, wins and counts, from weighted deltas and the means of the Fishers (empty: none)."""
     values, count = task.values, len(task.experts)
+    given = (delta, block.fisher_at(part.experts, part.where) if mean.size else NONE, mean)
+    made = np.empty(delta.shape), part.whole, np.zeros(count, np.int64), np.zeros(4, np.int64)
     sensitivity = SENSITIVITY.index(values["sensitivity"] if given[2].size else "delta2")
     agreement = AGREEMENT.index(values["agreement"])
     if values["arbitration"] == "winner" and values["allies"] == "drop" and agreement <= 2:
         block.kernels.resolve(*given, sensitivity, agreement, *made)
-        return
+        return made
     phi = np.zeros((count, count))
     if values["agreement"] == "multiplicity":
         phi = np.asarray(results["pair_conflict"]["phi"], np.float64).reshape(count, count)
@@ -156,6 +158,7 @@ def _arbitrate(
         part.where,
         *made,
     )
+    return made
 
 
 class ResolvedUpdates(Scorer):

@@ -24,6 +24,12 @@ class FisherMean(Stage):
         """Tensors that every Fisher has, merged or not; a tied one once."""
         return task.fisher and not task.repeats
 
+    def known(self, task: Task) -> Summary | None:
+        """The sums that every fisher.json records; the engine compares them with what it reads later."""
+        if not task.fisher_sums:
+            return None
+        return {"sum": np.array(task.fisher_sums), "negative": np.zeros(len(task.fisher_sums), np.int64)}
+
     def empty(self, count: int) -> Summary:
         """No sum, no count, no negative entries."""
         return {"sum": np.zeros(count), "negative": np.zeros(count, np.int64)}

@@ -81,10 +81,6 @@ class _TopK(Stage):
         """Whether norms are added up with the scores of this tensor."""
         return self.order > 0 and (self.scope == "model" or task.size > EXACT)
 
-    def empty_norms(self, count: int, bins: int) -> NDArray[np.float64]:
-        """Σ of nothing per expert and bin, or an empty array where no norms are wanted."""
-        return np.zeros((count, bins) if self.order else (0, 0))
-
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Only tensors that are sparsified, and only where some density cuts."""
         return self.scorer.applies(task) and bool((self.scorer.density(task) < 1.0).any())
@@ -99,8 +95,8 @@ class Coarse(_TopK):
         """Histograms of nothing."""
         shape = (self.scorer.rows(count), COARSE)
         low = np.full(shape, 65535, np.uint16)
-        # the last bin takes updates that have no score: they count before the cut and not after it
-        norm = self.empty_norms(count, COARSE + 1)
+        # made when needed: small tensors add no norms up
+        norm = np.zeros((2, count, 0))
         return {"count": np.zeros(shape, np.int64), "low": low, "high": np.zeros(shape, np.uint16), "norm": norm}
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
@@ -108,12 +104,16 @@ class Coarse(_TopK):
         for part in self.scorer.score(block, task, results):
             block.kernels.coarse(part.scores, part.rows, summary["count"], summary["low"], summary["high"])
             if self.sums(task):
+                if not summary["norm"].size:
+                    # the last bin takes updates that have no score: they count before the cut and not after it
+                    summary["norm"] = np.zeros((2, len(task.experts), COARSE + 1))
                 block.kernels.coarse_norms(part.scores, part.values, part.experts, self.order, summary["norm"])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Counts add up; extremes are extremes of extremes."""
         total["count"] += part["count"]
-        total["norm"] += part["norm"]
+        if part["norm"].size:
+            total["norm"] = total["norm"] + part["norm"] if total["norm"].size else part["norm"]
         np.minimum(total["low"], part["low"], out=total["low"])
         np.maximum(total["high"], part["high"], out=total["high"])
 
@@ -136,7 +136,8 @@ class Coarse(_TopK):
                     entry |= {"threshold": _from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
             rows.append(entry)
         large = self.order > 0 and task.size > EXACT
-        return {"rows": rows, "norms": [_norms(row, own) for row, own in _by_expert(rows, total["norm"])] * large}
+        sums = total["norm"][0] + total["norm"][1]
+        return {"rows": rows, "norms": [_norms(row, own) for row, own in _by_expert(rows, sums)] * large}
 
 
 class Fine(_TopK):
@@ -150,8 +151,8 @@ class Fine(_TopK):
 
     def empty(self, count: int) -> Summary:
         """Histograms of nothing."""
-        count_ = np.zeros((self.scorer.rows(count), FINE), np.int64)
-        return {"count": count_, "norm": self.empty_norms(count, FINE)}
+        norm = np.zeros((count, FINE) if self.order else (0, 0))
+        return {"count": np.zeros((self.scorer.rows(count), FINE), np.int64), "norm": norm}
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block that lie in the open bins."""
@@ -286,6 +287,8 @@ def _by_expert(
 def _norms(row: Mapping[str, Any], sums: NDArray[np.float64]) -> dict[str, float]:
     """Σ over all updates, over those above the bin of the threshold, and in that bin."""
     before, bin_ = _exact_sum(sums), row["bin"]
+    if not sums.size:
+        return {"before": 0.0, "above": 0.0, "tied": 0.0}
     if bin_ < 0:
         return {"before": before, "above": before if row["wanted"] else 0.0, "tied": 0.0}
     return {"before": before, "above": _exact_sum(sums[bin_ + 1 : COARSE]), "tied": float(sums[bin_])}

@@ -12,7 +12,7 @@ import numpy as np
 from ._jit import helper, inlined, kernel
 from .select import bit_places, select
 
-TILE = 4096
+TILE = 8192
 """A multiple of 8."""
 SEVERAL = np.uint8(255)
 
@@ -68,16 +68,41 @@ def changes(base, expert, reference, which, additive, min_change, places, counts
         _sort_out(code, size, first, flags, table, places, counts)
 
 
+@helper
+def _fill(words, expert, where, first, last, bits, value, out, at):
+    """Deltas of one expert at where[first:last] to out[at:]: a tile's words are in the cache when this runs."""
+    spot = where[first:last].view(np.uint32)
+    some = out[at : at + last - first]
+    base = words[0]
+    new = words[1 + expert]
+    for j in range(spot.shape[0]):
+        bits[0, j] = np.uint32(base[spot[j]]) << np.uint32(16)
+    for j in range(spot.shape[0]):
+        bits[1, j] = np.uint32(new[spot[j]]) << np.uint32(16)
+    for j in range(spot.shape[0]):
+        # + 0.0 makes -0.0 (base +0, expert -0) the 0.0 that means "no change"
+        some[j] = (np.float64(value[1, j]) - np.float64(value[0, j])) + 0.0
+
+
 @kernel
-def changes_bf16(words, places, counts):
-    """As `changes`, from stored words uint16[1 + K, n], base first. Returns how many words are not finite."""
+def patches_bf16(words, places, counts, alone, several):
+    """As `changes`, from stored words uint16[1 + K, n], base first, with the deltas. Returns how many are not finite.
+
+    alone fp64[K, n]: row k, up to counts[k], the deltas of expert k where it alone changed something. several
+    fp64[K·n]: the deltas of all K where several did, as the beginning of an array [K, counts[K]].
+    """
+    experts = words.shape[0] - 1
+    space = words.shape[1]
     code = np.empty(TILE, np.uint8)
     flags = np.empty(TILE, np.uint8)
+    before = np.empty(experts + 1, np.int64)
+    bits = np.empty((2, TILE), np.uint32)
+    value = bits.view(np.float32)
     table = bit_places()
     counts[:] = 0
     bad = 0
-    for first in range(0, words.shape[1], TILE):
-        size = min(TILE, words.shape[1] - first)
+    for first in range(0, space, TILE):
+        size = min(TILE, space - first)
         old = words[0, first : first + size]
         code[:] = 0
         for k in range(1, words.shape[0]):
@@ -95,7 +120,16 @@ def changes_bf16(words, places, counts):
             if largest == np.uint16(0x7F80):
                 for i in range(size):
                     bad += (row[i] & np.uint16(0x7F80)) == np.uint16(0x7F80)
+        before[:] = counts
         _sort_out(code, size, first, flags, table, places, counts)
+        for k in range(experts):
+            _fill(words, k, places[k], before[k], counts[k], bits, value, alone[k], before[k])
+            _fill(words, k, places[experts], before[experts], counts[experts], bits, value, several,
+                  k * space + before[experts])  # fmt: skip
+    shared = counts[experts]
+    for k in range(1, experts):
+        for j in range(shared):
+            several[k * shared + j] = several[k * space + j]
     return bad
 
 
@@ -114,27 +148,6 @@ def deltas(base, expert, reference, which, additive, min_change, experts, where,
                 seen = seen and _is_seen(new[i], old[i], base[i], additive[k], min_change)
             # equal infinities are no change, though their difference is not a number
             delta[j] = np.float64(new[i]) - np.float64(old[i]) if seen else 0.0
-
-
-@kernel
-def deltas_bf16(words, experts, where, out):
-    """As `deltas`, from the stored words uint16[1 + K, n] of base and experts, all finite."""
-    bits = np.empty((2, TILE), np.uint32)
-    value = bits.view(np.float32)
-    for first in range(0, where.shape[0], TILE):
-        size = min(TILE, where.shape[0] - first)
-        spot = where[first : first + size]
-        base = words[0]
-        for j in range(size):
-            bits[0, j] = np.uint32(base[spot[j]]) << np.uint32(16)
-        for row in range(experts.shape[0]):
-            new = words[1 + experts[row]]
-            delta = out[row, first : first + size]
-            for j in range(size):
-                bits[1, j] = np.uint32(new[spot[j]]) << np.uint32(16)
-            for j in range(size):
-                # + 0.0 makes -0.0 (base +0, expert -0) the 0.0 that means "no change"
-                delta[j] = (np.float64(value[1, j]) - np.float64(value[0, j])) + 0.0
 
 
 @kernel

@@ -7,6 +7,8 @@ import numpy as np
 from ._jit import inlined, kernel
 from .hash import hash64
 
+TILE = 2048
+
 
 @kernel
 def decode_bf16(raw, out):
@@ -73,24 +75,24 @@ def encode_bf16(values, out):
     fp64 → fp32 rounds to odd (truncate, then set the last bit if anything was lost), so that the second rounding sees
     which side of a tie it is on and the pair rounds once (Boldo and Melquiond, 2008, "Emulation of FMA").
     """
-    one = np.empty(1, np.float32)
-    bits = one.view(np.uint32)
+    single = np.empty(TILE, np.float32)
+    bits = single.view(np.uint32)
     bad = 0
-    for i in range(values.shape[0]):
-        value = values[i]
-        one[0] = np.float32(value)
-        word = bits[0]
-        back = np.float64(one[0])
-        if back != value and value == value:
-            if abs(back) > abs(value):
-                word -= np.uint32(1)
-            word |= np.uint32(1)
-        if value != value:
-            word = np.uint32(0x7FC00000)
-        else:
+    for first in range(0, values.shape[0], TILE):
+        some = values[first : first + TILE]
+        words = out[first : first + TILE]
+        for i in range(some.shape[0]):
+            single[i] = np.float32(some[i])
+        for i in range(some.shape[0]):
+            # no branches: eight values at a time
+            value = some[i]
+            back = np.float64(single[i])
+            word = bits[i] - (np.uint32(1) if abs(back) > abs(value) else np.uint32(0))
+            word |= np.uint32(1) if back != value else np.uint32(0)
             word = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
-        out[i] = np.uint16(word >> np.uint32(16))
-        bad += (word & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+            word = word if value == value else np.uint32(0x7FC00000)
+            words[i] = np.uint16(word >> np.uint32(16))
+            bad += np.int64((word & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
     return bad
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ._jit import helper, kernel
 
 TILE = 2048
-SETTLE = 512
+SETTLE = 256
 
 
 @kernel

@@ -6,34 +6,57 @@ import numpy as np
 
 from ._jit import helper, kernel
 from .codec import decode_bf16, decode_f16, encode_bf16, encode_f16, encode_f32
+from .trim import in_pairs
 
 TILE = 2048
 RESIDUE = 2.0**-48
 
 
 @helper
-def _compare(base, stored_base, intended, stored, counts, sums):
-    """Adds to counts (intended updates, those that survive) and, in coordinate order, to sums."""
-    wanted = 0
-    survived = 0
-    square = sums[0]
-    real_square = sums[1]
-    product = sums[2]
-    for j in range(base.shape[0]):
-        update = intended[j] - base[j]
-        # what is left of Σ w·θ where deltas cancel is rounding and no update: no stored change is that small
-        update = update if abs(update) > RESIDUE * abs(base[j]) else 0.0
-        real = np.float64(stored[j]) - stored_base[j]
-        wanted += update != 0.0
-        survived += (update != 0.0) & (real != 0.0)
-        square += update * update
-        real_square += real * real
-        product += update * real
-    counts[0] += wanted
-    counts[1] += survived
-    sums[0] = square
-    sums[1] = real_square
-    sums[2] = product
+def _add_products(left, right, size, lane, rest, place):
+    even = size - size % 8
+    for i in range(0, even, 8):
+        for j in range(8):
+            lane[j] += left[i + j] * right[i + j]
+    for i in range(even, size):
+        rest[place] += left[i] * right[i]
+
+
+@helper
+def _compare(base, stored_base, intended, stored, counts, lane, rest):
+    """Adds to counts (intended updates, those that survive) and to sums in eight interleaved lanes, fp64[3, 8].
+
+    The last few, which fill no group of eight, go to rest fp64[3]; all calls but the last have multiples of eight.
+    """
+    update = np.empty(TILE, np.float64)
+    real = np.empty(TILE, np.float64)
+    for first in range(0, base.shape[0], TILE):
+        old = base[first : first + TILE]
+        new = intended[first : first + TILE]
+        was = stored_base[first : first + TILE]
+        now = stored[first : first + TILE]
+        size = old.shape[0]
+        for j in range(size):
+            moved = new[j] - old[j]
+            # what is left of Σ w·θ where deltas cancel is rounding and no update: no stored change is that small
+            update[j] = moved if abs(moved) > RESIDUE * abs(old[j]) else 0.0
+            real[j] = np.float64(now[j]) - was[j]
+        wanted = 0
+        survived = 0
+        for j in range(size):
+            wanted += np.int64(update[j] != 0.0)
+            survived += np.int64((update[j] != 0.0) & (real[j] != 0.0))
+        counts[0] += wanted
+        counts[1] += survived
+        _add_products(update, update, size, lane[0], rest, 0)
+        _add_products(real, real, size, lane[1], rest, 1)
+        _add_products(update, real, size, lane[2], rest, 2)
+
+
+@helper
+def _add_lanes(lane, rest, sums):
+    for place in range(3):
+        sums[place] += in_pairs(lane[place]) + rest[place]
 
 
 @kernel
@@ -45,7 +68,8 @@ def settle_bf16(base, intended, values, where, out, counts, sums):
     """
     words = np.empty(TILE, np.uint16)
     stored = np.empty(TILE, np.float32)
-    sum_ = np.zeros(3, np.float64)
+    lane = np.zeros((3, 8), np.float64)
+    rest = np.zeros(3, np.float64)
     bad = 0
     for first in range(0, values.shape[0], TILE):
         size = min(TILE, values.shape[0] - first)
@@ -53,11 +77,11 @@ def settle_bf16(base, intended, values, where, out, counts, sums):
         old = base[first : first + size]
         bad += encode_bf16(some, words[:size])
         decode_bf16(words[:size], stored[:size])
-        _compare(old, old, intended[first : first + size], stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, lane, rest)
+        spot = where[first : first + size].view(np.uint32)
         for j in range(size):
-            out[where[first + j]] = words[j]
-    for place in range(3):
-        sums[place] += sum_[place]
+            out[spot[j]] = words[j]
+    _add_lanes(lane, rest, sums)
     return bad
 
 
@@ -66,7 +90,8 @@ def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
     words = np.empty(TILE, np.uint16)
     stored = np.empty(TILE, np.float32)
-    sum_ = np.zeros(3, np.float64)
+    lane = np.zeros((3, 8), np.float64)
+    rest = np.zeros(3, np.float64)
     bad = 0
     for first in range(0, values.shape[0], TILE):
         size = min(TILE, values.shape[0] - first)
@@ -74,11 +99,11 @@ def settle_f16(base, intended, values, where, out, counts, sums):
         old = base[first : first + size]
         bad += encode_f16(some, words[:size])
         decode_f16(words[:size], stored[:size])
-        _compare(old, old, intended[first : first + size], stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, lane, rest)
+        spot = where[first : first + size].view(np.uint32)
         for j in range(size):
-            out[where[first + j]] = words[j]
-    for place in range(3):
-        sums[place] += sum_[place]
+            out[spot[j]] = words[j]
+    _add_lanes(lane, rest, sums)
     return bad
 
 
@@ -86,18 +111,19 @@ def settle_f16(base, intended, values, where, out, counts, sums):
 def settle_f32(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for out fp32[n]."""
     stored = np.empty(TILE, np.float32)
-    sum_ = np.zeros(3, np.float64)
+    lane = np.zeros((3, 8), np.float64)
+    rest = np.zeros(3, np.float64)
     bad = 0
     for first in range(0, values.shape[0], TILE):
         size = min(TILE, values.shape[0] - first)
         some = values[first : first + size]
         old = base[first : first + size]
         bad += encode_f32(some, stored[:size])
-        _compare(old, old, intended[first : first + size], stored, counts, sum_)
+        _compare(old, old, intended[first : first + size], stored, counts, lane, rest)
+        spot = where[first : first + size].view(np.uint32)
         for j in range(size):
-            out[where[first + j]] = stored[j]
-    for place in range(3):
-        sums[place] += sum_[place]
+            out[spot[j]] = stored[j]
+    _add_lanes(lane, rest, sums)
     return bad
 
 
@@ -107,9 +133,9 @@ def realised(base, stored_base, intended, stored, counts, sums):
 
     base fp64[m] as read, stored_base fp64[m] cast to the output dtype, intended fp64[m] the values before the cast,
     stored fp32[m] after it. Adds to counts int64[2] (intended non-zero updates, those that still differ from the base)
-    and to sums fp64[3] (Σ intended², Σ realised², Σ intended·realised), in coordinate order.
+    and to sums fp64[3] (Σ intended², Σ realised², Σ intended·realised), in eight interleaved lanes.
     """
-    sum_ = np.zeros(3, np.float64)
-    _compare(base, stored_base, intended, stored, counts, sum_)
-    for place in range(3):
-        sums[place] += sum_[place]
+    lane = np.zeros((3, 8), np.float64)
+    rest = np.zeros(3, np.float64)
+    _compare(base, stored_base, intended, stored, counts, lane, rest)
+    _add_lanes(lane, rest, sums)

@@ -62,6 +62,17 @@ def fine(score, rows, bin_, count):
                 count[k, word & np.uint32(0x7FFF)] += 1
 
 
+@kernel
+def count_updates(values, experts, count):
+    """Adds the non-zero values of each row of fp64[E, m] to count[experts[e]], int64[K]."""
+    for e in range(values.shape[0]):
+        value = values[e]
+        found = 0
+        for j in range(value.shape[0]):
+            found += value[j] != 0.0
+        count[experts[e]] += found
+
+
 @inlined
 def _size(value, order):
     return abs(value) if order == 1 else value * value
@@ -69,18 +80,26 @@ def _size(value, order):
 
 @kernel
 def coarse_norms(score, values, experts, order, norm):
-    """Adds |t| (order 1) or t² (order 2) of values fp64[E, m] to rows experts[e] of norm fp64[K, 65537], by coarse bin.
+    """Adds |t| (order 1) or t² (order 2) of values fp64[E, m] to rows experts[e] of norm fp64[2, K, 65537], by bin.
 
-    `score` fp32[E, m] or [1, m] for all; what has no score goes into the last bin.
+    `score` fp32[E, m] or [1, m] for all; what has no score goes into the last bin. The first half of the values is
+    added to norm[0], the second to norm[1], in turn: bf16 deltas fill few bins, and a sum waits for the one before.
     """
     bits = score.view(np.uint32)
     for e in range(values.shape[0]):
         value = values[e]
         row = bits[0 if score.shape[0] == 1 else e]
-        sums = norm[experts[e]]
-        for j in range(value.shape[0]):
+        sums = norm[0, experts[e]]
+        others = norm[1, experts[e]]
+        half = value.shape[0] // 2
+        for j in range(half):
             bin_ = row[j] >> np.uint32(15) if row[j] != np.uint32(0) else np.uint32(65536)
+            other = row[j + half] >> np.uint32(15) if row[j + half] != np.uint32(0) else np.uint32(65536)
             sums[bin_] += _size(value[j], order)
+            others[other] += _size(value[j + half], order)
+        for j in range(2 * half, value.shape[0]):
+            bin_ = row[j] >> np.uint32(15) if row[j] != np.uint32(0) else np.uint32(65536)
+            others[bin_] += _size(value[j], order)
 
 
 @kernel

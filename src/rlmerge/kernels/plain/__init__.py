@@ -1,7 +1,7 @@
 """The plain kernels: NumPy twins of `compiled`, the same bits, for reading and for checking."""
 
 from .census import census, fisher_sums
-from .changes import changes, changes_bf16, deltas, deltas_bf16, take, take_bf16
+from .changes import changes, deltas, patches_bf16, take, take_bf16
 from .codec import (
     count_nonfinite,
     decode_bf16,
@@ -14,7 +14,7 @@ from .codec import (
 from .combine import linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, resolve_by, scores
 from .settle import realised, settle_bf16, settle_f16, settle_f32
-from .trim import coarse, coarse_norms, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
+from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numpy"
 
@@ -22,15 +22,14 @@ __all__ = [
     "NAME",
     "census",
     "changes",
-    "changes_bf16",
     "coarse",
     "coarse_norms",
     "compose",
     "count_nonfinite",
+    "count_updates",
     "decode_bf16",
     "decode_f16",
     "deltas",
-    "deltas_bf16",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -39,6 +38,7 @@ __all__ = [
     "fisher_sums",
     "kept_norms",
     "linear",
+    "patches_bf16",
     "ram",
     "ramp",
     "realised",

@@ -32,10 +32,15 @@ def changes(base, expert, reference, which, additive, min_change, places, counts
     _sort_out([_seen(base, expert, reference, which, additive, min_change, k) for k in every], places, counts)
 
 
-def changes_bf16(words, places, counts):
-    """As `changes`, from stored words. Returns how many words are not finite."""
+def patches_bf16(words, places, counts, alone, several):
+    """As `changes`, from stored words, with the deltas. Returns how many words are not finite."""
     nonzero = (words & np.uint16(0x7FFF)) != 0
     _sort_out([(row != words[0]) & (mine | nonzero[0]) for row, mine in zip(words[1:], nonzero[1:])], places, counts)
+    experts = len(words) - 1
+    shared = places[experts, : counts[experts]]
+    for k in range(experts):
+        _fill(words, k, places[k, : counts[k]], alone[k, : counts[k]])
+        _fill(words, k, shared, several[k * shared.size : (k + 1) * shared.size])
     return int(np.count_nonzero((words & np.uint16(0x7F80)) == np.uint16(0x7F80)))
 
 
@@ -48,13 +53,12 @@ def deltas(base, expert, reference, which, additive, min_change, experts, where,
         out[row] = delta
 
 
-def deltas_bf16(words, experts, where, out):
-    """As `deltas`, from stored words."""
+def _fill(words, expert, where, out):
     old = np.empty(where.size)
     take_bf16(words[0], where, old)
-    for row, k in enumerate(experts):
-        take_bf16(words[1 + k], where, out[row])
-        out[row] = (out[row] - old) + 0.0
+    take_bf16(words[1 + expert], where, out)
+    with np.errstate(invalid="ignore"):
+        out[:] = (out - old) + 0.0
 
 
 def take(values, where, out):

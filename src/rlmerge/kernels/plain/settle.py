@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .codec import decode_bf16, decode_f16, encode_bf16, encode_f16, encode_f32
+from .lanes import sum_in_lanes
 
 RESIDUE = 2.0**-48
 
@@ -16,9 +17,8 @@ def realised(base, stored_base, intended, stored, counts, sums):
         update[~(np.abs(update) > RESIDUE * np.abs(base))] = 0.0
         real = stored.astype(np.float64) - stored_base
         counts += np.array([np.count_nonzero(update), np.count_nonzero((update != 0) & (real != 0))])
-        if base.size:
-            for place, terms in enumerate((update * update, real * real, update * real)):
-                sums[place] += np.cumsum(terms)[-1]
+        for place, terms in enumerate((update * update, real * real, update * real)):
+            sums[place] += sum_in_lanes(terms)
 
 
 def _settle(encode, decode, base, intended, values, where, out, counts, sums):

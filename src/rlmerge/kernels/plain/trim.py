@@ -33,12 +33,20 @@ def fine(score, rows, bin_, count):
             count[k] += np.bincount(words & np.uint32(0x7FFF), minlength=32768)
 
 
+def count_updates(values, experts, count):
+    """Adds the non-zero values of each row."""
+    count[experts] += np.count_nonzero(values, axis=1)
+
+
 def coarse_norms(score, values, experts, order, norm):
     """Adds |t| or t² by coarse bin."""
     for e, value in enumerate(values):
         words = score[0 if score.shape[0] == 1 else e].view(np.uint32)
         bins = np.where(words != 0, words >> np.uint32(15), np.uint32(65536))
-        np.add.at(norm[experts[e]], bins, np.abs(value) if order == 1 else value * value)
+        terms = np.abs(value) if order == 1 else value * value
+        half = len(value) // 2
+        np.add.at(norm[0, experts[e]], bins[:half], terms[:half])
+        np.add.at(norm[1, experts[e]], bins[half:], terms[half:])
 
 
 def fine_norms(score, values, experts, bin_, order, norm):

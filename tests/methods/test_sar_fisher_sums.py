@@ -1,0 +1,107 @@
+"""Sums that fisher.json records: they save a pass over the Fishers, change no bit, and are not believed blindly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.methods.small_models import (
+    make_recipe,
+    read_words,
+    refusal,
+    small_blocks,
+    some_fishers,
+    sparse_model,
+    write_all,
+)
+
+import rlmerge
+from rlmerge.execute.work import Worker
+
+
+def record(folder: Path, fishers, change: float = 1.0) -> None:
+    """fisher.json beside each Fisher, with exact sums times `change`."""
+    for key, tensors in fishers.items():
+        sums = {name: {"sum": float(f.sum(dtype=np.float64)) * change, "count": f.size} for name, f in tensors.items()}
+        (folder / f"fisher_{key}" / "fisher.json").write_text(json.dumps({"tensors": sums}))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    rng = np.random.default_rng(4)
+    base, experts = sparse_model(rng, 3)
+    # sums of few bits are exact in any order
+    fishers = {k: {n: np.round(f * 64) / 64 for n, f in t.items()} for k, t in some_fishers(rng, list(experts)).items()}
+    write_all(tmp_path, base, experts, fishers)
+    return make_recipe(tmp_path, "sar", list(experts), {"density": 0.6}, {}, True), fishers
+
+
+def measured(monkeypatch) -> list[str]:
+    """The names of the stages that are measured from now on."""
+    seen: list[str] = []
+    plain = Worker.measure
+
+    def spy(self, wanted, *rest):
+        seen.extend(stage.name for _, stage, _ in wanted)
+        return plain(self, wanted, *rest)
+
+    monkeypatch.setattr(Worker, "measure", spy)
+    return seen
+
+
+def test_recorded_sums_save_a_pass_and_change_no_bit(tmp_path, recipe, monkeypatch) -> None:
+    merge, fishers = recipe
+    seen = measured(monkeypatch)
+    with small_blocks(16, 32):
+        rlmerge.merge_to_folder(merge, tmp_path / "without", threads=2)
+        assert "fisher_mean" in seen
+        seen.clear()
+        record(tmp_path, fishers)
+        outcome = rlmerge.merge_to_folder(merge, tmp_path / "with", threads=2)
+    assert seen
+    assert "fisher_mean" not in seen
+    one, other = (read_words(tmp_path / name) for name in ("without", "with"))
+    assert all(one[name][1].tobytes() == other[name][1].tobytes() for name in one)
+    expected = {key: sum(f.sum() for f in t.values()) / sum(f.size for f in t.values()) for key, t in fishers.items()}
+    assert outcome.report["total"]["fisher_mean"] == pytest.approx(expected)
+
+
+def test_one_fisher_without_sums_is_measured_for_all(tmp_path, recipe, monkeypatch) -> None:
+    merge, fishers = recipe
+    record(tmp_path, fishers)
+    (tmp_path / f"fisher_{next(iter(fishers))}" / "fisher.json").unlink()
+    seen = measured(monkeypatch)
+    dict(rlmerge.merge(merge))
+    assert "fisher_mean" in seen
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_sums_of_other_values_are_found_out(tmp_path, recipe, kernels) -> None:
+    merge, fishers = recipe
+    record(tmp_path, fishers, change=1.01)
+    message = refusal(lambda: rlmerge.merge_to_folder(merge, tmp_path / "out", kernels=kernels))
+    assert message is not None
+    assert "fisher.json beside it says" in message
+    assert not (tmp_path / "out").exists()
+    # nor does the same command deliver it when it continues
+    assert "fisher.json" in str(refusal(lambda: rlmerge.merge_to_folder(merge, tmp_path / "out", kernels=kernels)))
+    assert "fisher.json" in str(refusal(lambda: dict(rlmerge.merge(merge))))
+
+
+@pytest.mark.parametrize(("value", "word"), [(-1.0, "mean of squares"), (np.nan, "nan"), (np.inf, "inf")])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_bad_entries_are_found_although_no_pass_looks_for_them(tmp_path, recipe, value, word, sampled, monkeypatch):
+    merge, fishers = recipe
+    record(tmp_path, fishers)
+    if not sampled:
+        monkeypatch.setattr("rlmerge.api.take_sample", lambda *_: {})
+        monkeypatch.setattr("rlmerge.api.alarms", lambda *_: [])
+    file = tmp_path / f"fisher_{next(iter(fishers))}" / "fisher.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-8:-4] = np.float32(value).tobytes()
+    file.write_bytes(raw)
+    message = refusal(lambda: rlmerge.merge_to_folder(merge, tmp_path / "out"))
+    assert message is not None
+    assert word in message or "negative" in message
