@@ -228,6 +228,25 @@ def test_realised(size, data):
     )  # fmt: skip
 
 
+@given(st.sampled_from([*SIZES, 2049]), st.data())
+def test_add_bf16(size, data):
+    """New words are those of `settle_bf16` for the sums; what is left of them, too."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    where = np.sort(rng.permutation(2 * size)[:size]).astype(np.int32)
+    out = rng.choice(np.array(BF16, np.uint16), 2 * size)
+    update = rng.choice([value for value in FP64 if abs(value) < 60000], size)
+    gain, scale = (data.draw(st.sampled_from([1.0, 1.25, -0.3])) for _ in range(2))
+    kept = {"counts": np.ones(2, np.int64), "sums": np.array([0.1, 0.2, 0.3])}
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = agree("add_bf16", update=update, gain=gain, scale=scale, where=where, out=out, **kept)
+        old = (out[where].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        new = old + scale * (gain * update)
+        same = {"base": old, "intended": new, "values": new, "where": where, "out": out, **kept}
+        expected = agree("settle_bf16", **same)
+    assert all(found[key].tobytes() == expected[key].tobytes() for key in ("out", "counts", "sums"))
+    assert found["result"] == expected["result"]
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", np.uint16), ("f16", np.uint16), ("f32", np.float32)])
 @given(st.sampled_from([*SIZES, 2049]), st.data())
 def test_settle(name, dtype, size, data):

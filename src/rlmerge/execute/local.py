@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rlmerge.methods.base import Result, Stage, Summary
+from rlmerge.methods.base import Stage, Summary
 
 from .inputs import Space
 from .journal import Journal
@@ -216,9 +216,10 @@ class LocalRun:
             if stage.name in results:
                 continue
             task = self.worker.task(self.worker.leaders[group], walk.tensor)
-            total = totals.get(group) or stage.empty(len(task.experts))
-            result: Result = stage.reduce(total, task, results)
-            self.journal.stage(group, name, stage.name, result)
+            if group in totals:
+                self.journal.stage(group, name, stage.name, stage.reduce(totals[group], task, results))
+            else:
+                self.journal.results.put(group, name, stage.name, stage.skip(task, results))
         walk.step += 1
 
     def _advance(self, walk: _Walk, last: int, merges: bool, queue: deque[tuple[_Walk, int]]) -> None:

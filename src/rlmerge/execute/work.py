@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import FisherError, NonFiniteError
-from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task
+from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task, Update
 from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
 from rlmerge.recipe import Recipe
@@ -73,6 +73,9 @@ class Worker:
             plan, recipe = self.plan.tensors[tensor], self.plan.variants[variant]
             resolved = self.resolvers[variant].resolve(plan.known_as)
             keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.known_as) for expert in self.plan.experts]
+            late = {spec.name for spec in recipe.method.parameters if spec.late}
+            early = [sorted((name, value) for name, value in resolved.values.items() if name not in late)]
+            early += [sorted((name, value) for name, value in resolved.per_model.items() if name not in late)]
             self._tasks[variant, tensor] = Task(
                 plan.name,
                 plan.shape,
@@ -84,6 +87,7 @@ class Worker:
                 bool(plan.fishers),
                 bool(plan.repeats),
                 plan.fisher_sums,
+                repr((recipe.seed, early)),
             )
         return self._tasks[variant, tensor]
 
@@ -172,6 +176,8 @@ class Worker:
     ) -> NDArray[np.uint8]:
         """Rounds once, checks, and measures what the rounding left of the update."""
         counts, sums = np.zeros(2, np.int64), np.zeros(3)
+        if isinstance(merged.values, list) and (plan.dtype != "BF16" or self.inputs.allow_nonfinite):
+            merged.values = [change.applied(block) if isinstance(change, Update) else change for change in merged.values]
         if isinstance(merged.values, list) and plan.base is not None and plan.base.dtype == plan.dtype:
             out, bad = self._change(plan, variant, block, merged.values, counts, sums, space)
         else:
@@ -183,7 +189,7 @@ class Worker:
         return out.view(np.uint8)
 
     def _change(
-        self, plan: TensorPlan, variant: int, block: InputBlock, changes: list[Change], counts: Any, sums: Any,
+        self, plan: TensorPlan, variant: int, block: InputBlock, changes: list[Change | Update], counts: Any, sums: Any,
         space: Space,
     ) -> tuple[NDArray[Any], int]:  # fmt: skip
         """The stored base, changed in some places: what no expert touched is copied bit for bit."""
@@ -196,6 +202,12 @@ class Worker:
             out[:] = block.words(0)
         settle = {"BF16": "settle_bf16", "F16": "settle_f16", "F32": "settle_f32"}[plan.dtype]
         for change in changes:
+            if isinstance(change, Update):
+                if self.plan.variants[variant].rounding == "nearest":
+                    values = change.update, change.gain, change.scale
+                    bad += self.kernels.add_bf16(*values, change.where, out, counts, sums)
+                    continue
+                change = change.applied(block)
             values = self._rounded(plan, variant, block, change.values, change.where)
             settled = getattr(self.kernels, settle)
             bad += settled(change.old, change.values, values, change.where, out, counts, sums)
@@ -206,7 +218,7 @@ class Worker:
         return out, bad
 
     def _replace(
-        self, plan: TensorPlan, variant: int, block: InputBlock, values: list[Change] | NDArray[np.float64],
+        self, plan: TensorPlan, variant: int, block: InputBlock, values: list[Change | Update] | NDArray[np.float64],
         counts: Any, sums: Any, space: Space,
     ) -> tuple[NDArray[Any], int]:  # fmt: skip
         """Every coordinate anew: another dtype than the base's, or a method that changes all."""
@@ -214,6 +226,7 @@ class Worker:
         if isinstance(values, list):
             dense = block.base.astype(np.float64)
             for change in values:
+                change = change.applied(block) if isinstance(change, Update) else change
                 dense[change.where] = change.values
         else:
             dense = values
@@ -246,6 +259,7 @@ class Worker:
         where = int(np.flatnonzero(~np.isfinite(stored))[0])
         value = merged.values[where] if isinstance(merged.values, np.ndarray) else np.nan
         for change in merged.values if isinstance(merged.values, list) else ():
+            change = change.applied(block) if isinstance(change, Update) else change
             if (change.where == where).any():
                 value = change.values[change.where == where][-1]
         raise NonFiniteError(

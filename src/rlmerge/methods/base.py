@@ -66,6 +66,7 @@ class Task:
     fisher       whether every expert has a Fisher for this tensor
     repeats      whether it is the second copy of a tied tensor
     fisher_sums  Σ F of each expert's Fisher where the files record it, else empty
+    early        tells tasks apart that measure different things: all parameters but the late ones
     """
 
     tensor: str
@@ -78,6 +79,7 @@ class Task:
     fisher: bool
     repeats: bool = False
     fisher_sums: tuple[float, ...] = ()
+    early: Hashable = None
 
     @property
     def size(self) -> int:
@@ -197,13 +199,28 @@ class Change:
 
 
 @dataclass(slots=True)
+class Update:
+    """base + scale·(gain·t) at coordinates `where` int32[m]: the engine adds t fp64[m] to the base that it holds."""
+
+    where: NDArray[np.int32]
+    update: NDArray[np.float64]
+    gain: float
+    scale: float
+
+    def applied(self, block: Block) -> Change:
+        """The same as new values."""
+        old = block.base_at(self.where)
+        return Change(self.where, old, old + self.scale * (self.gain * self.update))
+
+
+@dataclass(slots=True)
 class Merged:
     """What a method makes of one block, rounded once later, and statistics that add up.
 
     `values`: changes of the base, no coordinate twice; or fp64[n], every coordinate of the block.
     """
 
-    values: list[Change] | NDArray[np.float64]
+    values: list[Change | Update] | NDArray[np.float64]
     stats: Summary = field(default_factory=dict)
 
 
@@ -235,6 +252,10 @@ class Stage(ABC):
         """Adds the summary of the next unit to that of the units before it, in place (sums, unless a stage differs)."""
         for key, value in part.items():
             total[key] += value
+
+    def skip(self, task: Task, results: Mapping[str, Result]) -> Result:
+        """The result where this tensor need not be measured: that of nothing, unless a stage knows better."""
+        return self.reduce(self.empty(len(task.experts)), task, results)
 
     @abstractmethod
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:

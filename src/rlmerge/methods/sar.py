@@ -12,7 +12,7 @@ The paper's public text (arXiv 2606.18521) names three stages and their order, n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Scope, Stage, Summary, Task
+from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Scope, Stage, Summary, Task, Update
 from .sar_stages import FisherMean, PairConflict, Ranks, dense_ranks
 from .task_arithmetic import LAMBDA
 from .topk import Ranked, Scorer, cut, top_k
@@ -71,37 +71,35 @@ class Resolved:
 
 def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> Resolved:
     """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
-    choices = tuple(value for name, value in task.values.items() if name != LAMBDA.name)
-    key = (task.key, choices, *(values.tobytes() for values in task.per_model.values()))
     if block.roomy:
-        return block.keep(("resolved", key), lambda: _resolve(block, task, results, None))
-    return _resolve(block, task, results, key)
+        return block.keep(("resolved", task.early), lambda: _resolve(block, task, results, keep=False))
+    return _resolve(block, task, results, keep=True)
 
 
-def _resolve(block: Block, task: Task, results: Mapping[str, Result], key: Hashable) -> Resolved:
-    """All patches of a block. With a key, what is dear (the overlaps, which need Fishers) is kept by itself."""
+def _resolve(block: Block, task: Task, results: Mapping[str, Result], keep: bool) -> Resolved:
+    """All patches of a block. With `keep`, what is dear (the overlaps, which need Fishers) is kept by itself."""
     count = len(task.experts)
     state = Resolved([], np.zeros(count, np.int64), np.zeros(4, np.int64), np.zeros(count, np.int64))
     for patch in block.patches:
         if not task.per_model["weight"][patch.experts].any():
             continue
-        if patch.alone:
-            part, wins, counts = _settle(block, task, results, patch)
-        else:
-            part, wins, counts = _settle(block, task, results, patch, key)
+        part, wins, counts = _settle(block, task, results, patch, keep)
         state.wins += wins
         state.counts += counts
-        block.kernels.count_updates(part.values, part.experts, state.eligible)
+        if part.values is patch.delta:  # one expert's changes as they are: none of them is 0
+            state.eligible[patch.experts] += patch.where.size
+        else:
+            block.kernels.count_updates(part.values, part.experts, state.eligible)
         state.parts.append(part)
     return state
 
 
 def _settle(
-    block: Block, task: Task, results: Mapping[str, Result], patch: Patch, key: Hashable = None
+    block: Block, task: Task, results: Mapping[str, Result], patch: Patch, keep: bool
 ) -> tuple[Part, NDArray[np.int64], NDArray[np.int64]]:
     """A patch: its resolved updates and their scores; wins int64[K] and counts int64[4] as in `Resolved`.
 
-    With a key, what arbitration made is kept by itself.
+    With `keep`, what arbitration made of overlaps is kept for the next stage.
     """
     reads = task.fisher and sensitivity_reads(task.values)
     mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if reads else np.empty(0)
@@ -119,7 +117,7 @@ def _settle(
     wins, counts = np.zeros(len(task.experts), np.int64), np.zeros(4, np.int64)
     if not patch.alone:
         make = partial(_arbitrate, block, task, results, part, delta, mean)
-        part.values, part.whole, wins, counts = make() if key is None else block.keep(("overlap", key), make)
+        part.values, part.whole, wins, counts = block.keep(("overlap", task.early), make) if keep else make()
     if task.values["sparsify"] != "none" and task.is_matrix:
         choice = "delta" if task.values["sparsify"] == "fisher_magnitude" else task.values["score"]
         part.scores = np.empty((len(rows), size), np.float32)
@@ -281,8 +279,11 @@ class Sar(Method):
             unit &= task.per_model["density"] >= 1.0  # survivors were divided by their chance: no stored value fits
         changes = []
         for part in state.parts:
-            old, out = block.base_at(part.where), np.empty(part.where.size)
             units = unit[part.experts]
+            if len(part.experts) == 1 and not units.any():
+                changes.append(Update(part.where, part.values[0], float(gain[part.experts[0]]), scale))
+                continue
+            old, out = block.base_at(part.where), np.empty(part.where.size)
             # stored values are copied only where a factor of exactly 1 makes that possible
             stored = block.stored_at(part.experts, part.where) if units.any() else NONE
             own = gain[part.experts]

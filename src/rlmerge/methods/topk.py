@@ -85,6 +85,10 @@ class _TopK(Stage):
         """Only tensors that are sparsified, and only where some density cuts."""
         return self.scorer.applies(task) and bool((self.scorer.density(task) < 1.0).any())
 
+    def skip(self, task: Task, results: Mapping[str, Result]) -> Result:
+        """Nothing for tensors that are never cut: nobody asks for their thresholds."""
+        return super().skip(task, results) if self.scorer.applies(task) else {}
+
 
 class Coarse(_TopK):
     """Counts scores by the upper 16 of their 31 bits; finds the bin of the threshold, often the threshold itself."""

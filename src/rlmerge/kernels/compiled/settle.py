@@ -86,6 +86,39 @@ def settle_bf16(base, intended, values, where, out, counts, sums):
 
 
 @kernel
+def add_bf16(update, gain, scale, where, out, counts, sums):
+    """Adds scale·(gain·t), t fp64[m], to the bf16 words at `where` in out uint16[n], rounding once; else `settle_bf16`.
+
+    The words there are those of the base.
+    """
+    words = np.empty(TILE, np.uint16)
+    old_words = np.empty(TILE, np.uint16)
+    stored = np.empty(TILE, np.float32)
+    old = np.empty(TILE, np.float64)
+    new = np.empty(TILE, np.float64)
+    lane = np.zeros((3, 8), np.float64)
+    rest = np.zeros(3, np.float64)
+    bad = 0
+    for first in range(0, update.shape[0], TILE):
+        some = update[first : first + TILE]
+        spot = where[first : first + TILE].view(np.uint32)
+        size = some.shape[0]
+        for j in range(size):
+            old_words[j] = out[spot[j]]
+        decode_bf16(old_words[:size], stored[:size])
+        for j in range(size):
+            old[j] = np.float64(stored[j])
+            new[j] = old[j] + scale * (gain * some[j])
+        bad += encode_bf16(new[:size], words[:size])
+        decode_bf16(words[:size], stored[:size])
+        _compare(old[:size], old[:size], new[:size], stored[:size], counts, lane, rest)
+        for j in range(size):
+            out[spot[j]] = words[j]
+    _add_lanes(lane, rest, sums)
+    return bad
+
+
+@kernel
 def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
     words = np.empty(TILE, np.uint16)

@@ -13,13 +13,14 @@ from .codec import (
 )
 from .combine import linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, resolve_by, scores
-from .settle import realised, settle_bf16, settle_f16, settle_f32
+from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numpy"
 
 __all__ = [
     "NAME",
+    "add_bf16",
     "census",
     "changes",
     "coarse",

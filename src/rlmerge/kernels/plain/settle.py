@@ -38,6 +38,14 @@ def settle_bf16(base, intended, values, where, out, counts, sums):
     return _settle(encode_bf16, decode_bf16, base, intended, values, where, out, counts, sums)
 
 
+def add_bf16(update, gain, scale, where, out, counts, sums):
+    """Adds scale·(gain·t) to bf16 words, rounding once."""
+    single = np.empty(update.shape, np.float32)
+    decode_bf16(out[where], single)
+    old = single.astype(np.float64)
+    return settle_bf16(old, *[old + scale * (gain * update)] * 2, where, out, counts, sums)
+
+
 def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
     return _settle(encode_f16, decode_f16, base, intended, values, where, out, counts, sums)
