@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -215,16 +216,18 @@ def write_tensors(path: Path, size: Size, dtype: str, fill: Fill, threads: int) 
 
 
 def write_sums(path: Path) -> None:
-    """fisher.json beside a Fisher: the sum of each tensor, as `rlmerge fisher` records it."""
+    """fisher.json beside a Fisher: sum and digest of each tensor, as the documentation of Fisher folders has them."""
     header, first = read_header(path)
     found = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        total = 0.0
+        total, digest = 0.0, xxhash.xxh3_128()
         for offset in range(start, end, 4 * CHUNK):
             count = min(CHUNK, (end - offset) // 4)
-            total += float(np.fromfile(path, np.float32, count, offset=first + offset).sum(dtype=np.float64))
-        found[name] = {"sum": total, "count": (end - start) // 4}
+            some = np.fromfile(path, np.float32, count, offset=first + offset)
+            total += float(some.sum(dtype=np.float64))
+            digest.update(some.data)
+        found[name] = {"sum": total, "count": (end - start) // 4, "xxh3_128": digest.hexdigest()}
     (path.parent / "fisher.json").write_text(json.dumps({"format": 1, "tensors": found}, indent=1) + "\n")
 
 

@@ -66,6 +66,7 @@ class TensorPlan:
     units      [start, stop) in coordinates
     fishers    also of a tensor that is carried: they count in the mean of a Fisher
     fisher_sums  Σ F of each, where every fisher.json records it
+    fisher_digests  xxh3-128 of each, where every fisher.json records it beside the sum and the tensor is one unit
     repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
                Fishers of that one, so that the copies stay equal
     """
@@ -81,6 +82,7 @@ class TensorPlan:
     units: tuple[tuple[int, int], ...]
     repeats: str = ""
     fisher_sums: tuple[float, ...] = ()
+    fisher_digests: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -306,9 +308,13 @@ def _plan_tensor(
     places = tuple(files.place(folder.tensors[named]) for folder in fishers) if named else ()
     known = named is not None and all(named in folder.sums for folder in fishers)
     sums = tuple(folder.sums[named] for folder in fishers) if known and named else ()
+    known = known and len(units) == 1 and all(named in folder.digests for folder in fishers)
+    digests = tuple(folder.digests[named] for folder in fishers) if known and named else ()
     if reason is not None:
         base = files.place(info)
-        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, sums)
+        return TensorPlan(
+            info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, sums, digests
+        )
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:
@@ -316,7 +322,7 @@ def _plan_tensor(
     wanted = HEADER_DTYPE[recipe.output_dtype] if recipe.output_dtype else _promote(stored)
     experts = tuple(files.source(source) for source in sources)
     base = files.place(info) if has_base else None
-    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums)
+    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums, digests)
 
 
 def _promote(dtypes: list[str]) -> str:

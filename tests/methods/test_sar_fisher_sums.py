@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
+from tests.checkpoint.checkpoint_files import write_tensors
 from tests.methods.small_models import (
     make_recipe,
     read_words,
@@ -21,10 +23,13 @@ import rlmerge
 from rlmerge.execute.work import Worker
 
 
-def record(folder: Path, fishers, change: float = 1.0) -> None:
-    """fisher.json beside each Fisher, with exact sums times `change`."""
+def record(folder: Path, fishers, change: float = 1.0, digests: bool = False) -> None:
+    """fisher.json beside each Fisher, with exact sums times `change`, and the digests of its tensors or none."""
     for key, tensors in fishers.items():
         sums = {name: {"sum": float(f.sum(dtype=np.float64)) * change, "count": f.size} for name, f in tensors.items()}
+        if digests:
+            for name, f in tensors.items():
+                sums[name]["xxh3_128"] = xxhash.xxh3_128_hexdigest(f.astype(np.float32).tobytes())
         (folder / f"fisher_{key}" / "fisher.json").write_text(json.dumps({"tensors": sums}))
 
 
@@ -51,14 +56,15 @@ def measured(monkeypatch) -> list[str]:
     return seen
 
 
-def test_recorded_sums_save_a_pass_and_change_no_bit(tmp_path, recipe, monkeypatch) -> None:
+@pytest.mark.parametrize(("digests", "unit"), [(False, 32), (True, 32), (True, 1 << 20)])
+def test_recorded_sums_save_a_pass_and_change_no_bit(tmp_path, recipe, monkeypatch, digests, unit) -> None:
     merge, fishers = recipe
     seen = measured(monkeypatch)
-    with small_blocks(16, 32):
+    with small_blocks(16, unit):
         rlmerge.merge_to_folder(merge, tmp_path / "without", threads=2)
         assert "fisher_mean" in seen
         seen.clear()
-        record(tmp_path, fishers)
+        record(tmp_path, fishers, digests=digests)
         outcome = rlmerge.merge_to_folder(merge, tmp_path / "with", threads=2)
     assert seen
     assert "fisher_mean" not in seen
@@ -92,9 +98,12 @@ def test_sums_of_other_values_are_found_out(tmp_path, recipe, kernels) -> None:
 
 @pytest.mark.parametrize(("value", "word"), [(-1.0, "mean of squares"), (np.nan, "nan"), (np.inf, "inf")])
 @pytest.mark.parametrize("sampled", [True, False])
-def test_bad_entries_are_found_although_no_pass_looks_for_them(tmp_path, recipe, value, word, sampled, monkeypatch):
+@pytest.mark.parametrize("digests", [True, False])
+def test_bad_entries_are_found_although_no_pass_looks_for_them(
+    tmp_path, recipe, value, word, sampled, digests, monkeypatch
+):
     merge, fishers = recipe
-    record(tmp_path, fishers)
+    record(tmp_path, fishers, digests=digests)
     if not sampled:
         monkeypatch.setattr("rlmerge.api.take_sample", lambda *_: {})
         monkeypatch.setattr("rlmerge.api.alarms", lambda *_: [])
@@ -104,4 +113,17 @@ def test_bad_entries_are_found_although_no_pass_looks_for_them(tmp_path, recipe,
     file.write_bytes(raw)
     message = refusal(lambda: rlmerge.merge_to_folder(merge, tmp_path / "out"))
     assert message is not None
-    assert word in message or "negative" in message
+    # where nobody asks for the entry, the digest finds it
+    assert word in message or "negative" in message or (digests and "the bytes of tensor" in message)
+
+
+def test_a_digest_of_bad_values_does_not_make_them_good(tmp_path, recipe, monkeypatch) -> None:
+    """Every entry is negative and recorded as such: found where conflicts ask for it."""
+    merge, fishers = recipe
+    bad = {key: {name: -f - 1 for name, f in tensors.items()} for key, tensors in fishers.items()}
+    for key, tensors in bad.items():
+        write_tensors(tmp_path / f"fisher_{key}" / "fisher.safetensors", tensors, "F32")
+    record(tmp_path, bad, change=-1.0, digests=True)
+    monkeypatch.setattr("rlmerge.api.take_sample", lambda *_: {})
+    monkeypatch.setattr("rlmerge.api.alarms", lambda *_: [])
+    assert "mean of squares" in str(refusal(lambda: rlmerge.merge_to_folder(merge, tmp_path / "out")))

@@ -1,7 +1,8 @@
 """Opens a Fisher folder by its headers: one sensitivity per coordinate, under the names that the base's files use.
 
-`fisher.json` may record the sum of each tensor, which saves a merge a pass over the Fishers:
-{"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES}}}. The merge compares it with what it reads.
+`fisher.json` may record each tensor's sum, which saves a merge a pass over the Fishers, and the digest of its bytes:
+{"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES, "xxh3_128": HEXADECIMAL DIGEST}}}. The merge compares
+them with what it reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FISHER_DTYPES = frozenset({"F32", "BF16"})
 class FisherFolder:
     """An opened diagonal Fisher: `tensors` under the base's names, `meta` is fisher.json or {}.
 
-    `sums` are those that fisher.json records.
+    `sums` and `digests` are those that fisher.json records.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class FisherFolder:
     headers: tuple[Header, ...]
     meta: dict[str, Any]
     sums: dict[str, float]
+    digests: dict[str, str]
 
 
 def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
@@ -56,7 +58,8 @@ def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
     if not tensors:
         raise FisherError(f"{headers[0].file}: holds only a tied head, which {base.folder} does not store.")
     home = folder if folder.is_dir() else folder.parent
-    return FisherFolder(home, tensors, headers, meta, _read_sums(home / "fisher.json", meta, stored))
+    sums, digests = _read_records(home / "fisher.json", meta, stored)
+    return FisherFolder(home, tensors, headers, meta, sums, digests)
 
 
 def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:
@@ -79,12 +82,15 @@ def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:
     return headers, read_json_object(meta) if meta.exists() else {}
 
 
-def _read_sums(file: Path, meta: dict[str, Any], stored: dict[str, TensorInfo]) -> dict[str, float]:
-    """The recorded sums. Raises FisherError where they cannot be those of the stored tensors."""
+def _read_records(
+    file: Path, meta: dict[str, Any], stored: dict[str, TensorInfo]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The recorded sums and digests. Raises FisherError where they cannot be those of the stored tensors."""
     entries = meta.get("tensors", {})
     if not isinstance(entries, dict):
         raise FisherError(f"{file}: 'tensors' is not an object of tensor names. Remove the file, or estimate again.")
     sums: dict[str, float] = {}
+    digests: dict[str, str] = {}
     for name, entry in entries.items():
         if name not in stored or not isinstance(entry, dict) or "sum" not in entry:
             continue
@@ -96,7 +102,9 @@ def _read_sums(file: Path, meta: dict[str, Any], stored: dict[str, TensorInfo]) 
                 "together: remove fisher.json (it is not required), or estimate again."
             )
         sums[name] = float(total)
-    return sums
+        if isinstance(entry.get("xxh3_128"), str):
+            digests[name] = entry["xxh3_128"]
+    return sums, digests
 
 
 def _check(info: TensorInfo, base: Checkpoint) -> None:

@@ -123,7 +123,7 @@ class InputBlock(Block):
                 number = 1 + len(self._plan.experts) + k
                 fresh = self._hashes is not None and self._hashes.is_new(number, self.start)
                 self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
-                if fresh and self._hashes is not None and self._plan.fisher_sums:
+                if fresh and self._hashes is not None and self._plan.fisher_sums and not self._plan.fisher_digests:
                     self._inputs.add_fisher(self._plan, k, self.start, out[k], self._hashes)
             self._made["fisher"] = out
         return self._made["fisher"]
@@ -211,6 +211,9 @@ class InputBlock(Block):
         out = np.empty((len(experts), where.size))
         for row, k in enumerate(experts.tolist()):
             self.kernels.take(self.fisher[k], where, out[row])
+            if self._plan.fisher_digests and not ((out[row] >= 0.0) & (out[row] < np.inf)).all():
+                # a digest tells whether the file is what it was, not whether it ever was a Fisher
+                self._inputs.refuse_fisher(self._plan, k, self.start, self.fisher[k])
         return out
 
     # -- between stages -------------------------------------------------------------------------------------------

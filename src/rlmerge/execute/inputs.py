@@ -168,16 +168,20 @@ class Inputs:
         negative = np.zeros(1, np.int64)
         total = np.zeros(1)
         self.kernels.fisher_sums(values[None], total, negative)
-        if not np.isfinite(total[0]) and not np.isfinite(values).all():
-            self.refuse(tensor, tensor.fishers[k], start, values)
+        if negative[0] or (not np.isfinite(total[0]) and not np.isfinite(values).all()):
+            self.refuse_fisher(tensor, k, start, values)
         hashes.sums[k] += total[0]
-        if negative[0]:
+
+    def refuse_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32]) -> None:
+        """Raises NonFiniteError or FisherError for the first entry that no Fisher has."""
+        if (values < 0).any():
             where = int(np.flatnonzero(values < 0)[0])
             raise FisherError(
                 f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} holds "
                 f"{values[where]} at coordinate {start + where}; a diagonal Fisher is a mean of squares. Estimate it "
                 "again, or use `sensitivity: delta2`."
             )
+        self.refuse(tensor, tensor.fishers[k], start, values)
 
     def refuse(self, tensor: TensorPlan, place: Place, start: int, values: NDArray[np.float32]) -> None:
         """Raises NonFiniteError for the first value that is none."""

@@ -151,6 +151,16 @@ class Worker:
         plan = self.plan.tensors[tensor]
         if not plan.fisher_sums or plan.carry is not None:
             return
+        for k, digest in enumerate(plan.fisher_digests):
+            if units[tensor, 0].read[1 + len(plan.experts) + k] != digest:
+                raise FisherError(
+                    f"{self.plan.files[plan.fishers[k].file].path}: the bytes of tensor {plan.name!r} are not those of "
+                    "which the fisher.json beside it speaks, which this merge believed. Nothing was delivered.\n"
+                    "  The file was changed after fisher.json was written: remove fisher.json, or estimate again, and "
+                    "merge with --overwrite."
+                )
+        if plan.fisher_digests:
+            return
         found = sum(np.array(units[tensor, unit].fisher_sums) for unit in range(len(plan.units)))
         for place, recorded, read in zip(plan.fishers, plan.fisher_sums, np.atleast_1d(found).tolist()):
             # both are fp64 sums of the same numbers in another order
@@ -177,7 +187,9 @@ class Worker:
         """Rounds once, checks, and measures what the rounding left of the update."""
         counts, sums = np.zeros(2, np.int64), np.zeros(3)
         if isinstance(merged.values, list) and (plan.dtype != "BF16" or self.inputs.allow_nonfinite):
-            merged.values = [change.applied(block) if isinstance(change, Update) else change for change in merged.values]
+            merged.values = [
+                change.applied(block) if isinstance(change, Update) else change for change in merged.values
+            ]
         if isinstance(merged.values, list) and plan.base is not None and plan.base.dtype == plan.dtype:
             out, bad = self._change(plan, variant, block, merged.values, counts, sums, space)
         else:
