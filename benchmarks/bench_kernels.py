@@ -15,6 +15,7 @@ from rlmerge.kernels import load_kernels
 
 SIZE = 2**19
 NONE = np.empty((0, 0))
+NO_FISHER = np.empty((0, 0), np.float32)
 ALL = np.arange(3)
 
 
@@ -39,7 +40,7 @@ class Data:
         self.score = np.abs(self.delta).astype(np.float32)
         self.scores = np.abs(self.deltas).astype(np.float32)
         self.fishers = (rng.standard_normal((3, SIZE)) ** 2).astype(np.float32)
-        self.fisher = self.fishers[:, self.shared].astype(np.float64)
+        self.fisher = np.ascontiguousarray(self.fishers[:, self.shared])
         self.base = np.empty(self.where.size)
         kernels.take_bf16(self.words[0], self.where, self.base)
         self.threshold = np.float32(np.median(self.score))
@@ -69,7 +70,7 @@ def cases(d: Data) -> dict[str, tuple[str, tuple[Any, ...]]]:
     moved = d.base + d.delta[0]
     return {
         "patches_bf16": ("patches_bf16", (d.words, d.places, d.counts, d.alone, d.several)),
-        "scores alone": ("scores", (d.delta, d.delta, NONE, zeros(0), 0, zeros(1, m, dtype=np.float32))),
+        "scores alone": ("scores", (d.delta, d.delta, NO_FISHER, zeros(0), 0, zeros(1, m, dtype=np.float32))),
         "coarse alone": ("coarse", (d.score, ALL[:1], *histogram)),
         "resolve several": ("resolve", (d.deltas, d.fisher, np.ones(3), 0, 0, *resolved)),
         "census several": ("census", (d.deltas, np.ones(3, np.int64), *pairs)),

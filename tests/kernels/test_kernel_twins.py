@@ -45,7 +45,7 @@ def conflicts(draw):
     where = np.flatnonzero((delta != 0).any(axis=0)).astype(np.int32)
     delta = np.ascontiguousarray(delta[:, where])
     weight = np.array(draw(st.lists(st.sampled_from([1.0, 1.0, -1.0, 0.5]), min_size=count, max_size=count)))
-    fisher = draw(fp32(count, where.size, least=0.0)).astype(np.float64)
+    fisher = draw(fp32(count, where.size, least=0.0))
     mean = np.array(draw(st.lists(st.sampled_from([1.0, 0.3, 1e-12, 7.5]), min_size=count, max_size=count)))
     flat = draw(st.lists(st.sampled_from([0.0, 1.0, 0.25, 1 / 3]), min_size=25, max_size=25))
     phi = np.triu(np.array(flat).reshape(5, 5)[:count, :count], 1)
@@ -295,7 +295,7 @@ def test_resolve(arbitration, agreement, given_, sensitivity, join, power, margi
     count, size = delta.shape
     keys, start = data.draw(words(count)), data.draw(START)
     if sensitivity == 2:
-        fisher, mean = np.empty((0, 0)), np.empty(0)
+        fisher, mean = np.empty((0, 0), np.float32), np.empty(0)
     made = {"out": np.full(delta.shape, 7.0), "whole": np.full(size, 7, np.uint8), "wins": np.ones(count, np.int64)}
     made["counts"] = np.ones(4, np.int64)
     common = {

@@ -206,9 +206,9 @@ class InputBlock(Block):
                 self.kernels.take(self.expert[k], where, out[row])
         return out
 
-    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
+    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float32]:
         """Taken from the decoded block."""
-        out = np.empty((len(experts), where.size))
+        out = np.empty((len(experts), where.size), np.float32)
         for row, k in enumerate(experts.tolist()):
             self.kernels.take(self.fisher[k], where, out[row])
             if self._plan.fisher_digests and not ((out[row] >= 0.0) & (out[row] < np.inf)).all():

@@ -173,8 +173,8 @@ class Block(ABC):
         """What the files of some experts hold at some coordinates, fp64[E, m] (deltas where additive)."""
 
     @abstractmethod
-    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float64]:
-        """The Fishers of some experts at some coordinates, fp64[E, m]."""
+    def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The Fishers of some experts at some coordinates, fp32[E, m]."""
 
     @property
     @abstractmethod

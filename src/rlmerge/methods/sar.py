@@ -30,6 +30,7 @@ ARBITRATION = ("winner", "soft", "elect", "margin", "random")
 AGREEMENT = ("sensitivity_mean", "mean", "winner", "sum", "multiplicity")
 SCORE = ("delta", "share", "merged")
 NONE = np.empty((0, 0))
+NO_FISHER = np.empty((0, 0), np.float32)
 NO_SCORES = np.empty((0, 0), np.float32)
 NORMS = {"l1": 1, "l2": 2}
 SPARSIFY = ("magnitude", "magprune", "fisher_magnitude", "none")
@@ -105,7 +106,7 @@ def _settle(
     mean = np.asarray(results["fisher_mean"]["mean"], np.float64) if reads else np.empty(0)
     by_fisher = reads and task.values["sparsify"] == "fisher_magnitude"
     # Fishers matter where several meet, and for a sparsifier that ranks by them
-    fisher = block.fisher_at(patch.experts, patch.where) if by_fisher else NONE
+    fisher = block.fisher_at(patch.experts, patch.where) if by_fisher else NO_FISHER
     weight = task.per_model["weight"][patch.experts]
     delta = patch.delta
     if (weight != 1.0).any():
@@ -132,7 +133,7 @@ def _arbitrate(
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:  # fmt: skip
     """Updates fp64[K, m], whole, wins and counts, from weighted deltas and the means of the Fishers (empty: none)."""
     values, count = task.values, len(task.experts)
-    given = (delta, block.fisher_at(part.experts, part.where) if mean.size else NONE, mean)
+    given = (delta, block.fisher_at(part.experts, part.where) if mean.size else NO_FISHER, mean)
     made = np.empty(delta.shape), part.whole, np.zeros(count, np.int64), np.zeros(4, np.int64)
     sensitivity = SENSITIVITY.index(values["sensitivity"] if given[2].size else "delta2")
     agreement = AGREEMENT.index(values["agreement"])

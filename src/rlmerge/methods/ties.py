@@ -12,7 +12,7 @@ from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage
 from .task_arithmetic import LAMBDA, WEIGHT
 from .topk import Ranked, Scorer, cut, top_k
 
-NONE = np.empty((0, 0))
+NO_FISHER = np.empty((0, 0), np.float32)
 
 
 class Magnitude(Scorer):
@@ -43,7 +43,7 @@ class Magnitude(Scorer):
 
 def _rank(block: Block, patch: Patch) -> Ranked:
     scores = np.empty(patch.delta.shape, np.float32)
-    block.kernels.scores(patch.delta, patch.delta, NONE, np.empty(0), 0, scores)
+    block.kernels.scores(patch.delta, patch.delta, NO_FISHER, np.empty(0), 0, scores)
     return Ranked(patch.experts, patch.where, patch.delta, scores, patch.experts)
 
 

@@ -152,9 +152,11 @@ def deltas(base, expert, reference, which, additive, min_change, experts, where,
 
 @kernel
 def take(values, where, out):
-    """values fp32[n] at `where`, as fp64[m]."""
-    for j in range(where.shape[0]):
-        out[j] = np.float64(values[where[j]])
+    """values fp32[n] at `where`, into out fp64[m] or fp32[m]."""
+    # unsigned places: numba would look out for negative ones
+    spot = where.view(np.uint32)
+    for j in range(spot.shape[0]):
+        out[j] = np.float64(values[spot[j]])
 
 
 @kernel
@@ -164,7 +166,7 @@ def take_bf16(words, where, out):
     value = bits.view(np.float32)
     for first in range(0, where.shape[0], TILE):
         size = min(TILE, where.shape[0] - first)
-        spot = where[first : first + size]
+        spot = where[first : first + size].view(np.uint32)
         some = out[first : first + size]
         for j in range(size):
             bits[j] = np.uint32(words[spot[j]]) << np.uint32(16)

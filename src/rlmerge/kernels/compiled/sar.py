@@ -61,7 +61,7 @@ def resolve(delta, fisher, mean, sensitivity, agreement, out, whole, wins, count
                 there = fisher[k, first : first + length]
                 for j in range(length):
                     square = value[j] * value[j]
-                    sens[k, j] = there[j] / scale * (square if sensitivity == 0 else 1.0)
+                    sens[k, j] = np.float64(there[j]) / scale * (square if sensitivity == 0 else 1.0)
             for j in range(length):
                 v = value[j]
                 moves = v != 0.0
@@ -132,7 +132,7 @@ def resolve(delta, fisher, mean, sensitivity, agreement, out, whole, wins, count
 def scores(delta, resolved, fisher, mean, score, out):
     """The fp32 scores that sparsification ranks, fp32[E, m] or, for merged, fp32[1, m]; 0 where nothing is eligible.
 
-    delta and resolved fp64[E, m]; for fisher_magnitude also fisher fp64[E, m] and mean fp64[E].
+    delta and resolved fp64[E, m]; for fisher_magnitude also fisher fp32[E, m] and mean fp64[E].
     """
     smallest = np.float32(1e-45)
     if score == 2:
@@ -148,7 +148,7 @@ def scores(delta, resolved, fisher, mean, score, out):
         found = out[k]
         if score == 3:
             for j in range(left.shape[0]):
-                weighted = abs(size[j]) * math.sqrt(fisher[k, j] / mean[k])
+                weighted = abs(size[j]) * math.sqrt(np.float64(fisher[k, j]) / mean[k])
                 found[j] = max(np.float32(weighted), smallest) if left[j] != 0.0 else np.float32(0.0)
         else:
             for j in range(left.shape[0]):

@@ -126,7 +126,7 @@ def resolve_by(
 ):  # fmt: skip
     """Stage 1 of SAR where several experts changed a coordinate: t = r·d, fp64[K, m], from weighted d, fp64[K, m].
 
-    fisher fp64[K, m] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
+    fisher fp32[K, m] and mean fp64[K] (empty at sensitivity delta2); phi fp64[K, K] for multiplicity; keys uint64[K]
     for random arbitration; `where` int32[m] lies in the block at `start`. whole uint8[m]: the shares make a whole, or
     one is 1 and the others are 0. Adds to wins int64[K] and to counts int64[4]: draws, draws under δ², conflicts that
     both rules decide, of these the same winners.
@@ -162,7 +162,7 @@ def resolve_by(
             if sensitivity == 2:
                 sens[j] = square
             else:
-                weight = fisher[who[j], c] / mean[who[j]]
+                weight = np.float64(fisher[who[j], c]) / mean[who[j]]
                 sens[j] = weight * square if sensitivity == 0 else weight
         if positive == 0 or positive == count:
             whole[c] = _agree(agreement, value, sens, who, chosen, count, phi, scratch, other, share)

@@ -102,7 +102,7 @@ def resolve_by(
     if sensitivity == 2:
         sens = square
     else:
-        weight = fisher / mean[:, None]
+        weight = fisher.astype(np.float64) / mean[:, None]
         sens = weight * square if sensitivity == 0 else weight
     sens = np.where(active, sens, 0.0)
     share, is_whole = _agree(agreement, delta, sens, active, phi)
@@ -169,7 +169,7 @@ def scores(delta, resolved, fisher, mean, score, out):
     else:
         size = np.abs(resolved if score == 1 else delta)
         if score == 3:
-            size = size * np.sqrt(fisher / mean[:, None])
+            size = size * np.sqrt(fisher.astype(np.float64) / mean[:, None])
         eligible = resolved != 0.0
     with np.errstate(over="ignore", under="ignore"):
         out[:] = np.where(eligible, np.maximum(size.astype(np.float32), np.float32(1e-45)), np.float32(0.0))
