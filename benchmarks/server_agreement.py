@@ -2,9 +2,9 @@
 
     python benchmarks/server_agreement.py MODEL_FOLDER MODEL.gguf [--count 100]
 
-Three ways to run the weights of one GGUF file: dequantized in transformers (fp32), as they are in llama.cpp (4-bit blocks
-times activations that it rounds to 8 bits), and dequantized in llama.cpp (an F32 GGUF, made here). If the first and the
-last agree and the second does not, the difference is that rounding, and not the prompt, the sampling or the template.
+Three ways to run the weights of one GGUF file: dequantized in transformers (fp32), as they are in llama.cpp (4-bit
+blocks times activations that it rounds to 8 bits), and dequantized in llama.cpp (an F32 GGUF, made here). If the first
+and the last agree and the second does not, the difference is that rounding, and not prompt, sampling or template.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def main() -> None:
                 said[name][way] = {problem.id: made[problem.id].text for problem in problems}
                 first = said[name]["transformers fp32"]
                 same = sum(said[name][way][key] == first[key] for key in first) / len(first)
-                print(json.dumps({"task": name, "way": way, "accuracy": right, "same as transformers": same}), flush=True)
+                print(
+                    json.dumps({"task": name, "way": way, "accuracy": right, "same as transformers": same}), flush=True
+                )
             del server
 
 

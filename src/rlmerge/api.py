@@ -24,7 +24,7 @@ from rlmerge.execute.local import LocalRun
 from rlmerge.execute.report import collect
 from rlmerge.execute.work import Worker
 from rlmerge.kernels import Backend, choose, is_compiled, load_kernels
-from rlmerge.plan import Plan, make_plan
+from rlmerge.plan import Plan, make_plan, without_records
 from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (
@@ -150,7 +150,7 @@ def merge(
     """
     recipe = as_recipe(recipe)
     with recipe.located():
-        plan = make_plan(recipe)
+        plan = without_records(make_plan(recipe))
     check_tokenizers(plan, accept_tokenizers)
     with _worker(plan, load_kernels(kernels, plan.values_read), threads or default_threads()) as worker:
         journal = Journal(None, "", [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class TensorPlan:
     block      coordinates of a block; units are multiples of it
     units      [start, stop) in coordinates
     fishers    also of a tensor that is carried: they count in the mean of a Fisher
-    fisher_sums  Σ F of each, where every fisher.json records it
+    fisher_sums  Σ F of each, where every fisher.json records it and the merge will read them
     fisher_digests  xxh3-128 of each, where every fisher.json records it beside the sum and the tensor is one unit
     repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
                Fishers of that one, so that the copies stay equal
@@ -312,9 +312,7 @@ def _plan_tensor(
     digests = tuple(folder.digests[named] for folder in fishers) if known and named else ()
     if reason is not None:
         base = files.place(info)
-        return TensorPlan(
-            info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, sums, digests
-        )
+        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats)
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:
@@ -360,6 +358,12 @@ def _check_parameters(recipe: Recipe, tensors: tuple[TensorPlan, ...], layers: i
         for name in model_wide:
             if seen.setdefault(name, resolved.values[name]) != resolved.values[name]:
                 raise RecipeError(f"parameters.{name}: this choice must be the same for all tensors; drop its filters.")
+
+
+def without_records(plan: Plan) -> Plan:
+    """The same plan, believing no fisher.json: for who hands out tensors before the last one is checked."""
+    tensors = tuple(replace(tensor, fisher_sums=(), fisher_digests=()) for tensor in plan.tensors)
+    return replace(plan, tensors=tensors)
 
 
 def sum_bytes(plan: Plan, fisher_passes: int = 1) -> dict[str, int]:

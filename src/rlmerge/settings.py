@@ -108,4 +108,4 @@ def thread_bytes(plan: Plan) -> int:
         for source in tensor.experts:
             if source.a is not None and source.b is not None:
                 factors = max(factors, 4 * (source.a.nbytes + source.b.nbytes))
-    return KEPT_BYTES + block * (24 + count * 60) + count * 2**20 * len(plan.variants) + count * factors
+    return KEPT_BYTES + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors

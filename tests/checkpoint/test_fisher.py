@@ -100,7 +100,15 @@ def test_recorded_sums(tmp_path: Path, base: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ['{"sum": -1, "count": 16}', '{"sum": NaN}', '{"sum": "2"}', '{"sum": true}', '{"sum": 1, "count": 15}']
+    "entry",
+    [
+        '{"sum": -1, "count": 16}',
+        '{"sum": NaN}',
+        '{"sum": "2"}',
+        '{"sum": true}',
+        '{"sum": 1%s}' % ("0" * 400),
+        '{"sum": 1, "count": 15}',
+    ],
 )
 def test_sums_that_cannot_be(tmp_path: Path, base: Checkpoint, entry: str) -> None:
     meta = f'{{"tensors": {{"model.layers.0.w.weight": {entry}}}}}'

@@ -142,6 +142,7 @@ def test_larger_tensors_do_not_gather_hashes(monkeypatch):
 def test_histograms_carry_the_norms_of_large_tensors(monkeypatch, kernels, order, scope):
     """Σ before the cut, and after it with the share of the ties that stays, as adding up the sorted values does."""
     monkeypatch.setattr(topk, "EXACT", 50)
+    monkeypatch.setattr(topk, "MANY", 1)
     rng = np.random.default_rng(order)
     close = (np.float32(1.0) + np.arange(400) * np.float32(2.0**-23)).astype(np.float32)  # one coarse bin, many values
     for row in (rng.choice([0.0, 1.0, -2.0, 3.0, 0.125], 400), rng.permutation(close), rng.standard_normal(400)):
@@ -158,3 +159,7 @@ def test_histograms_carry_the_norms_of_large_tensors(monkeypatch, kernels, order
                 assert results["ties"]["norms"]["before"][k] == pytest.approx(terms.sum(), rel=1e-12)
                 assert results["ties"]["norms"]["after"][k] == pytest.approx(after, rel=1e-12)
     assert "norms" not in measure(values[:, :40], 0.5, kernels, 64, scope, order)[2]["ties"]
+    few = np.where(np.arange(400) < 8, 1.0, 0.0).astype(np.float32)[None]
+    assert "norms" in measure(few, 0.5, kernels, 64, scope, order)[2]["ties"]
+    monkeypatch.setattr(topk, "MANY", 9)
+    assert "norms" not in measure(few, 0.5, kernels, 64, scope, order)[2]["ties"]

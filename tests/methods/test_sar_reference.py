@@ -140,6 +140,8 @@ def test_sar_agrees_with_the_reference(tmp_path_factory, case, random, exact):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.reference.sar.EXACT_TIES_UP_TO", exact)
         patch.setattr("rlmerge.methods.topk.EXACT", exact)
+        patch.setattr("rlmerge.methods.topk.MANY", 3)
+        patch.setattr("tests.reference.sar.MANY_TIES", 3)
         check_case(tmp_path_factory, case, random)
 
 

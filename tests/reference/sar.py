@@ -15,6 +15,7 @@ Tensors = dict[str, np.ndarray]
 Hash64 = Callable[[str | None, str, int], int]
 
 EXACT_TIES_UP_TO = 2**20  # elements of a tensor; above it (and at scope model) ties are kept by a hash threshold
+MANY_TIES = 2**16  # above that size, from so many ties on, the norm after the cut takes the share of them that stays
 CHOICES = {
     "sensitivity": {"fisher_delta2", "fisher", "delta2"},
     "arbitration": {"winner", "soft", "elect", "margin", "random"},
@@ -501,7 +502,7 @@ def _factors(tensors: list[Tensor], o: Options) -> dict[str, list[float]]:
 
 def _factor(group: list[Tensor], i: int, o: Options) -> float:
     before = [(1.0, abs(tensor.t(i, x))) for tensor in group for x in range(tensor.size)]
-    if o.sparsify != "magprune" and sum(tensor.size for tensor in group) > EXACT_TIES_UP_TO:
+    if o.sparsify != "magprune" and _ties_are_many(group, o):
         after = _expected_after(group, i, o)
     else:
         after = [(1.0, abs(tensor.t(i, x))) for tensor in group for x in range(tensor.size) if tensor.kept[i][x]]
@@ -513,6 +514,22 @@ def _factor(group: list[Tensor], i: int, o: Options) -> float:
     if norm_after == 0.0:
         return 1.0
     return min(o.rescale_max, norm_before / norm_after)
+
+
+def _ties_are_many(group: list[Tensor], o: Options) -> bool:
+    """Whether the group is large, and each threshold that cuts a class of ties in two cuts a large one."""
+    if sum(tensor.size for tensor in group) <= EXACT_TIES_UP_TO:
+        return False
+    everyone = range(len(o.keys))
+    for i, members in [(0, everyone)] if _is_merged(o) else [(i, [i]) for i in everyone]:
+        scores = list(_scores(group, members, o).values())
+        if o.density[i] < 1.0 and scores:
+            k = max(1, int(o.density[i] * len(scores)))
+            threshold = sorted(scores, reverse=True)[k - 1]
+            above, ties = sum(s > threshold for s in scores), sum(s == threshold for s in scores)
+            if 0 < k - above < ties < MANY_TIES:
+                return False
+    return True
 
 
 def _expected_after(group: list[Tensor], i: int, o: Options) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 `fisher.json` may record each tensor's sum, which saves a merge a pass over the Fishers, and the digest of its bytes:
 {"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES, "xxh3_128": HEXADECIMAL DIGEST}}}. The merge compares
-them with what it reads.
+digests, or else sums, with what it reads: a file that was changed afterwards does not pass.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _read_records(
         if name not in stored or not isinstance(entry, dict) or "sum" not in entry:
             continue
         total, count = entry["sum"], entry.get("count", stored[name].size)
-        if type(total) not in (int, float) or not math.isfinite(total) or total < 0 or count != stored[name].size:
+        known = type(total) is float or (type(total) is int and total.bit_length() < 1000)
+        if not known or not math.isfinite(total) or total < 0 or count != stored[name].size:
             raise FisherError(
                 f"{file}: tensor {name!r} has sum {total!r} and count {count!r}, but {stored[name].file.name} holds "
                 f"{stored[name].size:,} values, and a Fisher's sum is no negative number. The two files do not belong "
@@ -103,7 +104,7 @@ def _read_records(
             )
         sums[name] = float(total)
         if isinstance(entry.get("xxh3_128"), str):
-            digests[name] = entry["xxh3_128"]
+            digests[name] = entry["xxh3_128"].lower()
     return sums, digests
 
 

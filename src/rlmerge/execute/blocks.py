@@ -211,8 +211,9 @@ class InputBlock(Block):
         out = np.empty((len(experts), where.size), np.float32)
         for row, k in enumerate(experts.tolist()):
             self.kernels.take(self.fisher[k], where, out[row])
-            if self._plan.fisher_digests and not ((out[row] >= 0.0) & (out[row] < np.inf)).all():
-                # a digest tells whether the file is what it was, not whether it ever was a Fisher
+            if self._plan.fisher_sums and not ((out[row] >= 0.0) & (out[row] < np.inf)).all():
+                # nobody has looked at every entry yet; and a digest tells that the file is what it was, not that it
+                # ever was a Fisher
                 self._inputs.refuse_fisher(self._plan, k, self.start, self.fisher[k])
         return out
 

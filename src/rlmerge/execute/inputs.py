@@ -46,6 +46,10 @@ class Hashes:
         """Whether the bytes of input `number` from this coordinate on were not added before."""
         return self.reached.get(number, self.start) == start
 
+    def was_read(self, number: int, start: int) -> bool:
+        """Whether the bytes of input `number` at this coordinate were added before."""
+        return self.reached.get(number, self.start) > start
+
     def digests(self, count: int) -> list[str]:
         """Hexadecimal digests of inputs 0 … count - 1; '' for one that was never read."""
         return [self.states[number].hexdigest() if number in self.states else "" for number in range(count)]
@@ -143,7 +147,7 @@ class Inputs:
             self.read_into(place, start * width, raw)
             # bytes that were hashed before were also looked at before; a sum of Fishers shows what is no number
             summed = hashes is not None and place in tensor.fishers[: hashes.sums.size]
-            seen = summed or (hashes is not None and not hashes.is_new(number, start))
+            seen = summed or (hashes is not None and hashes.was_read(number, start))
             bad = 0 if seen else self.kernels.count_nonfinite(out)
         else:
             words = space.get("raw", (out.shape[0],), np.uint16)
@@ -168,12 +172,12 @@ class Inputs:
         negative = np.zeros(1, np.int64)
         total = np.zeros(1)
         self.kernels.fisher_sums(values[None], total, negative)
-        if negative[0] or (not np.isfinite(total[0]) and not np.isfinite(values).all()):
+        if negative[0] or not np.isfinite(total[0]):
             self.refuse_fisher(tensor, k, start, values)
         hashes.sums[k] += total[0]
 
     def refuse_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32]) -> None:
-        """Raises NonFiniteError or FisherError for the first entry that no Fisher has."""
+        """Raises FisherError for the first negative entry, or NonFiniteError (unless allowed) for what is no number."""
         if (values < 0).any():
             where = int(np.flatnonzero(values < 0)[0])
             raise FisherError(
@@ -181,7 +185,8 @@ class Inputs:
                 f"{values[where]} at coordinate {start + where}; a diagonal Fisher is a mean of squares. Estimate it "
                 "again, or use `sensitivity: delta2`."
             )
-        self.refuse(tensor, tensor.fishers[k], start, values)
+        if not self.allow_nonfinite and not np.isfinite(values).all():
+            self.refuse(tensor, tensor.fishers[k], start, values)
 
     def refuse(self, tensor: TensorPlan, place: Place, start: int, values: NDArray[np.float32]) -> None:
         """Raises NonFiniteError for the first value that is none."""

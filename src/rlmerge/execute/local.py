@@ -205,6 +205,7 @@ class LocalRun:
         walk.left -= 1
         if walk.left == 0:
             self.worker.memo.drop(walk.tensor)
+            self.worker.check_sums(walk.tensor, self.journal.units)
 
     def _finish(self, walk: _Walk, totals: dict[int, Summary]) -> None:
         """Reduces one step of a tensor for every group that has it."""

@@ -73,9 +73,6 @@ class Worker:
             plan, recipe = self.plan.tensors[tensor], self.plan.variants[variant]
             resolved = self.resolvers[variant].resolve(plan.known_as)
             keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.known_as) for expert in self.plan.experts]
-            late = {spec.name for spec in recipe.method.parameters if spec.late}
-            early = [sorted((name, value) for name, value in resolved.values.items() if name not in late)]
-            early += [sorted((name, value) for name, value in resolved.per_model.items() if name not in late)]
             self._tasks[variant, tensor] = Task(
                 plan.name,
                 plan.shape,
@@ -87,7 +84,7 @@ class Worker:
                 bool(plan.fishers),
                 bool(plan.repeats),
                 plan.fisher_sums,
-                repr((recipe.seed, early)),
+                self.group_of[variant],
             )
         return self._tasks[variant, tensor]
 

@@ -66,7 +66,7 @@ class Task:
     fisher       whether every expert has a Fisher for this tensor
     repeats      whether it is the second copy of a tied tensor
     fisher_sums  Σ F of each expert's Fisher where the files record it, else empty
-    early        tells tasks apart that measure different things: all parameters but the late ones
+    group        number of the points of a sweep that measure alike: what one group keeps is not another's
     """
 
     tensor: str
@@ -79,7 +79,7 @@ class Task:
     fisher: bool
     repeats: bool = False
     fisher_sums: tuple[float, ...] = ()
-    early: Hashable = None
+    group: int = 0
 
     @property
     def size(self) -> int:

@@ -73,7 +73,7 @@ class Resolved:
 def resolve(block: Block, task: Task, results: Mapping[str, Result]) -> Resolved:
     """Stage 1 for a block: resolved updates, their scores, and what happened; kept for the next stage."""
     if block.roomy:
-        return block.keep(("resolved", task.early), lambda: _resolve(block, task, results, keep=False))
+        return block.keep(("resolved", task.group), lambda: _resolve(block, task, results, keep=False))
     return _resolve(block, task, results, keep=True)
 
 
@@ -118,7 +118,7 @@ def _settle(
     wins, counts = np.zeros(len(task.experts), np.int64), np.zeros(4, np.int64)
     if not patch.alone:
         make = partial(_arbitrate, block, task, results, part, delta, mean)
-        part.values, part.whole, wins, counts = block.keep(("overlap", task.early), make) if keep else make()
+        part.values, part.whole, wins, counts = block.keep(("overlap", task.group), make) if keep else make()
     if task.values["sparsify"] != "none" and task.is_matrix:
         choice = "delta" if task.values["sparsify"] == "fisher_magnitude" else task.values["score"]
         part.scores = np.empty((len(rows), size), np.float32)
@@ -281,7 +281,8 @@ class Sar(Method):
         changes = []
         for part in state.parts:
             units = unit[part.experts]
-            if len(part.experts) == 1 and not units.any():
+            if len(part.experts) == 1 and not units.any() and task.values["sparsify"] != "magprune":
+                # (magprune leaves zeros behind, which must not touch a base of -0)
                 changes.append(Update(part.where, part.values[0], float(gain[part.experts[0]]), scale))
                 continue
             old, out = block.base_at(part.where), np.empty(part.where.size)

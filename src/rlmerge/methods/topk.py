@@ -5,7 +5,7 @@ coordinates equal to it, the hash below which they stay. bf16 deltas tie in larg
 hash of the coordinate: unbiased, in any order; tensors of up to 2²⁰ coordinates keep exactly k.
 
 The same histograms can carry the norms of the updates (`order`), which saves large tensors a pass: what the cut leaves
-is what lies in the bins above the threshold, and of the ties the share that stays.
+is what lies in the bins above the threshold and, of many ties (2¹⁶ or more), the share that stays.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from .base import Block, Result, Stage, Summary, Task
 
 EXACT = 2**20
 """Tensors of up to this many coordinates keep exactly k; larger ones k in expectation over ties."""
+
+MANY = 2**16
+"""Ties from so many on count in the norm after the cut by the share that stays; fewer are measured one by one."""
 
 COARSE, FINE = 65536, 32768
 ALL = 2**64 - 1
@@ -139,9 +142,10 @@ class Coarse(_TopK):
                 if low == high:
                     entry |= {"threshold": _from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
             rows.append(entry)
-        large = self.order > 0 and task.size > EXACT
-        sums = total["norm"][0] + total["norm"][1]
-        return {"rows": rows, "norms": [_norms(row, own) for row, own in _by_expert(rows, sums)] * large}
+        norms = []
+        if self.order and task.size > EXACT:
+            norms = [_norms(row, own) for row, own in _by_expert(rows, total["norm"][0] + total["norm"][1])]
+        return {"rows": rows, "norms": norms}
 
 
 class Fine(_TopK):
@@ -237,8 +241,7 @@ class Ties(_TopK):
         found = {"threshold": thresholds, "cut": cuts}
         found |= {key: [row[key] for row in rows] for key in ("eligible", "wanted")}
         norms = results["fine"]["norms"]
-        if norms:
-            # of the ties, which are many, the share that stays
+        if norms and all(row["ties"] >= MANY for row in rows if _is_tied(row)):
             shares = [(row["wanted"] - row["above"]) / row["ties"] if row["ties"] else 0.0 for row in rows]
             after = [entry["above"] + shares[k % len(rows)] * entry["tied"] for k, entry in enumerate(norms)]
             found["norms"] = {"before": [entry["before"] for entry in norms], "after": after}

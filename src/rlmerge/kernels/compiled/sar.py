@@ -148,8 +148,9 @@ def scores(delta, resolved, fisher, mean, score, out):
         found = out[k]
         if score == 3:
             for j in range(left.shape[0]):
-                weighted = abs(size[j]) * math.sqrt(np.float64(fisher[k, j]) / mean[k])
-                found[j] = max(np.float32(weighted), smallest) if left[j] != 0.0 else np.float32(0.0)
+                weighted = np.float32(abs(size[j]) * math.sqrt(np.float64(fisher[k, j]) / mean[k]))
+                # what is no number gets the smallest score: its bits would lie outside the histograms
+                found[j] = (weighted if weighted > smallest else smallest) if left[j] != 0.0 else np.float32(0.0)
         else:
             for j in range(left.shape[0]):
                 found[j] = max(np.float32(abs(size[j])), smallest) if left[j] != 0.0 else np.float32(0.0)

@@ -171,8 +171,11 @@ def scores(delta, resolved, fisher, mean, score, out):
         if score == 3:
             size = size * np.sqrt(fisher.astype(np.float64) / mean[:, None])
         eligible = resolved != 0.0
-    with np.errstate(over="ignore", under="ignore"):
-        out[:] = np.where(eligible, np.maximum(size.astype(np.float32), np.float32(1e-45)), np.float32(0.0))
+    smallest = np.float32(1e-45)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        found = size.astype(np.float32)
+        found = np.where(found > smallest, found, smallest) if score == 3 else np.maximum(found, smallest)
+        out[:] = np.where(eligible, found, np.float32(0.0))
 
 
 def compose(base, stored, resolved, gain, scale, unit, whole, dropped, out):
