@@ -44,6 +44,8 @@ def declare(parser: Parser) -> None:
     add("--max-new-tokens", metavar="N", type=at_least(1), default=256, help="default 256")
     add("--batch", metavar="N", type=at_least(1), default=32, help="sequences at once; default 32")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of problems and samples")
+    add("--dtype", metavar="D", default="float32", choices=("float32", "bfloat16"),
+        help="arithmetic: float32 (default), or bfloat16, which is faster and less exact")  # fmt: skip
     add("--threads", metavar="N", type=at_least(1), help="threads of torch")
     add("--name", metavar="NAME", default="", help="what to call the model in comparisons")
     add("--role", metavar="ROLE", default="", choices=("", "base", "expert", "merged"), help="base, expert or merged")
@@ -126,7 +128,7 @@ def _backend(given: Namespace) -> Any:
         return backend
     from rlmerge.evaluate.run import TransformersBackend, load_model
 
-    return TransformersBackend(*load_model(given.model, given.threads), given.batch)
+    return TransformersBackend(*load_model(given.model, given.threads, given.dtype), given.batch)
 
 
 def _by_harness(given: Namespace) -> list[dict[str, Any]]:

@@ -124,7 +124,8 @@ def _child() -> None:
         import lm_eval  # pyright: ignore[reportMissingImports]
 
         seed = asked["seed"]
-        found = lm_eval.simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate
+        found = evaluate(
             model="hf",
             model_args={"pretrained": asked["model"], "dtype": "float32", "device": "cpu"},
             tasks=asked["tasks"],

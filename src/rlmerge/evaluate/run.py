@@ -27,8 +27,8 @@ class EvaluationError(RlmergeError):
     """A model that cannot be evaluated as asked."""
 
 
-def load_model(reference: Path | str, threads: int | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, or of the merge that a recipe (.yml) describes, in fp32 on the CPU.
+def load_model(reference: Path | str, threads: int | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, or of the merge that a recipe (.yml) describes, in this dtype on the CPU.
 
     Raises EvaluationError for what transformers cannot load, and what `rlmerge.merge_to` raises.
     """
@@ -49,7 +49,7 @@ def load_model(reference: Path | str, threads: int | None = None) -> tuple[Any, 
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{folder}: transformers cannot load it: {error}") from None
     if recipe is not None:

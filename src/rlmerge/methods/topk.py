@@ -238,7 +238,7 @@ class Ties(_TopK):
                 cuts.append(int(np.partition(hashes, places - 1)[places - 1]))
             else:
                 cuts.append(places * 2**64 // row["ties"] - 1)
-        found = {"threshold": thresholds, "cut": cuts}
+        found: Result = {"threshold": thresholds, "cut": cuts}
         found |= {key: [row[key] for row in rows] for key in ("eligible", "wanted")}
         norms = results["fine"]["norms"]
         if norms and all(row["ties"] >= MANY for row in rows if _is_tied(row)):

@@ -43,7 +43,8 @@ def add_bf16(update, gain, scale, where, out, counts, sums):
     single = np.empty(update.shape, np.float32)
     decode_bf16(out[where], single)
     old = single.astype(np.float64)
-    return settle_bf16(old, *[old + scale * (gain * update)] * 2, where, out, counts, sums)
+    new = old + scale * (gain * update)
+    return settle_bf16(old, new, new, where, out, counts, sums)
 
 
 def settle_f16(base, intended, values, where, out, counts, sums):
