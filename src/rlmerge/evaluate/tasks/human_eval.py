@@ -41,8 +41,8 @@ def read_problems() -> list[Problem]:
 
 
 def _problem(row: dict[str, str]) -> Problem:
-    # Tokenizers join the newline at the end of a prompt with the indentation that follows. A prompt that ends with it is
-    # no text that a model has seen (SmolLM2-135M solves nothing then), so it becomes the start of the completion.
+    # Tokenizers join the newline at the end of a prompt with the indentation that follows. A prompt that ends with one
+    # is no text that a model has seen (SmolLM2-135M solves nothing then), so it becomes the start of the completion.
     prompt = row["prompt"].rstrip()
     rest = row["prompt"][len(prompt) :]
     return Problem(
