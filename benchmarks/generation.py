@@ -85,7 +85,7 @@ def main() -> None:
     model.eval()
     for name in args.tasks:
         problems = load_task(name, "test", args.count).problems[: args.count]
-        sampling = Sampling(args.temperature, args.tokens, stop=stops_of(problems))
+        sampling = Sampling(args.temperature, args.tokens, stop=stops_of(problems[0]))
         prompts = {problem.id: prompt_ids(tokenizer, problem) for problem in problems}
         rates: dict[str, list[float]] = {"generate": [], "rlmerge": []}
         made: dict[str, Made] = {}

@@ -81,8 +81,8 @@ def main() -> None:
                 server = serve(args.gguf if way.endswith("stored") else plain, way.endswith("too"))
                 backend = ServerBackend(f"{server.listening_address}/v1", "model", parallel=1)
             for name, task in tasks.items():
-                asked = [Asked(problem.id, problem, 0) for problem in task.problems]
-                sampling = Sampling(0.0, args.tokens, stop=stops_of(task.problems))
+                asked = [Asked(problem.id, problem, 0, stops_of(problem)) for problem in task.problems]
+                sampling = Sampling(0.0, args.tokens)
                 made = {one.key: one for one in backend.run(asked, sampling)}
                 problems = list(task.problems)
                 texts = [completed(made[p.id].text, made[p.id].finish, p) for p in problems]

@@ -299,7 +299,7 @@ rlmerge.plan.BLOCK, rlmerge.plan.UNIT = 32, 64
 from rlmerge.execute.work import Worker
 merge = Worker.merge
 def slow(self, *arguments):
-    time.sleep(0.03)
+    time.sleep(0.5)
     return merge(self, *arguments)
 if "--slow" in sys.argv:
     sys.argv.remove("--slow")

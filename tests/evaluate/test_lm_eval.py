@@ -12,7 +12,7 @@ from tests.evaluate.test_run import write_model
 pytest.importorskip("lm_eval")
 
 from rlmerge.evaluate import lm_eval as module
-from rlmerge.evaluate.results import Results
+from rlmerge.evaluate.results import Header, Results, ResultsError
 
 TASK = """\
 task: local_sums
@@ -24,6 +24,9 @@ output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+filter_list:
+  - {name: plain, filter: [{function: take_first}]}
+  - {name: lower, filter: [{function: lowercase}, {function: take_first}]}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """
@@ -53,15 +56,18 @@ def test_a_local_task(tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(TASK)
     out = tmp_path / "out"
     found = succeeded(
-        rlmerge("eval", folder, "--lm-eval", tmp_path / "task.yaml", "-o", out, "--batch", 2, "--json")
+        rlmerge(
+            "eval", folder, "--lm-eval", tmp_path / "task.yaml", "-o", out, "--batch", 2, "--role", "base", "--json"
+        )
     ).json
     assert [entry["task"] for entry in found] == ["local_sums"]
     assert next(v for k, v in found[0]["scores"].items() if k.startswith("exact_match,")) == pytest.approx(2 / 3)
     written = json.loads((out / "lm-eval.json").read_text())
     assert written["results"]["local_sums"]
-    results = Results.load(out / "lm-eval-local_sums.jsonl")
+    results = Results.load(out / "lm-eval-local_sums-plain.jsonl")
     assert sorted(sample.correct for sample in results) == [False, True, True]
-    assert results.header.task == "lm-eval:local_sums"
+    assert (results.header.task, results.header.role) == ("lm-eval:local_sums:plain", "base")
+    assert len(list(Results.load(out / "lm-eval-local_sums-lower.jsonl"))) == 3
 
 
 def test_what_the_harness_cannot_do(tmp_path: Path) -> None:
@@ -71,14 +77,29 @@ def test_what_the_harness_cannot_do(tmp_path: Path) -> None:
     assert "merge first" in refused(rlmerge("eval", tmp_path / "r.yml", "--lm-eval", "x", "-o", tmp_path / "out"))
     assert "no config.json" in refused(rlmerge("eval", tmp_path, "--lm-eval", "x", "-o", tmp_path / "out"))
     message = refused(rlmerge("eval", folder, "--lm-eval", "no_such_task", "-o", tmp_path / "out"))
-    assert "no_such_task" in message
+    assert "failed on no_such_task: " in message
+    assert "network" not in message
+    assert "--samples means nothing" in refused(
+        rlmerge("eval", folder, "--lm-eval", "x", "-o", tmp_path / "out", "--samples", 2)
+    )
 
 
 def test_samples_without_a_verdict_make_no_results_file(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    assert not module.write_samples(path, "m", "t", [{"doc_id": 0, "acc": 0.5}, {"doc_id": 1, "acc": 1}], {})
-    assert not module.write_samples(path, "m", "t", [{"doc_id": 0, "perplexity": 1}], {})
-    assert not module.write_samples(path, "m", "t", [], {})
+    header = Header("m", "t")
+    assert not module.write_samples(path, header, [{"doc_id": 0, "acc": 0.5}, {"doc_id": 1, "acc": 1}])
+    assert not module.write_samples(path, header, [{"doc_id": 0, "perplexity": 1}])
+    assert not module.write_samples(path, header, [])
     assert not path.exists()
-    assert module.write_samples(path, "m", "t", [{"doc_id": 0, "acc": 1.0}, {"doc_id": 1, "acc": 0}], {})
-    assert [sample.correct for sample in Results.load(path)] == [True, False]
+    for _ in range(2):
+        assert module.write_samples(path, header, [{"doc_id": 0, "acc": 1.0}, {"doc_id": 1, "acc": 0}])
+        assert [sample.correct for sample in Results.load(path)] == [True, False]
+    with pytest.raises(ResultsError, match="another run"):
+        module.write_samples(path, Header("another", "t"), [{"doc_id": 0, "acc": 1.0}])
+
+
+def test_what_json_has_no_word_for() -> None:
+    import numpy as np
+
+    given = {"a": np.float32(0.5), "b": float("nan"), "c": [np.bool_(True), np.int64(3)], "d": Path("x"), 1: None}
+    assert module._plain(given) == {"a": 0.5, "b": None, "c": [True, 3], "d": "x", "1": None}

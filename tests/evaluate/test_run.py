@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from tests.cli.command_line import refused, rlmerge, succeeded
@@ -14,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
+from rlmerge.errors import NonFiniteError  # noqa: E402
 from rlmerge.evaluate import run as module  # noqa: E402
 from rlmerge.evaluate.backend import Sampling  # noqa: E402
 from rlmerge.evaluate.results import Results, ResultsError  # noqa: E402
@@ -112,15 +114,17 @@ def test_interrupted_runs_end_alike(tmp_path: Path, folder: Path, task: Any, tem
 
 def test_a_finished_run_makes_nothing(tmp_path: Path, folder: Path, task: Any) -> None:
     class Never:
-        settings: ClassVar = {"kind": "transformers", "dtype": "float32"}
+        def __init__(self, like: TransformersBackend) -> None:
+            self.settings, self.identity = like.settings, like.identity
 
         def run(self, asked: Any, sampling: Sampling) -> Any:
             raise AssertionError("everything was there")
 
     options: dict[str, Any] = {"label": "m", "sampling": Sampling(max_new_tokens=5)}
-    first = evaluate(TransformersBackend(*load_model(folder)), task, tmp_path / "r.jsonl", **options)
+    backend = TransformersBackend(*load_model(folder))
+    first = evaluate(backend, task, tmp_path / "r.jsonl", **options)
     before = first.path.read_bytes()
-    evaluate(Never(), task, tmp_path / "r.jsonl", **options)
+    evaluate(Never(backend), task, tmp_path / "r.jsonl", **options)
     assert first.path.read_bytes() == before
 
 
@@ -158,8 +162,86 @@ def test_what_cannot_be_evaluated(tmp_path: Path, folder: Path, task: Any) -> No
     (tmp_path / "open.jsonl").write_text('{"prompt": "Tell me a story."}\n')
     with pytest.raises(EvaluationError, match="verifier"):
         evaluate(backend, load_task(str(tmp_path / "open.jsonl")), tmp_path / "r.jsonl", label="m")
-    with pytest.raises(EvaluationError, match="cannot load"):
+    with pytest.raises(EvaluationError, match="no such model folder"):
         load_model(tmp_path / "nothing")
+    for sampling, word in ((Sampling(-1.0), "temperature"), (Sampling(float("nan")), "temperature"),
+                           (Sampling(1.0, top_p=0.0), "top-p")):  # fmt: skip
+        with pytest.raises(EvaluationError, match=word):
+            evaluate(backend, task, tmp_path / "r.jsonl", label="m", sampling=sampling)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a" * 600, "answer": "a", "verifier": "exact"}) + "\n")
+    with pytest.raises(EvaluationError, match="600 tokens"):
+        evaluate(backend, load_task(str(tmp_path / "long.jsonl")), tmp_path / "r2.jsonl", label="m")
+    for meta in ({"stop": "x"}, {"stop": [5]}, {"stop": None}, {"end": 5}):
+        line = {"prompt": "a", "answer": "a", "verifier": "exact", "meta": meta}
+        (tmp_path / "stop.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(EvaluationError, match="list of strings"):
+            evaluate(backend, load_task(str(tmp_path / "stop.jsonl")), tmp_path / "r3.jsonl", label="m")
+
+
+def test_damaged_models(tmp_path: Path, folder: Path, task: Any) -> None:
+    """A tensor is missing, a file is cut short, the weights are no numbers: errors, and no scores of random weights."""
+    from safetensors.torch import load_file, save_file
+
+    for name, damage in (("missing", "up_proj"), ("nan", "lm_head")):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        weights = load_file(copy / "model.safetensors")
+        for key in [key for key in weights if damage in key]:
+            weights[key] = weights[key] * float("nan")
+            if name == "missing":
+                del weights[key]
+        save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EvaluationError, match="random numbers"):
+        load_model(tmp_path / "missing")
+    with pytest.raises(NonFiniteError, match="NaN"):
+        evaluate(TransformersBackend(*load_model(tmp_path / "nan")), task, tmp_path / "r.jsonl", label="m")
+    (tmp_path / "nan" / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(EvaluationError, match="cannot load"):
+        load_model(tmp_path / "nan")
+
+
+def test_another_model_does_not_continue_a_file(tmp_path: Path, folder: Path, task: Any) -> None:
+    """The path is the same, the weights are not: as when a recipe was edited."""
+    options: dict[str, Any] = {"label": "recipe.yml", "sampling": Sampling(max_new_tokens=4)}
+    evaluate(TransformersBackend(*load_model(folder)), task, tmp_path / "r.jsonl", **options)
+    other = load_model(write_model(tmp_path / "other", 7))
+    with pytest.raises(ResultsError, match="identity"):
+        evaluate(TransformersBackend(*other), task, tmp_path / "r.jsonl", **options)
+
+
+def test_what_was_made_before_a_failure_is_kept(tmp_path: Path, folder: Path, task: Any) -> None:
+    class Failing(TransformersBackend):
+        def run(self, asked: Any, sampling: Sampling) -> Any:
+            for number, made in enumerate(super().run(asked, sampling)):
+                if number == 3:
+                    raise KeyboardInterrupt
+                yield made
+
+    options: dict[str, Any] = {"label": "m", "sampling": Sampling(max_new_tokens=4)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Failing(*load_model(folder)), task, tmp_path / "r.jsonl", **options)
+    assert len(rows(tmp_path / "r.jsonl")) == 3
+
+
+def test_each_problem_has_its_own_stops(tmp_path: Path, folder: Path) -> None:
+    """A stop string of one problem does not cut the answers of another."""
+    model, tokenizer = load_model(folder)
+    ids = torch.tensor([tokenizer("one")["input_ids"]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    said = tokenizer.decode(made[0, ids.shape[1] :])
+    file = tmp_path / "p.jsonl"
+    lines = [
+        {"id": "free", "prompt": "one", "answer": "x", "verifier": "exact"},
+        {"id": "cut", "prompt": "one", "answer": "x", "verifier": "exact", "meta": {"stop": [said[2]]}},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sampling = Sampling(max_new_tokens=6)
+    evaluate(
+        TransformersBackend(model, tokenizer), load_task(str(file)), tmp_path / "r.jsonl", label="m", sampling=sampling
+    )
+    found = {key[0]: text for key, (_, text, _) in rows(tmp_path / "r.jsonl").items()}
+    assert found["free"] == said
+    assert found["cut"] == said[: said.index(said[2])]
 
 
 def test_the_command(tmp_path: Path, folder: Path, task: Any) -> None:

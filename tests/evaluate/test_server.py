@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -112,6 +113,98 @@ def test_keys_that_a_server_does_not_know_are_left_out_once_and_for_all() -> Non
         assert len(backend.notes) == 2
 
 
+def test_a_refusal_that_repeats_the_request_blames_nobody() -> None:
+    """FastAPI's servers do: the keys stand in it, but leaving them out does not help."""
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return 422, {"detail": [{"msg": "seed is too large", "input": body}]}
+
+    with answering(answer) as (url, _):
+        backend = ServerBackend(url, "m", parallel=1)
+        with pytest.raises(ServerError, match="seed is too large"):
+            list(backend.run(asked(), Sampling()))
+        assert backend.notes == []
+
+
+def test_a_top_k_that_was_asked_for_is_not_left_out() -> None:
+    refusal = (400, {"error": {"message": "unknown argument: top_k"}})
+    with (
+        answering(lambda path, body: refusal if "top_k" in body else (200, completion("x"))) as (url, _),
+        pytest.raises(ServerError, match="top_k"),
+    ):
+        list(ServerBackend(url, "m").run(asked(), Sampling(1.0, top_k=5)))
+
+
+def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command: the server dies after five answers; started again, it is asked for the rest only."""
+    monkeypatch.setattr(module, "_pause", lambda _: 0.0)
+    problems = tmp_path / "p.jsonl"
+    problems.write_text("".join(f'{{"prompt": "{n} =", "answer": "4", "verifier": "exact"}}\n' for n in range(12)))
+    count = [0]
+
+    def dying(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if not body:
+            return 200, {"data": [{"id": "m"}]}
+        count[0] += 1
+        return (200, completion("4")) if count[0] <= 5 else (500, "out of memory")
+
+    options = ("--task", problems, "-o", tmp_path / "out", "--backend", "server", "--parallel", 1)
+    with answering(dying) as (url, _):
+        assert "out of memory" in refused_after_progress(rlmerge("eval", "m", *options, "--url", url))
+    file = next((tmp_path / "out").glob("*.jsonl"))
+    assert len(list(Results.load(file))) == 5
+    models = {"data": [{"id": "m"}]}
+    with answering(lambda path, body: (200, completion("4") if body else models)) as (url, seen):
+        found = succeeded(rlmerge("eval", "m", *options, "--url", url, "--json", "--quiet")).json
+        assert (found[0]["problems"], found[0]["accuracy"]) == (12, 1.0)
+        assert len(seen) == 8
+    with answering(lambda path, body: (200, completion("4") if body else {"data": [{"id": "another"}]})) as (url, _):
+        assert "holds the results of another run" in refused(rlmerge("eval", "m", *options, "--url", url))
+
+
+def refused_after_progress(done: Any) -> str:
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    return done.err
+
+
+@pytest.mark.parametrize("url", ["localhost:8080/v1", "http://", "ftp://x/v1", "http://[::1/v1", "http://x:99999/v1"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(ServerError, match="is no address"):
+        ServerBackend(url, "m")
+
+
+def test_the_key_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not into a message, and a .netrc does not take its place."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login bob password x\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with answering(lambda *_: (200, completion("x"))) as (url, seen):
+        list(ServerBackend(url, "m", key="secret\r\n").run(asked(), Sampling()))
+        list(ServerBackend(url, "m").run(asked(), Sampling()))
+    assert [body["authorization"] for _, body in seen] == ["Bearer secret", None]
+    with pytest.raises(ServerError) as caught:
+        ServerBackend(url, "m", key="sec\nret")
+    assert "sec" not in str(caught.value).replace("server", "")
+
+
+def test_an_ended_run_waits_for_no_answer() -> None:
+    """Whoever stops listening does not wait for what is under way."""
+    slow = threading.Event()
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["prompt"] != "0 =":
+            slow.wait(20)
+        return 200, completion("x")
+
+    with answering(answer) as (url, _):
+        run = ServerBackend(url, "m", parallel=3).run(asked(9), Sampling())
+        assert next(run).key == 0
+        began = time.monotonic()
+        run.close()
+        assert time.monotonic() - began < 5
+        slow.set()
+
+
 def test_every_answer_comes_once_whatever_their_order() -> None:
     with answering(lambda path, body: (200, completion(body["prompt"]))) as (url, seen):
         found = list(ServerBackend(url, "m", parallel=5).run(asked(60), Sampling()))
@@ -121,7 +214,7 @@ def test_every_answer_comes_once_whatever_their_order() -> None:
 
 
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "_pause", lambda _: 0.0)
     left = [503, 429, 500]
 
     def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -155,6 +248,13 @@ def test_wrong_answers_are_errors_that_show_them(status: int, found: Any, word: 
 def test_nobody_there_and_no_such_model() -> None:
     with pytest.raises(ServerError, match="Is the server running"):
         ServerBackend("http://127.0.0.1:9/v1", "m").check()
+    with answering(lambda *_: (200, {"data": None})) as (url, _):
+        ServerBackend(url, "m").check()
+    with answering(lambda *_: (200, {"data": [{"id": "other", "meta": {"n_params": 1}}]})) as (url, _):
+        backend = ServerBackend(url, "m")
+        backend.check()
+        assert "serves 'other', not 'm'" in backend.notes[0]
+        assert "n_params" in backend.identity
     with answering(lambda *_: (200, {"data": [{"id": "a"}, {"id": "b"}]})) as (url, _):
         ServerBackend(url, "b").check()
         with pytest.raises(ServerError, match="It has: a, b"):

@@ -65,6 +65,10 @@ def run(given: Namespace) -> None:
         raise RlmergeError("give at least one --task, or else at least one --lm-eval.")
     if (given.backend == "server") != bool(given.url):
         raise RlmergeError("--backend server and --url belong together.")
+    if Path(given.out).exists() and not Path(given.out).is_dir():
+        raise RlmergeError(f"-o {given.out}: is a file; the results need a folder.")
+    if given.lm_eval:
+        _refuse_ours(given)
     try:
         found = _by_harness(given) if given.lm_eval else _by_us(given)
     except ModuleNotFoundError as error:
@@ -75,6 +79,15 @@ def run(given: Namespace) -> None:
     elif not given.quiet:
         for entry in found:
             print(_line(entry))
+
+
+def _refuse_ours(given: Namespace) -> None:
+    """The harness has settings of its own: what it would not hear of is an error."""
+    standard = {"backend": "transformers", "samples": 1, "temperature": None, "top_p": 1.0, "top_k": 0,
+                "max_new_tokens": 256, "split": "test", "threads": None, "unsafe_exec": False}  # fmt: skip
+    for name, value in standard.items():
+        if getattr(given, name) != value:
+            raise RlmergeError(f"--{name.replace('_', '-')} means nothing to --lm-eval: its task says that, or nobody.")
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -88,22 +101,29 @@ def _line(entry: dict[str, Any]) -> str:
 def _by_us(given: Namespace) -> list[dict[str, Any]]:
     from rlmerge.evaluate.backend import Sampling
     from rlmerge.evaluate.results import scores
-    from rlmerge.evaluate.run import evaluate
+    from rlmerge.evaluate.run import check_sampling, evaluate
     from rlmerge.evaluate.tasks import load_task
 
     tasks = [load_task(spec, given.split, given.count, given.seed) for spec in given.task]
+    outs = [Path(given.out) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', task.name)[:120]}.jsonl" for task in tasks]
+    if len(set(outs)) < len(outs):
+        raise RlmergeError(f"two of the tasks would be written to one file: {', '.join(map(str, outs))}.")
     temperature = given.temperature if given.temperature is not None else float(given.samples > 1)
     sampling = Sampling(temperature, given.max_new_tokens, given.top_p, given.top_k)
+    check_sampling(sampling, given.samples)
     backend = _backend(given)
-    found = []
-    for task in tasks:
-        out = Path(given.out) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', task.name)}.jsonl"
+    found, told = [], 0
+    for task, out in zip(tasks, outs):
         began = time.monotonic()
 
         def progress(done: int, total: int, tokens: int, name: str = task.name, began: float = began) -> None:
+            nonlocal told
             if not given.quiet:
                 rate = tokens / max(time.monotonic() - began, 1e-9)
                 print(f"{name}: {done} of {total} samples, {rate:,.0f} tokens/s", file=sys.stderr)
+            for note in getattr(backend, "notes", [])[told:]:
+                print(f"note: {note}", file=sys.stderr)
+                told += 1
 
         results = evaluate(
             backend, task, out, label=given.model, samples=given.samples, sampling=sampling, seed=given.seed,
@@ -112,8 +132,6 @@ def _by_us(given: Namespace) -> list[dict[str, Any]]:
         counted = scores(results)
         accuracy = sum(c / n for c, n in zip(counted.c, counted.n)) / len(counted.ids)
         found.append({"task": task.name, "problems": len(counted.ids), "accuracy": accuracy, "results": str(out)})
-    for note in getattr(backend, "notes", []) if not given.quiet else []:
-        print(f"note: {note}", file=sys.stderr)
     return found
 
 
@@ -135,8 +153,9 @@ def _by_harness(given: Namespace) -> list[dict[str, Any]]:
     from rlmerge.evaluate.lm_eval import evaluate_by_harness
 
     found = evaluate_by_harness(
-        given.model, given.lm_eval, given.out, limit=given.count, batch=given.batch, seed=given.seed
-    )
+        given.model, given.lm_eval, given.out, limit=given.count, batch=given.batch, seed=given.seed,
+        dtype=given.dtype, name=given.name, role=given.role, model_seed=given.model_seed,
+    )  # fmt: skip
     return [
         {"task": task, "scores": {key: value for key, value in values.items() if isinstance(value, (int, float))}}
         for task, values in found.items()

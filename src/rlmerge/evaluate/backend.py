@@ -22,16 +22,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Asked:
-    """One completion to make: of which problem, with which seed. `key` comes back with it."""
+    """One completion to make: of which problem, with which seed, ending at which strings. `key` comes back with it."""
 
     key: Any
     problem: Problem
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of it: text without the stop string, number of new tokens, and 'stop' or 'length'."""
+    """What became of it: text without the stop string, number of new tokens, 'stop', 'length' or a server's word."""
 
     key: Any
     tokens: int
@@ -45,6 +46,11 @@ class Backend(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the completions beside the sampling, JSON-able, for the results file."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Which model it is, as far as can be told: a run is continued with the same one only."""
         ...
 
     def run(self, asked: Iterable[Asked], sampling: Sampling) -> Iterator[Completion]:

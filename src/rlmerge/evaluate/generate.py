@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from rlmerge.errors import NonFiniteError
 from rlmerge.evaluate.backend import Sampling
 
 SPARE = 128
@@ -26,11 +27,14 @@ SPARE = 128
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to make: token ids of the prompt and the seed of its random numbers. `key` comes back with it."""
+    """One sample to make: token ids of the prompt, the seed of its random numbers, strings that end it beside those of
+    the sampling. `key` comes back with it.
+    """
 
     key: Any
     prompt: tuple[int, ...]
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ class Generator:
             if waiting and len(state.rows) <= self.batch * 3 // 4:
                 count = min(self.batch - len(state.rows), len(waiting))
                 self._admit([waiting.popleft() for _ in range(count)], state)
+            if not bool(torch.isfinite(state.logits.amax(-1)).all()):
+                raise NonFiniteError(
+                    "the model answers with NaN or infinity: its weights are damaged, or a merge has broken it. "
+                    "Look at `rlmerge check` of the recipe, or evaluate in float32."
+                )
             chosen = choose(state.logits, [row.random for row in state.rows], sampling)
             for row, token in zip(state.rows, chosen.tolist()):
                 self._take(row, token, sampling)
@@ -164,14 +173,15 @@ class Generator:
             row.text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
             return
         row.tokens.append(token)
-        if sampling.stop:
+        stops = (*sampling.stop, *row.request.stop)
+        if stops:
             row.text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-            row.done = any(stop in row.text for stop in sampling.stop)
+            row.done = any(stop in row.text for stop in stops)
         row.done |= len(row.tokens) >= sampling.max_new_tokens
 
     def _finished(self, row: _Row, sampling: Sampling) -> Sample:
         text = row.text or self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        cuts = [text.index(stop) for stop in sampling.stop if stop in text]
+        cuts = [text.index(stop) for stop in (*sampling.stop, *row.request.stop) if stop in text]
         ended = bool(cuts) or len(row.tokens) < sampling.max_new_tokens
         text = text[: min(cuts)] if cuts else text
         return Sample(row.request.key, tuple(row.tokens), text, "stop" if ended else "length")

@@ -8,9 +8,12 @@ or wrong also become results files, which `rlmerge compare` reads.
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +38,28 @@ def evaluate_by_harness(
     few_shot: int | None = None,
     seed: int = 0,
     chat: bool = False,
+    dtype: str = "float32",
+    name: str = "",
+    role: str = "",
+    model_seed: int | None = None,
 ) -> dict[str, Any]:
     """Scores of a model folder on tasks of the harness; the whole of its answer is in FOLDER/lm-eval.json.
 
-    Returns {task: {metric: value}}. Raises EvaluationError if a task file is none or the harness fails, and
-    MissingExtraError if it is not installed.
+    Returns {task: {metric: value}}. Raises EvaluationError if a task file is none or the harness fails, ResultsError
+    where the folder holds another run, and MissingExtraError if the harness is not installed.
     """
     if Path(model).suffix in (".yml", ".yaml"):
         raise EvaluationError(f"{model}: the harness loads model folders: merge first (rlmerge merge {model} OUT).")
     if not (Path(model) / "config.json").is_file():
         raise EvaluationError(f"{model}: is no model folder: it has no config.json.")
+    out = Path(out)
+    read = [_read_task(task) for task in tasks]
+    contents = {task["task"]: task for task in read if isinstance(task, dict)}
+    of: dict[str, Any] = {"role": role, "name": name, "seed": model_seed}
     asked = {
         "model": str(Path(model).absolute()),
-        "tasks": [_read_task(task) for task in tasks],
+        "dtype": dtype,
+        "tasks": read,
         "options": {"limit": limit, "batch_size": batch, "num_fewshot": few_shot, "apply_chat_template": chat},
         "seed": seed,
     }
@@ -58,40 +70,57 @@ def evaluate_by_harness(
         text=True,
     )
     if process.returncode != 0:
-        lines = process.stderr.strip().splitlines() or ["no message"]
-        if "No module named 'lm_eval'" in process.stderr:
-            raise MissingExtraError("rlmerge eval --lm-eval", "lm-eval", "eval")
-        raise EvaluationError(
-            f"the harness failed on {', '.join(tasks)}: {lines[-1]}\n  "
-            + "\n  ".join(lines[-6:-1])
-            + "\n  Without a network its own tasks need their data in the cache; a task file can name local files."
-        )
+        raise _failure(tasks, process.returncode, process.stderr)
     found = json.loads(process.stdout.rsplit("\n", 1)[-1])
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / SCORES).write_text(json.dumps({key: found[key] for key in found if key != "samples"}, indent=1) + "\n")
+    options = {key: value for key, value in asked["options"].items() if key != "batch_size"}
+    settings = {"options": options, "seed": seed, "dtype": dtype, "versions": found.get("versions", {})}
     for task, samples in found["samples"].items():
-        write_samples(out / f"lm-eval-{task}.jsonl", str(model), task, samples, asked["options"] | {"seed": seed})
+        header = Header(
+            str(model), f"lm-eval:{task}", settings | {"task": contents.get(task, task)}, len(samples), **of
+        )
+        for choice in dict.fromkeys(sample.get("filter") for sample in samples):
+            some = [sample for sample in samples if sample.get("filter") == choice]
+            several = len(some) < len(samples)
+            name = _file_name(f"{task}-{choice}" if several else task)
+            own = replace(header, task=f"{header.task}:{choice}" if several else header.task, problems=len(some))
+            write_samples(out / f"lm-eval-{name}.jsonl", own, some)
     return {task: dict(values) for task, values in found["results"].items()}
 
 
-def write_samples(
-    path: Path, model: str, task: str, samples: Sequence[Mapping[str, Any]], settings: dict[str, Any]
-) -> bool:
-    """A results file of the samples of one task; none (False) where no metric calls each of them right or wrong."""
+def _failure(tasks: Sequence[str], code: int, printed: str) -> Exception:
+    if "No module named 'lm_eval'" in printed:
+        return MissingExtraError("rlmerge eval --lm-eval", "lm-eval", "eval")
+    lines = printed.strip().splitlines() or ["no message"]
+    what = lines[-1] if code > 0 else f"it was killed by signal {-code} (out of memory?)"
+    hint = ""
+    if any(word in printed for word in ("ConnectionError", "offline", "OfflineMode", "LocalEntryNotFound")):
+        hint = "\n  Without a network its own tasks need their data in the cache; a task file can name local files."
+    return EvaluationError(f"the harness failed on {', '.join(tasks)}: {what}{hint}")
+
+
+def _file_name(task: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", task).strip(".")[:120] or "task"
+
+
+def write_samples(path: Path, header: Header, samples: Sequence[Mapping[str, Any]]) -> bool:
+    """A results file of the samples of one task; none (False) where no metric calls each of them right or wrong.
+
+    Raises ResultsError where there is one of another run.
+    """
     metric = next(
         (name for name in METRICS if samples and all(sample.get(name) in (0, 1, True, False) for sample in samples)),
         None,
     )
     if metric is None:
         return False
-    path.unlink(missing_ok=True)
-    name = f"lm-eval:{task}"
-    header = Header(model, name, {"backend": {"kind": "lm-eval", "metric": metric}} | settings, len(samples))
+    header = replace(header, settings=header.settings | {"backend": {"kind": "lm-eval", "metric": metric}})
     with ResultsWriter.open(path, header) as writer:
         for number, sample in enumerate(samples):
-            identity = f"{name}/{sample.get('doc_id', number)}"
-            writer.append(Sample(identity, 0, bool(sample[metric]), metric, str(sample.get("answer", ""))))
+            identity = f"{header.task}/{sample.get('doc_id', number)}"
+            if (identity, 0) not in writer.done:
+                writer.append(Sample(identity, 0, bool(sample[metric]), metric, str(sample.get("answer", ""))))
     return True
 
 
@@ -103,7 +132,12 @@ def _read_task(task: str) -> str | dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EvaluationError(f"{task}: cannot be read as a task: {error}") from None
+        hint = (
+            " Tags such as !function are for the harness alone: give such a task by its name."
+            if "!" in str(error)
+            else ""
+        )
+        raise EvaluationError(f"{task}: cannot be read as a task: {error}{hint}") from None
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise EvaluationError(f"{task}: is no task of the harness: it has no `task:` with a name.")
     files = (content.get("dataset_kwargs") or {}).get("data_files")
@@ -127,7 +161,7 @@ def _child() -> None:
         evaluate: Any = lm_eval.simple_evaluate
         found = evaluate(
             model="hf",
-            model_args={"pretrained": asked["model"], "dtype": "float32", "device": "cpu"},
+            model_args={"pretrained": asked["model"], "dtype": asked["dtype"], "device": "cpu"},
             tasks=asked["tasks"],
             log_samples=True,
             random_seed=seed,
@@ -141,6 +175,7 @@ def _child() -> None:
             {
                 "doc_id": sample.get("doc_id"),
                 "answer": sample.get("filtered_resps"),
+                "filter": sample.get("filter"),
                 **{name: sample[name] for name in METRICS if name in sample},
             }
             for sample in entries
@@ -148,7 +183,19 @@ def _child() -> None:
         for task, entries in found.get("samples", {}).items()
     }
     answer = {key: found[key] for key in ("results", "versions", "n-samples", "higher_is_better") if key in found}
-    print("\n" + json.dumps(answer | {"samples": samples}, default=str), end="")
+    print("\n" + json.dumps(_plain(answer | {"samples": samples}), allow_nan=False), end="")
+
+
+def _plain(value: Any) -> Any:
+    """The same in types that JSON has: NumPy's numbers as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 if __name__ == "__main__":

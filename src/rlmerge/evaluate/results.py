@@ -40,6 +40,7 @@ class Header:
     role       'base', 'expert', 'merged', or '' where that is not known
     name       what to call the model; models of one name and several seeds are one row. '' for `model`
     seed       training seed of the model, where there are several models trained alike
+    identity   what tells the model from others of its path or name, such as a digest of its weights
     """
 
     model: str
@@ -49,6 +50,7 @@ class Header:
     role: str = ""
     name: str = ""
     seed: int | None = None
+    identity: str = ""
 
     @property
     def label(self) -> str:
@@ -241,7 +243,7 @@ def _header(path: Path, line: bytes) -> Header:
         raise ResultsError(f"{path}: has format {entry.get('format')!r}; this rlmerge reads {FORMAT}.")
     types: dict[str, Any] = {
         "model": str, "task": str, "settings": dict, "problems": int | None,
-        "role": str, "name": str, "seed": int | None,
+        "role": str, "name": str, "seed": int | None, "identity": str,
     }  # fmt: skip
     given = {key: entry[key] for key in types if key in entry}
     wrong = [key for key, value in given.items() if not isinstance(value, types[key]) or isinstance(value, bool)]

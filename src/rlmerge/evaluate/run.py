@@ -5,8 +5,8 @@ A model is a folder, or a recipe: then the merge goes straight into the loaded b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,24 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
 
         recipe = load_recipe(reference)
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: there is no such model folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{folder}: transformers cannot load it: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers, safetensors or a missing package raise, the folder is at fault
+        raise EvaluationError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error}") from None
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise EvaluationError(
+            f"{folder}: has no weights for {missing} …: transformers would fill them with random numbers."
+        )
     if recipe is not None:
         from rlmerge.api import merge_to
 
@@ -72,11 +85,30 @@ class TransformersBackend:
         """Kind and dtype."""
         return {"kind": "transformers", "dtype": str(self.model.dtype).removeprefix("torch.")}
 
+    @property
+    def identity(self) -> str:
+        """xxh3-128 of all weights as they are loaded, or merged."""
+        import torch
+
+        state = xxhash.xxh3_128()
+        for name, tensor in self.model.state_dict().items():
+            state.update(name.encode())
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return state.hexdigest()
+
     def run(self, asked: Iterable[Asked], sampling: Sampling) -> Iterator[Completion]:
         """Completions in the order in which they are finished."""
         from rlmerge.evaluate.generate import Generator, Request
 
-        requests = [Request(one.key, prompt_ids(self.tokenizer, one.problem), one.seed) for one in asked]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        requests = []
+        for one in asked:
+            ids = prompt_ids(self.tokenizer, one.problem)
+            if not ids or (limit and len(ids) >= limit):
+                raise EvaluationError(
+                    f"problem {one.problem.id}: its prompt has {len(ids)} tokens; the model reads 1 to {limit}."
+                )
+            requests.append(Request(one.key, ids, one.seed, one.stop))
         for sample in Generator(self.model, self.tokenizer, self.batch).run(requests, sampling):
             yield Completion(sample.key, len(sample.tokens), sample.text, sample.finish)
 
@@ -84,17 +116,36 @@ class TransformersBackend:
 def prompt_ids(tokenizer: Any, problem: Problem) -> tuple[int, ...]:
     """The token ids that a model continues: the chat template for `messages`, else the raw prompt."""
     if problem.messages:
-        text = tokenizer.apply_chat_template(list(problem.messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(list(problem.messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # no template, or one that refuses these roles: jinja2's own errors
+            raise EvaluationError(
+                f"problem {problem.id}: the model's chat template cannot be applied: {error}"
+            ) from None
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tuple(tokenizer(problem.prompt)["input_ids"])
 
 
-def stops_of(problems: Sequence[Problem]) -> tuple[str, ...]:
-    """Every string at which the problems of a task say that an answer ends."""
-    found: dict[str, None] = {}
-    for problem in problems:
-        found |= dict.fromkeys(filter(None, (problem.meta.get("end"), *problem.meta.get("stop", ()))))
-    return tuple(found)
+def stops_of(problem: Problem) -> tuple[str, ...]:
+    """The strings at which an answer to this problem ends. Raises EvaluationError for what is no list of strings."""
+    end, stop = problem.meta.get("end") or "", problem.meta.get("stop", ())
+    if (
+        not isinstance(end, str)
+        or not isinstance(stop, (list, tuple))
+        or not all(isinstance(s, str) and s for s in stop)
+    ):
+        raise EvaluationError(f"problem {problem.id}: meta.stop must be a list of strings, and meta.end a string.")
+    return tuple(dict.fromkeys(filter(None, (end, *stop))))
+
+
+def check_sampling(sampling: Sampling, samples: int) -> None:
+    """Raises EvaluationError for what means nothing."""
+    if not (0.0 <= sampling.temperature < float("inf")):
+        raise EvaluationError(f"temperature {sampling.temperature}: write 0 (greedy) or more.")
+    if not (0.0 < sampling.top_p <= 1.0):
+        raise EvaluationError(f"top-p {sampling.top_p}: write a share of the probability, more than 0 and at most 1.")
+    if sampling.temperature == 0.0 and samples > 1:
+        raise EvaluationError(f"{samples} samples at temperature 0 are all alike: ask for one, or set a temperature.")
 
 
 def evaluate(
@@ -115,25 +166,24 @@ def evaluate(
     """Makes and verifies `samples` completions of every problem; continues what the file `out` already holds.
 
     The random numbers of a sample depend on (seed, problem, number of the sample) alone. Greedy decoding
-    (temperature 0, the default) makes one sample. `name`, `role` and `model_seed` are for comparisons (see
-    `results.Header`). `progress` hears of samples done, samples in all, and tokens made by
-    this call. Raises ResultsError if `out` holds other settings.
+    (temperature 0, the default) makes one sample. A file is continued by the same model only. `name`, `role` and
+    `model_seed` are for comparisons (see `results.Header`). `progress` hears of samples done, samples in all, and
+    tokens made by this call. Raises ResultsError if `out` holds other settings or another model's results.
     """
     sampling = sampling or Sampling()
-    if sampling.temperature == 0.0 and samples > 1:
-        raise EvaluationError(f"{samples} samples at temperature 0 are all alike: ask for one, or set a temperature.")
+    check_sampling(sampling, samples)
     if not task.verifiers:
         raise EvaluationError(f"task {task.name}: nothing says how to verify it; give its problems a 'verifier'.")
-    sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *stops_of(task.problems)))))
     settings = {"task": task.settings, "sampling": asdict(sampling), "samples": samples, "seed": seed}
     settings["sampling"]["stop"] = list(sampling.stop)
     settings["backend"] = backend.settings
     problems = {problem.id: problem for problem in task.problems}
-    header = Header(label, task.name, settings, len(problems), role, name, model_seed)
+    stops = {problem.id: stops_of(problem) for problem in task.problems}
+    header = Header(label, task.name, settings, len(problems), role, name, model_seed, backend.identity)
     options: dict[str, dict[str, Any]] = {"python": {"unsafe": unsafe}} if "python" in task.verifiers else {}
     with ResultsWriter.open(out, header) as writer:
         asked = [
-            Asked((problem.id, number), problem, seed_of(seed, task.name, problem.id, number))
+            Asked((problem.id, number), problem, seed_of(seed, task.name, problem.id, number), stops[problem.id])
             for problem in task.problems
             for number in range(samples)
             if (problem.id, number) not in writer.done
@@ -152,12 +202,21 @@ def evaluate(
             progress(len(writer.done), len(problems) * samples, tokens)
 
         if asked:
-            for made in backend.run(asked, sampling):
-                waiting.append(made)
-                tokens += made.tokens
-                if len(waiting) == BATCH_OF_VERDICTS:
-                    flush()
-        flush()
+            completions = backend.run(asked, sampling)
+            try:
+                for made in completions:
+                    waiting.append(made)
+                    tokens += made.tokens
+                    if len(waiting) == BATCH_OF_VERDICTS:
+                        flush()
+            finally:
+                # whatever ended it: what was made is kept, and nothing goes on behind our back
+                close = getattr(completions, "close", None)
+                if close is not None:
+                    close()
+                flush()
+        else:
+            progress(len(writer.done), len(problems) * samples, 0)
     return Results.load(out)
 
 
