@@ -51,7 +51,7 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
         raise EvaluationError(f"{folder}: there is no such model folder.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
@@ -60,6 +60,7 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
         )
     except Exception as error:  # whatever transformers, safetensors or a missing package raise, the folder is at fault
         raise EvaluationError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error}") from None
+    model, loaded = found
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise EvaluationError(
