@@ -75,8 +75,8 @@ Only tensors with at least two dimensions larger than 1 are sparsified. Ties at 
 the coordinate; tensors of up to 2²⁰ coordinates keep exactly k.
 
 **3. Rescale.** Per expert, g = norm of t before / norm after the cut, at most `rescale_max`. (In tensors of more than
-2²⁰ coordinates, a class of 2¹⁶ ties or more counts in the norm after the cut by the share of it that stays: the
-histograms of stage 2 know that, and a pass is saved. The factor differs by less than 0.4 % of that class's part.) With
+2²⁰ coordinates, a class of 2¹⁴ ties or more counts in the norm after the cut by the share of it that stays: the
+histograms of stage 2 know that, and a pass is saved. The factor differs by less than 1 % of that class's part.) With
 `inverse_probability` (only with `magprune`) each kept update is divided by its probability.
 
 Then θ = θ0 + λ·Σ g·t. A coordinate whose one share is 1, with λ·g·w = 1, takes the stored value of that expert.

@@ -102,10 +102,11 @@ def thread_bytes(plan: Plan) -> int:
     deltas and updates in fp64, histograms, LoRA factors, for K experts.
     """
     count = len(plan.experts)
-    block = max((tensor.block for tensor in plan.tensors), default=0)
+    block = max((min(tensor.block, tensor.size) for tensor in plan.tensors), default=0)
+    kept = min(KEPT_BYTES, 16 * sum(tensor.size for tensor in plan.tensors))
     factors = 0
     for tensor in plan.tensors:
         for source in tensor.experts:
             if source.a is not None and source.b is not None:
                 factors = max(factors, 4 * (source.a.nbytes + source.b.nbytes))
-    return KEPT_BYTES + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors
+    return kept + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors

@@ -15,7 +15,7 @@ Tensors = dict[str, np.ndarray]
 Hash64 = Callable[[str | None, str, int], int]
 
 EXACT_TIES_UP_TO = 2**20  # elements of a tensor; above it (and at scope model) ties are kept by a hash threshold
-MANY_TIES = 2**16  # above that size, from so many ties on, the norm after the cut takes the share of them that stays
+MANY_TIES = 2**14  # above that size, from so many ties on, the norm after the cut takes the share of them that stays
 CHOICES = {
     "sensitivity": {"fisher_delta2", "fisher", "delta2"},
     "arbitration": {"winner", "soft", "elect", "margin", "random"},

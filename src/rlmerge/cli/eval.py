@@ -119,8 +119,8 @@ def _by_us(given: Namespace) -> list[dict[str, Any]]:
         def progress(done: int, total: int, tokens: int, name: str = task.name, began: float = began) -> None:
             nonlocal told
             if not given.quiet:
-                rate = tokens / max(time.monotonic() - began, 1e-9)
-                print(f"{name}: {done} of {total} samples, {rate:,.0f} tokens/s", file=sys.stderr)
+                rate = f", {tokens / max(time.monotonic() - began, 1e-9):,.1f} tokens/s" if tokens else ""
+                print(f"{name}: {done} of {total} samples{rate}", file=sys.stderr)
             for note in getattr(backend, "notes", [])[told:]:
                 print(f"note: {note}", file=sys.stderr)
                 told += 1
@@ -146,6 +146,8 @@ def _backend(given: Namespace) -> Any:
         return backend
     from rlmerge.evaluate.run import TransformersBackend, load_model
 
+    if not given.quiet:
+        print(f"loading {given.model}", file=sys.stderr)
     return TransformersBackend(*load_model(given.model, given.threads, given.dtype), given.batch)
 
 

@@ -5,6 +5,7 @@ A model is a folder, or a recipe: then the merge goes straight into the loaded b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from rlmerge.evaluate.results import Header, Results, ResultsWriter, Sample
 from rlmerge.evaluate.tasks import Task
 from rlmerge.evaluate.verifiers import completed, verify
 
+PATIENCE = 5.0
+"""Seconds after which what there is is verified and written, so that little is lost and something is seen to happen."""
 BATCH_OF_VERDICTS = 64
 """Completions that are verified together: enough to keep the sandbox's workers busy, few enough to lose little."""
 
@@ -49,6 +52,8 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: there is no such model folder.")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise EvaluationError(f"{folder}: has no tokenizer files, so nothing can be asked of it. Copy those of its base.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -192,7 +197,10 @@ def evaluate(
         tokens = 0
         waiting: list[Completion] = []
 
+        written = time.monotonic()
+
         def flush() -> None:
+            nonlocal written
             of = [problems[made.key[0]] for made in waiting]
             texts = [completed(made.text, made.finish, problem) for made, problem in zip(waiting, of)]
             for made, text, verdict in zip(waiting, texts, verify(texts, of, **options)):
@@ -200,6 +208,7 @@ def evaluate(
                 more = {"finish": made.finish}
                 writer.append(Sample(name, number, verdict.correct, verdict.reason, text, made.tokens, more))
             waiting.clear()
+            written = time.monotonic()
             progress(len(writer.done), len(problems) * samples, tokens)
 
         if asked:
@@ -208,7 +217,7 @@ def evaluate(
                 for made in completions:
                     waiting.append(made)
                     tokens += made.tokens
-                    if len(waiting) == BATCH_OF_VERDICTS:
+                    if len(waiting) >= BATCH_OF_VERDICTS or time.monotonic() - written > PATIENCE:
                         flush()
             finally:
                 # whatever ended it: what was made is kept, and nothing goes on behind our back

@@ -5,7 +5,7 @@ coordinates equal to it, the hash below which they stay. bf16 deltas tie in larg
 hash of the coordinate: unbiased, in any order; tensors of up to 2²⁰ coordinates keep exactly k.
 
 The same histograms can carry the norms of the updates (`order`), which saves large tensors a pass: what the cut leaves
-is what lies in the bins above the threshold and, of many ties (2¹⁶ or more), the share that stays.
+is what lies in the bins above the threshold and, of many ties (2¹⁴ or more), the share that stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .base import Block, Result, Stage, Summary, Task
 EXACT = 2**20
 """Tensors of up to this many coordinates keep exactly k; larger ones k in expectation over ties."""
 
-MANY = 2**16
+MANY = 2**14
 """Ties from so many on count in the norm after the cut by the share that stays; fewer are measured one by one."""
 
 COARSE, FINE = 65536, 32768
