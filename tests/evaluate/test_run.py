@@ -262,7 +262,7 @@ def test_the_command(tmp_path: Path, folder: Path, task: Any) -> None:
     assert [entry["problems"] for entry in found] == [4, 6]
     done = succeeded(rlmerge("eval", folder, *options))
     assert "of 6 problems" in done.out
-    assert "tokens/s" in done.err
+    assert "math:1: 6 of 6 samples" in done.err
     assert succeeded(rlmerge("eval", folder, *options, "--quiet")).out == ""
-    assert "holds the results of another run" in refused(rlmerge("eval", folder, *options, "--seed", 1))
+    assert "holds the results of another run" in refused(rlmerge("eval", folder, *options, "--seed", 1, "--quiet"))
     assert "at least one --task" in refused(rlmerge("eval", folder, "-o", out))

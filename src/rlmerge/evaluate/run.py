@@ -53,7 +53,9 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: there is no such model folder.")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise EvaluationError(f"{folder}: has no tokenizer files, so nothing can be asked of it. Copy those of its base.")
+        raise EvaluationError(
+            f"{folder}: has no tokenizer files, so nothing can be asked of it. Copy those of its base."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found: Any = AutoModelForCausalLM.from_pretrained(
