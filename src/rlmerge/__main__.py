@@ -1,5 +1,5 @@
 """`python -m rlmerge`: the command line without its console script."""
 
-from rlmerge.cli.main import main
+from rlmerge.cli.main import script
 
-main()
+script()

@@ -47,7 +47,24 @@ def write_small_files(
         put(INDEX, index.encode())
     put("README.md", _card(plan, variant, report).encode())
     provenance = _provenance(plan, variant, report, journal, sha256) | {"files": digests}
-    target.write_small(variant, PROVENANCE, (json.dumps(provenance, indent=1, ensure_ascii=False) + "\n").encode())
+    target.write_small(variant, PROVENANCE, (json_lines(provenance) + "\n").encode())
+
+
+def json_lines(data: Any, depth: int = 3) -> str:
+    """JSON in which every entry of the outer levels has its own line, and what is below them stays on it.
+
+    A tensor's statistics are a line: shorter, easier to compare than one number a line, and `json` writes it in C.
+    """
+    if depth == 0 or not data or not isinstance(data, (dict, list)):
+        return json.dumps(data, ensure_ascii=False)
+    margin = " " * (4 - depth)
+    opening, closing = "{}" if isinstance(data, dict) else "[]"
+    entries = (
+        [f"{json.dumps(str(key), ensure_ascii=False)}: {json_lines(value, depth - 1)}" for key, value in data.items()]
+        if isinstance(data, dict)
+        else [json_lines(value, depth - 1) for value in data]
+    )
+    return f"{opening}\n{margin}" + f",\n{margin}".join(entries) + f"\n{margin[1:]}{closing}"
 
 
 def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:

@@ -78,9 +78,10 @@ def keep(values, density, kernels, step, scope="tensor"):
         for patch, part in zip(block.patches, Sizes().score(block, task, results)):
             where, left, kept, dropped = topk.cut(part, block, task, results)
             assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
-            if len(patch.experts) > 1 or len(values) == 1:
-                lost = (patch.delta != 0) & ~np.isin(patch.where, where[(left != 0).any(axis=0)])
-                assert where.size < patch.where.size or (dropped[lost[0][: where.size]] == 1).all()
+            if patch.alone:
+                assert (left != 0).all() and not dropped.size
+            else:
+                assert (dropped == ((patch.delta != 0) & (left == 0)).any(axis=0)).all()
             mask[np.ix_(patch.experts, block.start + where)] |= left != 0
     return mask
 

@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from rlmerge import kernels
 from rlmerge.errors import RecipeError
 
 from .options import Parser, at_least, declare_output, declare_parts, declare_run, make_recipe, parse_bytes
@@ -31,7 +32,7 @@ def hold_memory() -> None:
     """Asks glibc to keep freed memory and to share one arena: block arrays come and go by the thousand, and giving
     their pages back to the kernel each time costs a third of a merge. Elsewhere, nothing.
     """
-    gc.set_threshold(50_000, 50, 50)  # numba brings many objects that live as long as we do
+    gc.disable()  # numba brings many objects that live as long as we do
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-1, 2**30), (-3, 2**30), (-2, 2**26), (-8, 1)):  # trim, mmap threshold; top pad; arenas
@@ -82,6 +83,7 @@ def run(given: Namespace) -> None:
     from rlmerge.api import merge_to_folder
 
     hold_memory()
+    kernels.skip_blas = True
     line = ProgressLine(given.quiet)
     try:
         outcome = merge_to_folder(recipe, out, fsync=given.fsync, sha256=given.sha256, progress=line, **options)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NOTHING = np.empty((0, 0), np.float32)
 NONE = np.empty((0, 0))
+PIECE = 2**18
+"""Coordinates of a Fisher that are read at once where only some are wanted: fp32 in half of a second-level cache."""
 KEPT_EACH = 16
 """Bytes that stages keep of a coordinate, at most (RL updates are sparse)."""
 
@@ -119,12 +121,8 @@ class InputBlock(Block):
         if "fisher" not in self._made:
             count = len(self._plan.fishers)
             out = self._space.get("fisher", (count, self.size), np.float32)
-            for k, place in enumerate(self._plan.fishers):
-                number = 1 + len(self._plan.experts) + k
-                fresh = self._hashes is not None and self._hashes.is_new(number, self.start)
-                self._inputs.decode(self._plan, place, self.start, out[k], self._space, self._hashes, number)
-                if fresh and self._hashes is not None and self._plan.fisher_sums and not self._plan.fisher_digests:
-                    self._inputs.add_fisher(self._plan, k, self.start, out[k], self._hashes)
+            for k in range(count):
+                self._read_fisher(k, 0, out[k])
             self._made["fisher"] = out
         return self._made["fisher"]
 
@@ -207,15 +205,35 @@ class InputBlock(Block):
         return out
 
     def fisher_at(self, experts: NDArray[np.int64], where: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Taken from the decoded block."""
+        """Taken from the decoded block if there is one, else from pieces of it that stay in the cache."""
         out = np.empty((len(experts), where.size), np.float32)
         for row, k in enumerate(experts.tolist()):
-            self.kernels.take(self.fisher[k], where, out[row])
-            if self._plan.fisher_sums and not ((out[row] >= 0.0) & (out[row] < np.inf)).all():
+            if "fisher" in self._made:
+                self.kernels.take(self.fisher[k], where, out[row])
+            else:
+                self._take_fisher(k, where, out[row])
+            if self._plan.fisher_sums and where.size and not (out[row].min() >= 0.0 and out[row].max() < np.inf):
                 # nobody has looked at every entry yet; and a digest tells that the file is what it was, not that it
                 # ever was a Fisher
                 self._inputs.refuse_fisher(self._plan, k, self.start, self.fisher[k])
         return out
+
+    def _take_fisher(self, k: int, where: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Fisher number k at some coordinates, through a buffer that is much smaller than the block."""
+        firsts = range(0, self.size, PIECE)
+        edges = [*np.searchsorted(where, np.array(firsts)).tolist(), where.size]
+        for first, low, high in zip(firsts, edges, edges[1:]):
+            piece = self._space.get("piece", (min(PIECE, self.size - first),), np.float32)
+            self._read_fisher(k, first, piece)
+            self.kernels.take(piece, where[low:high] - np.int32(first), out[low:high])
+
+    def _read_fisher(self, k: int, first: int, out: NDArray[np.float32]) -> None:
+        """Fills out fp32[m] with Fisher number k from coordinate `first` of the block."""
+        start, number = self.start + first, 1 + len(self._plan.experts) + k
+        fresh = self._hashes is not None and self._hashes.is_new(number, start)
+        self._inputs.decode(self._plan, self._plan.fishers[k], start, out, self._space, self._hashes, number)
+        if fresh and self._hashes is not None and self._plan.fisher_sums and not self._plan.fisher_digests:
+            self._inputs.add_fisher(self._plan, k, start, out, self._hashes)
 
     # -- between stages -------------------------------------------------------------------------------------------
 

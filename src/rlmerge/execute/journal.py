@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Journal:
         """A unit is merged and its bytes are written."""
         with self._lock:
             self.units[record.tensor, record.unit] = record
-            self._append({"unit": asdict(record)})
+            self._append({"unit": {entry.name: getattr(record, entry.name) for entry in fields(record)}})
 
     def forget(self, keys: set[tuple[int, int]]) -> None:
         """Units whose bytes are not what the journal says are done again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import Literal
 import xxhash
 
 Backend = Literal["auto", "numba", "numpy"]
+
+skip_blas = False
+"""Set by the command line, whose process is ours alone. Where scipy is installed, numba loads it (a tenth of a second)
+for a BLAS that no kernel uses; in somebody else's process other functions may want it."""
 
 SMALL, SMALL_AT_FIRST = 2**24, 2**28
 """Stored values up to which NumPy is done before numba has loaded its kernels, or compiled them in a first run."""
@@ -37,7 +42,19 @@ def load_kernels(backend: Backend, values: int = 2**62) -> ModuleType:
     from numba.core import config
 
     config.CACHE_DIR = str(cache_folder())  # pyright: ignore[reportAttributeAccessIssue]
+    if skip_blas:
+        _load_without_blas()
     return importlib.import_module("rlmerge.kernels.compiled")
+
+
+def _load_without_blas() -> None:
+    """Loads the part of numba that looks for scipy's BLAS, without letting it find any."""
+    if "scipy.linalg" not in sys.modules:
+        sys.modules["scipy.linalg"] = None  # type: ignore[assignment]  # what Python takes for "there is none"
+        try:
+            importlib.import_module("numba.np.arraymath")
+        finally:
+            del sys.modules["scipy.linalg"]
 
 
 @cache

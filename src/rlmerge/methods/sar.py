@@ -45,8 +45,8 @@ def sensitivity_reads(values: Mapping[str, Any]) -> bool:
 class Part(Ranked):
     """A patch after stage 1, and after stage 2 once `cut` is set: t = r·d in `values`, cut in place.
 
-    whole        uint8[m], the shares make a whole
-    dropped      uint8[m], where an update of some expert was cut
+    whole        uint8[m], the shares make a whole; both empty for updates of one expert alone, unless magprune
+    dropped      uint8[m], where an update of some expert was cut                                     prunes them
     """
 
     whole: NDArray[np.uint8]
@@ -81,6 +81,8 @@ def _resolve(block: Block, task: Task, results: Mapping[str, Result], keep: bool
     """All patches of a block. With `keep`, what is dear (the overlaps, which need Fishers) is kept by itself."""
     count = len(task.experts)
     state = Resolved([], np.zeros(count, np.int64), np.zeros(4, np.int64), np.zeros(count, np.int64))
+    if task.fisher and task.values["sparsify"] == "fisher_magnitude":
+        _ = block.fisher  # every patch asks for it
     for patch in block.patches:
         if not task.per_model["weight"][patch.experts].any():
             continue
@@ -113,7 +115,9 @@ def _settle(
         delta = np.where(weight[:, None] != 0.0, delta, 0.0) * weight[:, None]
     rows = np.zeros(1, np.int64) if task.values["score"] == "merged" else patch.experts
     size = patch.where.size
-    whole, dropped = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    # a lone update is a whole, and goes when it is dropped (magprune leaves a zero): it needs no flags
+    flags = 0 if patch.alone and task.values["sparsify"] != "magprune" else size
+    whole, dropped = np.ones(flags, np.uint8), np.zeros(flags, np.uint8)
     part = Part(rows, patch.where, delta, NO_SCORES, patch.experts, whole, dropped)
     wins, counts = np.zeros(len(task.experts), np.int64), np.zeros(4, np.int64)
     if not patch.alone:
@@ -289,7 +293,10 @@ class Sar(Method):
             # stored values are copied only where a factor of exactly 1 makes that possible
             stored = block.stored_at(part.experts, part.where) if units.any() else NONE
             own = gain[part.experts]
-            block.kernels.compose(old, stored, part.values, own, scale, units, part.whole, part.dropped, out)
+            whole, dropped = part.whole, part.dropped
+            if not whole.size:
+                whole, dropped = np.ones(part.where.size, np.uint8), np.zeros(part.where.size, np.uint8)
+            block.kernels.compose(old, stored, part.values, own, scale, units, whole, dropped, out)
             changes.append(Change(part.where, old, out))
         names = ("draws", "delta2_draws", "both_decide", "same_winner")
         stats = {name: state.counts[place : place + 1] for place, name in enumerate(names)}
@@ -305,7 +312,6 @@ def cut_resolved(block: Block, task: Task, results: Mapping[str, Result], state:
                 _prune(part, block, task, results, state.kept)
                 continue
             part.where, part.values, kept, part.dropped = cut(part, block, task, results)
-            part.whole = part.whole[: part.where.size]  # all ones where a patch of one expert has shrunk
             part.scores = NO_SCORES
             state.kept[part.experts] += kept
     return state.kept

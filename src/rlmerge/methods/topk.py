@@ -28,6 +28,7 @@ MANY = 2**14
 """Ties from so many on count in the norm after the cut by the share that stays; fewer are measured one by one."""
 
 COARSE, FINE = 65536, 32768
+NO_FLAGS = np.empty(0, np.uint8)
 ALL = 2**64 - 1
 
 
@@ -252,7 +253,7 @@ def cut(
     part: Ranked, block: Block, task: Task, results: Mapping[str, Result]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.uint8]]:
     """What the stages leave of a patch: coordinates, updates fp64[E, m'], how many of each expert, and where some were
-    dropped (uint8[m']). The updates of one expert alone shrink to what is left; where several meet they become 0.
+    dropped (uint8[m]; empty for one expert alone, whose updates shrink to what is left; where several meet they are 0).
 
     One hash key serves all experts, so that tied experts keep or lose a coordinate together. (With a key an expert,
     half of a consensus would be cut away at a tie.)
@@ -267,7 +268,7 @@ def cut(
             part.scores[0], threshold[0], cuts[0], key, block.start, part.where, part.values[0], left, kept
         )
         some = np.array([number], np.int64)
-        return left[:number], kept[:number].reshape(1, -1), some, np.zeros(number, np.uint8)
+        return left[:number], kept[:number].reshape(1, -1), some, NO_FLAGS
     values, number = part.values.copy(), np.zeros(part.values.shape[0], np.int64)
     dropped = np.zeros(size, np.uint8)
     keys = np.full(len(part.rows), key)
@@ -308,9 +309,10 @@ def _exact_sum(values: NDArray[np.float64]) -> float:
 
 def _bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     """The highest bin at which `wanted` of the largest are reached, and how many lie in the bins above it."""
-    from_top = np.cumsum(count[::-1])
+    filled = np.flatnonzero(count)[::-1]  # few of the bins, for bf16 deltas
+    from_top = np.cumsum(count[filled])
     place = int(np.searchsorted(from_top, wanted))
-    return len(count) - 1 - place, int(from_top[place - 1]) if place else 0
+    return int(filled[place]), int(from_top[place - 1]) if place else 0
 
 
 def _from_bits(bits: int) -> float:
