@@ -1,0 +1,425 @@
+"""The square of every unit's gradient, added up: vectorised over the units of a batch, layer by layer.
+
+Parameters are frozen, so that the backward pass makes no gradient of them. Hooks see the input of each layer and the
+gradient of its output; from the two the gradient of one unit is a product of matrices, formed in tiles that stay in the
+processor's cache, squared there and added to the Fisher. No gradient of a whole layer is ever in memory, but for
+layers of other kinds, whose gradient comes from a vector-Jacobian product of that layer alone, unit by unit or by vmap.
+
+What this cannot see (a parameter that is used outside its own layer, say) it must not get wrong: `SquaredGradients`
+compares itself with plain backward passes on the first unit, and does the parameters that differ the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Call, Layer, layers_of, mapped, tensors_in, tied_pairs
+from .products import Splitter, pull_back
+from .sequences import Batch
+
+TILE = 2**18
+"""Gradient entries of a unit that are formed at once: 1 MB in fp32, which stays in a second-level cache."""
+
+
+class SquaredGradients:
+    """Adds Σ over units of (∂ Σ log p / ∂θ)² to `total`, batch by batch.
+
+    model     a causal language model of transformers, in eval mode; its parameters are frozen until `close`
+    wanted    names of the parameters to accumulate; all of them if None
+    compute   'fp32' (the model's own dtype), or 'bf16': products in bf16 by autocast, squares and sums in fp32
+    plain     True: one backward pass a unit for everything, the slow twin of the other way
+    total     name → sum of squares, in the dtype of the model's parameters (fp32 for narrower ones)
+    notes     what is not done the fast way, and why
+    """
+
+    def __init__(
+        self, model: Any, wanted: set[str] | None = None, *, compute: str = "fp32", plain: bool = False
+    ) -> None:
+        self.model = model
+        self.compute = compute
+        self.plain = plain
+        self.notes: list[str] = []
+        self.log_probability = 0.0
+        """Σ over all units so far of the weighted log-probability."""
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self.total = {
+            name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for name, parameter in self._parameters.items()
+            if wanted is None or name in wanted
+        }
+        self._states = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+        self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._was_training = model.training
+        model.eval()
+        self._layers, slow = layers_of(model, names, set(self.total))
+        self._slow: set[str] = set(self.total) if plain else slow
+        self._explicit_positions = False
+        self._unchecked = not plain
+        self._batch: Batch | None = None
+        self._finishing = False
+        self._handles = [] if plain else [self._watch(layer) for layer in self._layers]
+        self._tied = tied_pairs(self._layers)
+        self._own_rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        if slow and not plain:
+            self._note(slow, "used by several layers")
+
+    def close(self) -> None:
+        """Takes the hooks off and thaws the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(self._states[name])
+        self.model.train(self._was_training)
+
+    @property
+    def _fast(self) -> set[str]:
+        return set(self.total) - self._slow
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def add(self, batch: Batch) -> None:
+        """Adds the units of a batch. The first batch also shows which parameters must be done the plain way."""
+        if self._unchecked:
+            self._unchecked = False
+            self._check(batch)
+        if len(self._slow) < len(self.total):
+            self._add_fast(batch)
+        if self._slow:
+            self._add_slow(batch, self._slow, self.total)
+
+    def _add_fast(self, batch: Batch) -> None:
+        self._batch = batch
+        try:
+            self._backward(batch)
+            for layer in self._layers:
+                if layer.calls:
+                    self._finish(layer)
+        finally:
+            self._batch = None
+            self._own_rows.clear()
+            for layer in self._layers:
+                layer.calls.clear()
+
+    def _backward(self, batch: Batch) -> None:
+        """Forward and backward of a whole batch; the hooks do the rest."""
+        with torch.enable_grad(), self._arithmetic():
+            logits, first, last = self._logits(batch)
+        upstream, value = log_probability_gradient(logits, batch, first, last)
+        self.log_probability += value
+        with self._arithmetic():
+            logits.backward(upstream)
+
+    def _add_slow(self, batch: Batch, names: set[str], total: dict[str, Tensor]) -> None:
+        """A backward pass for each unit, for some parameters."""
+        wanted = sorted(names)
+        parameters = [self._parameters[name] for name in wanted]
+        alone = len(self._slow) == len(self.total)
+        for unit in range(batch.units):
+            part = units_of(batch, [unit])
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            try:
+                with torch.enable_grad(), self._arithmetic():
+                    logits, first, last = self._logits(part)
+                upstream, value = log_probability_gradient(logits, part, first, last)
+                found = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
+            finally:
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+            if alone and total is self.total:
+                self.log_probability += value
+            for name, gradient in zip(wanted, found):
+                if gradient is not None:
+                    _add_square(total[name], gradient)
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, int, int]:
+        """Logits [R, last - first, V] of the tokens in columns [first, last), from the positions before them."""
+        first, last = batch.scored
+        padded = bool((batch.mask == 0).any())
+        given: dict[str, Any] = {"attention_mask": batch.mask} if padded else {}
+        if self._explicit_positions:
+            given["position_ids"] = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
+        if self._keeps:
+            given["logits_to_keep"] = torch.arange(first - 1, last - 1)
+        logits = self.model(input_ids=batch.ids, use_cache=False, **given).logits
+        return logits if self._keeps else logits[:, first - 1 : last - 1], first, last
+
+    def _arithmetic(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.compute == "bf16" else contextlib.nullcontext()
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, layer: Layer) -> Any:
+        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._batch is None or self._finishing or not torch.is_grad_enabled():
+                return None  # our own calls, or the first of two passes under gradient checkpointing
+            call = Call(mapped(args, Tensor.detach), mapped(kwargs, Tensor.detach))
+            layer.calls.append(call)
+            several = len(tensors_in(output)) > 1
+
+            def watched(value: Tensor) -> Tensor:
+                if not value.is_floating_point():
+                    return value
+                if not value.requires_grad:
+                    value.requires_grad_(True)  # the first layer of the graph: all parameters are frozen
+                # where one output is made of another, only an alias tells what comes from outside
+                value = value.view_as(value) if several else value
+                place, call.outputs = call.outputs, call.outputs + 1
+                value.register_hook(lambda grad: self._arrived(layer, call, place, grad))
+                return value
+
+            return mapped(output, watched)
+
+        return layer.module.register_forward_hook(called, with_kwargs=True)
+
+    def _arrived(self, layer: Layer, call: Call, place: int, grad: Tensor) -> None:
+        call.grads[place] = grad.detach()
+        if all(len(one.grads) == one.outputs for one in layer.calls):
+            self._finish(layer)
+
+    def _finish(self, layer: Layer) -> None:
+        """All that will come of a layer has come."""
+        calls, layer.calls = [call for call in layer.calls if call.grads], []
+        if not calls:
+            return
+        self._finishing = True
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            rule: dict[str, Callable[[Layer, list[Call]], bool]] = {
+                "linear": self._add_linear,
+                "transposed": self._add_linear,
+                "embedding": self._add_embedding,
+                "product": self._add_product,
+            }
+            try:
+                if not rule[layer.rule](layer, calls):
+                    raise Unsuitable(layer, "its input has no dimension for the sequences")
+            finally:
+                self._finishing = False
+
+    # -- rules ----------------------------------------------------------------------------------------------------
+
+    def _by_unit(self, values: Tensor, trailing: int) -> Tensor | None:
+        """[units, M, …] of a tensor that has rows or rows·tokens in front and `trailing` dimensions at the end."""
+        batch = self._batch
+        assert batch is not None
+        rows, width = batch.ids.shape
+        lead = values.shape[: values.dim() - trailing]
+        if not lead or (lead[0] != rows and lead != (rows * width,)):
+            return None
+        return values.reshape(batch.units, -1, *values.shape[values.dim() - trailing :])
+
+    def _add_linear(self, layer: Layer, calls: list[Call]) -> bool:
+        weight = layer.parameters.get("weight")
+        bias = layer.parameters.get("bias")
+        inputs, grads = [], []
+        for call in calls:
+            x, g = self._by_unit(call.args[0], 1), self._by_unit(call.grads[0], 1)
+            if x is None or g is None or x.shape[:2] != g.shape[:2]:
+                return False
+            inputs.append(x)
+            grads.append(g)
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
+        g = grads[0] if len(grads) == 1 else torch.cat(grads, 1)
+        fast = self._fast
+        if bias is not None and bias in fast:
+            self.total[bias] += _wide(g, self.total[bias]).sum(1).square_().sum(0)
+        if weight is None or weight not in fast:
+            return True
+        total = self.total[weight]
+        if self.compute != "bf16":
+            x, g = x.to(total.dtype), g.to(total.dtype)
+        else:
+            x, g = x.bfloat16(), g.bfloat16()
+        own = self._own_of(weight, x, g)
+        left, right = (x, g) if layer.rule == "transposed" else (g, x)
+        _add_outer_squares(total, left, right, own)
+        return True
+
+    def _own_of(self, weight: str, x: Tensor, g: Tensor) -> list[Tensor] | None:
+        """A head that is tied to the embedding: the rows of tokens in the unit itself are left to the embedding, which
+        adds its own gradient before squaring; returns these rows of each unit, to be left out here.
+        """
+        if weight not in self._tied:
+            return None
+        batch = self._batch
+        assert batch is not None
+        kept = self._own_rows.setdefault(weight, [])
+        tokens = batch.ids.view(batch.units, -1)
+        for unit in range(batch.units):
+            rows = tokens[unit].unique()
+            kept.append((rows, (g[unit][:, rows].T @ x[unit]).to(self.total[weight].dtype)))
+        return [rows for rows, _ in kept]
+
+    def _add_embedding(self, layer: Layer, calls: list[Call]) -> bool:
+        weight = layer.parameters["weight"]
+        if weight not in self._fast:
+            return True
+        total = self.total[weight]
+        batch = self._batch
+        assert batch is not None
+        pieces = []
+        for call in calls:
+            ids, g = tensors_in((call.args, call.kwargs))[0], call.grads[0]
+            if g.dim() < 3 or g.shape[0] not in (batch.ids.shape[0], 1) or ids.dim() < 2:
+                return False
+            if g.shape[0] == 1 and batch.ids.shape[0] > 1:
+                return False  # one row of positions for all sequences: their gradients are one sum
+            pieces.append((ids.expand(g.shape[:2]).reshape(batch.units, -1), g.reshape(batch.units, -1, g.shape[-1])))
+        own = self._own_rows.pop(weight, None)
+        for unit in range(batch.units):
+            ids = torch.cat([piece[0][unit] for piece in pieces])
+            g = _wide(torch.cat([piece[1][unit] for piece in pieces]), total)
+            rows, place = ids.unique(return_inverse=True)
+            found = self._looked_up(layer.module, rows, place, g)
+            if own is not None:
+                theirs, gradient = own[unit]
+                gradient[torch.searchsorted(theirs, rows)] += found
+                rows, found = theirs, gradient
+            total[rows] += found.square_()
+        return True
+
+    def _looked_up(self, module: Any, rows: Tensor, place: Tensor, g: Tensor) -> Tensor:
+        """The gradient of the rows of an embedding that a unit has looked up."""
+        if type(module) is nn.Embedding:
+            found = g.new_zeros((len(rows), g.shape[-1])).index_add_(0, place, g)
+        else:  # one that scales, for instance: its own rule, on a table of the looked-up rows only
+            table = module.weight[rows].detach()
+            with torch.enable_grad():
+                table.requires_grad_(True)
+                output = torch.func.functional_call(module, {"weight": table}, (place[None],))
+                (found,) = torch.autograd.grad(output, table, g.to(output.dtype).view_as(output))
+            found = found.to(g.dtype)
+        if module.padding_idx is not None:
+            found[rows == module.padding_idx] = 0.0
+        return found
+
+    def _add_product(self, layer: Layer, calls: list[Call]) -> bool:
+        """Any other layer: vector-Jacobian products of that layer alone, one a unit."""
+        batch = self._batch
+        assert batch is not None
+        parameters = {local: self._parameters[name] for local, name in layer.parameters.items() if name in self._fast}
+        if not parameters:
+            return True
+        splitter = Splitter(batch.ids.shape[0], batch.ids.shape[1], batch.units)
+        with self._arithmetic():
+            found = pull_back(layer.module, parameters, calls, splitter)
+        for gradient in found or ():
+            for local, value in gradient.items():
+                _add_square(self.total[layer.parameters[local]], value)
+        return found is not None
+
+    # -- the check ------------------------------------------------------------------------------------------------
+
+    def _check(self, batch: Batch) -> None:
+        """Compares with a plain backward pass on two units of the first batch; what differs is done the plain way."""
+        places = [0, batch.units - 1] if batch.units > 1 else [0]
+        part = units_of(batch, places)
+        saved, before = self.total, self.log_probability
+        while True:
+            self.total = {name: torch.zeros_like(value) for name, value in saved.items()}
+            try:
+                self._add_fast(part)
+                break
+            except Unsuitable as found:
+                if found.layer.rule == "embedding" and not self._explicit_positions:
+                    self._explicit_positions = True  # GPT-2 looks one row of positions up for all sequences
+                    continue
+                bad = {name for name in found.layer.parameters.values() if name in saved}
+                self._note(bad, found.reason)
+                self._slow |= bad
+                self._drop(found.layer)
+        plain = {name: torch.zeros_like(value) for name, value in saved.items()}
+        self._add_slow(part, set(plain), plain)
+        limit = 0.1 if self.compute == "bf16" else 1e-3
+        wrong = {
+            name
+            for name, value in plain.items()
+            if name not in self._slow and float((self.total[name] - value).norm()) > limit * float(value.norm())
+        }
+        self.total, self.log_probability = saved, before
+        if wrong:
+            self._note(wrong, "used in a way that its layer does not show")
+            self._slow |= wrong
+            for layer in list(self._layers):
+                if wrong & set(layer.parameters.values()):
+                    self._slow |= {name for name in layer.parameters.values() if name in saved}
+                    self._drop(layer)
+
+    def _drop(self, layer: Layer) -> None:
+        place = self._layers.index(layer)
+        self._handles.pop(place).remove()
+        self._layers.pop(place)
+
+    def _note(self, names: set[str], reason: str) -> None:
+        listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        self.notes.append(f"{listed}: {reason}; done by one backward pass a sequence, which is slower")
+
+
+class Unsuitable(Exception):
+    """A layer whose calls cannot be told apart by unit."""
+
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(f"{layer.name}: {reason}")
+        self.layer = layer
+        self.reason = reason
+
+
+def log_probability_gradient(logits: Tensor, batch: Batch, first: int, last: int) -> tuple[Tensor, float]:
+    """∂ Σ factor·log p / ∂ logits, in the dtype of the logits [R, last - first, V], and the sum itself.
+
+    The gradient of log softmax: factor·(one-hot of the token − p).
+    """
+    with torch.no_grad():
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        tokens = batch.ids[:, first:last, None]
+        factor = batch.factor[:, first:last, None].to(wide.dtype)
+        chosen = wide.gather(2, tokens)
+        value = float(((chosen - wide.logsumexp(2, keepdim=True)) * factor).double().sum())
+        found = wide.softmax(2).mul_(-factor)
+        found.scatter_add_(2, tokens, factor)
+    return found.to(logits.dtype), value
+
+
+def units_of(batch: Batch, places: list[int]) -> Batch:
+    """Some units of a batch, without the columns that are padding to all of them."""
+    rows = [unit * batch.rows + row for unit in places for row in range(batch.rows)]
+    width = int(batch.mask[rows].sum(1).max())
+    return Batch(batch.ids[rows, :width], batch.mask[rows, :width], batch.factor[rows, :width], len(places), batch.rows)
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype)
+
+
+def _add_square(total: Tensor, gradient: Tensor) -> None:
+    wide = gradient.to(total.dtype)
+    total.addcmul_(wide, wide)
+
+
+def _add_outer_squares(total: Tensor, left: Tensor, right: Tensor, left_out: list[Tensor] | None) -> None:
+    """Adds Σ over units of (left[u]ᵀ·right[u])² to total [a, b], from left [U, M, a] and right [U, M, b], by tiles.
+
+    Rows that `left_out` names for a unit are left out of its sum.
+    """
+    height = max(1, TILE // total.shape[1])
+    buffer = torch.empty((min(height, total.shape[0]), total.shape[1]), dtype=left.dtype)
+    for start in range(0, total.shape[0], height):
+        stop = min(start + height, total.shape[0])
+        tile, some = total[start:stop], buffer[: stop - start]
+        for unit in range(left.shape[0]):
+            torch.mm(left[unit, :, start:stop].T, right[unit], out=some)
+            if left_out is not None:
+                rows = left_out[unit]
+                some[rows[(rows >= start) & (rows < stop)] - start] = 0.0
+            wide = some.to(tile.dtype)
+            tile.addcmul_(wide, wide)
