@@ -19,6 +19,8 @@ COMMANDS = {
     "convert": "Convert pickled weights to safetensors.",
     "compare": "Compare models on the same problems, from results files.",
     "eval": "Evaluate a model on tasks with verifiable answers.",
+    "fisher": "Estimate which parameters a model's answers rest on.",
+    "fisher-stats": "Judge Fishers: enough sequences, who wins, by what.",
     "verify": "Compare every byte of an output with its rlmerge.json.",
 }
 """Each is a module of this package, imported when it is asked for: DESCRIPTION, USAGE, declare(parser), run(given)."""
@@ -44,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     """One command. SystemExit for help (0) and for wrong usage (2)."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if not name or name in ("-h", "--help"):
-        listed = "\n".join(f"  {command:<8} {summary}" for command, summary in COMMANDS.items())
+        listed = "\n".join(f"  {command:<12} {summary}" for command, summary in COMMANDS.items())
         print(HELP.format(commands=listed), end="", file=sys.stdout if name else sys.stderr)
         raise SystemExit(0 if name else 2)
     if name == "--version":
@@ -54,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
         _refuse(f"there is no {'option' if name.startswith('-') else 'command'} {name!r}.", COMMANDS, name)
     from .options import Parser
 
-    command = importlib.import_module(f".{name}", __package__)
+    command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     parser = Parser(name, command.USAGE, command.DESCRIPTION)
     command.declare(parser)
     command.run(parser.parse_intermixed_args(rest))

@@ -39,12 +39,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of a request: new token ids (without the one that ends), their text, and 'stop' or 'length'."""
+    """What became of a request: new token ids (without the one that ends, which is `end`, None where a string or the
+    limit ended it), their text, and 'stop' or 'length'.
+    """
 
     key: Any
     tokens: tuple[int, ...]
     text: str
     finish: str
+    end: int | None = None
 
 
 class GrowingLayer(DynamicLayer):
@@ -100,6 +103,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     done: bool = False
+    end: int | None = None
 
 
 class Generator:
@@ -169,7 +173,7 @@ class Generator:
 
     def _take(self, row: _Row, token: int, sampling: Sampling) -> None:
         if token in self.ends:
-            row.done = True
+            row.done, row.end = True, token
             row.text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
             return
         row.tokens.append(token)
@@ -184,7 +188,7 @@ class Generator:
         cuts = [text.index(stop) for stop in (*sampling.stop, *row.request.stop) if stop in text]
         ended = bool(cuts) or len(row.tokens) < sampling.max_new_tokens
         text = text[: min(cuts)] if cuts else text
-        return Sample(row.request.key, tuple(row.tokens), text, "stop" if ended else "length")
+        return Sample(row.request.key, tuple(row.tokens), text, "stop" if ended else "length", row.end)
 
 
 class _State:

@@ -1,0 +1,140 @@
+"""`rlmerge fisher`: estimates a diagonal Fisher, combines partial ones, or takes one from an optimizer's state."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from rlmerge.errors import FisherError, MissingExtraError
+
+from .options import Parser, at_least, declare_output, parse_bytes
+from .show import duration
+
+if TYPE_CHECKING:
+    from rlmerge.fisher.estimate import Progress, Settings
+
+USAGE = "[OPTIONS] MODEL --data FILE.jsonl -o DIR"
+DESCRIPTION = """\
+Estimate which parameters a model's answers rest on: the diagonal Fisher
+information, mean over sequences of the squared gradient of log p(answer).
+
+MODEL is a folder, or a recipe (.yml) that is merged in memory. The data are
+prompts, with what verifies an answer (--source own, policy) or with the
+answers (gold); a task such as math:1 will do. An interrupted run is continued
+by the same command.
+
+  rlmerge fisher MODEL --data FILE.jsonl --source own -o DIR
+  rlmerge fisher --combine A B -o DIR          shares of one Fisher (--part)
+  rlmerge fisher --from-adam CHECKPOINT -o DIR     what a trainer left"""
+
+
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="model folder, or recipe (.yml) to merge in memory")
+    add("--data", metavar="FILE", help="problems as .jsonl, or a task")
+    add("-o", "--out", metavar="DIR", required=True, help="folder for the Fisher")
+    add("--source", metavar="S", default="own", help="own (default), gold, sampled or policy")
+    add("--sequences", metavar="N", type=at_least(1), help="sequences; default 256, or all of gold's if fewer")
+    add("--attempts", metavar="M", type=at_least(1), default=8, help="tries of a prompt (own), at most; default 8")
+    add("--group", metavar="G", type=at_least(2), default=8, help="samples of a prompt (policy); default 8")
+    add("--temperature", metavar="T", type=float, default=1.0, help="of sampling; default 1")
+    add("--max-new-tokens", metavar="N", type=at_least(1), default=256, help="of sampling; default 256")
+    add("--reduce", metavar="R", default="sum", help="sum (default) or mean over a completion's tokens")
+    add("--dtype", metavar="D", default="fp32", help="fp32 (default) or bf16, of the stored Fisher")
+    add("--compute", metavar="C", default="fp32", help="fp32 (default), or bf16: faster, less exact")
+    add("--batch-tokens", metavar="N", type=at_least(1), default=1024, help="padded tokens at once; default 1024")
+    add("--part", metavar="I/N", default="1/1", help="the I-th of N shares of the sequences, for --combine")
+    add("--combine", metavar="DIR", nargs="+", help="shares of one Fisher to put together")
+    add("--from-adam", metavar="CHECKPOINT", help="folder with optimizer.pt of a Hugging Face trainer")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of samples")
+    add("--memory", metavar="SIZE", help="bound on memory, such as 4GB")
+    add("--threads", metavar="N", type=at_least(1), help="threads of torch")
+    add("--overwrite", action="store_true", help="replace an earlier Fisher, or an unfinished one")
+    add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """Estimates, combines or converts, and prints what came of it."""
+    modes = [name for name in ("data", "combine", "from_adam") if getattr(given, name)]
+    if len(modes) != 1 or (given.model is None) == (modes == ["data"]):
+        raise FisherError(
+            "give MODEL and --data, or --combine with folders, or --from-adam with a checkpoint: "
+            "rlmerge fisher MODEL --data FILE.jsonl -o DIR"
+        )
+    try:
+        meta = {"data": _estimate, "combine": _combine, "from_adam": _from_adam}[modes[0]](given)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("rlmerge fisher", error.name or "torch", "model") from None
+    if given.json:
+        json.dump(meta, sys.stdout)
+        print()
+    elif not given.quiet:
+        count = sum(entry["count"] for entry in meta["tensors"].values())
+        total = sum(entry["sum"] for entry in meta["tensors"].values())
+        print(f"{given.out}: {count:,} entries, mean {total / max(count, 1):.3g}, {meta.get('sequences', 0)} sequences")
+
+
+def _settings(given: Namespace) -> Settings:
+    from rlmerge.fisher.estimate import Settings
+    from rlmerge.fisher.sources import Choice
+
+    choice = Choice(
+        given.source, given.sequences, given.attempts, given.group, given.temperature, given.max_new_tokens, given.seed
+    )
+    place, slash, parts = given.part.partition("/")
+    if not (slash and place.isdigit() and parts.isdigit()):
+        raise FisherError(f"--part {given.part}: write I/N, as in 1/4.")
+    return Settings(
+        choice,
+        reduce=given.reduce,
+        dtype=given.dtype,
+        compute=given.compute,
+        tokens=given.batch_tokens,
+        memory=parse_bytes(given.memory, "--memory"),
+        part=(int(place), int(parts)),
+        unsafe=given.unsafe_exec,
+        threads=given.threads,
+    )
+
+
+def _estimate(given: Namespace) -> dict[str, Any]:
+    from rlmerge.fisher.estimate import estimate_fisher
+
+    began: dict[str, float] = {}
+
+    def tell(step: Progress) -> None:
+        if given.quiet:
+            return
+        now = time.monotonic()
+        since = began.setdefault(step.what, now)
+        if step.what == "sampling":
+            print(f"sampling: {step.done} of {step.total} sequences from {step.tokens} completions", file=sys.stderr)
+        else:
+            rate = f", {step.tokens / (now - since):,.0f} tokens/s" if now > since else ""
+            print(f"gradients: {step.done} of {step.total} units{rate}", file=sys.stderr)
+
+    settings = _settings(given)
+    made = estimate_fisher(given.model, given.data, given.out, settings, overwrite=given.overwrite, progress=tell)
+    if not given.quiet and not given.json:
+        for note in made.meta["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+        took = made.meta["sequences"] / max(made.seconds, 1e-9)
+        print(f"{duration(made.seconds)}, {took:.2f} sequences/s with loading and sampling", file=sys.stderr)
+    return made.meta
+
+
+def _combine(given: Namespace) -> dict[str, Any]:
+    from rlmerge.fisher.combine import combine_fishers
+
+    return combine_fishers(given.combine, given.out, overwrite=given.overwrite)
+
+
+def _from_adam(given: Namespace) -> dict[str, Any]:
+    from rlmerge.fisher.adam import fisher_from_adam
+
+    return fisher_from_adam(given.from_adam, given.out, dtype=given.dtype, overwrite=given.overwrite)

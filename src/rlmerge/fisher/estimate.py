@@ -1,0 +1,324 @@
+"""Estimates the diagonal Fisher of a model on some data, into a folder; an interrupted run is continued.
+
+F = mean over units of (∂ log p(y|x)/∂θ)² at θ, one sequence a unit (design, section 1; Kunstner et al. 2019, arXiv
+1905.12558, on why the square of a batch's gradient is something else).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from rlmerge.errors import FisherError
+from rlmerge.evaluate.run import TransformersBackend, load_model
+from rlmerge.evaluate.tasks import Task, load_task
+from rlmerge.version import VERSION
+
+from .gradients import SquaredGradients
+from .names import as_stored
+from .sequences import Unit, make_batches
+from .sources import Choice, Drawn, check_choice, gold, make_units, sample
+from .store import DTYPES, Course, open_folder, replace_folder, save_tensors, write_fisher
+
+CHUNK = 16
+"""Units that are added before the run may be interrupted without loss; even and odd chunks make the two halves."""
+TOKENS = 1024
+"""Padded tokens of a batch, at most: more would be no faster, and logits of a large vocabulary take their room."""
+PATIENCE = 60.0
+"""Seconds after which the sums so far are put on disk, if that does not take a tenth of the time."""
+TOKEN_RULE = (
+    "ids of the prompt (for messages: of the model's chat template, with a generation prompt), not scored; then the "
+    "completion: as drawn, with the end token where one was drawn, or for gold its text encoded by itself without "
+    "special tokens, then the end-of-sequence token, or the string that ends answers of this problem (meta.end)"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a Fisher is estimated.
+
+    reduce     'sum' of the log-probabilities of a completion's tokens, or their 'mean'
+    dtype      'fp32' or 'bf16', of the stored Fisher
+    compute    'fp32', or 'bf16': products of matrices in bf16
+    storage    'full', or 'factored': row and column sums of matrices
+    tokens     padded tokens of a batch, at most
+    memory     bytes that the run may take: lowers `tokens`, and computes activations twice where it must
+    part       (i, n): the i-th of n shares of the units, for several machines
+    """
+
+    choice: Choice = field(default_factory=Choice)
+    reduce: str = "sum"
+    dtype: str = "fp32"
+    compute: str = "fp32"
+    storage: str = "full"
+    tokens: int = TOKENS
+    memory: int | None = None
+    part: tuple[int, int] = (1, 1)
+    unsafe: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being done ('sampling', 'gradients'), how far it is, and tokens so far."""
+
+    what: str
+    done: int
+    total: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A finished Fisher: its folder, fisher.json, seconds of this call and units that an earlier one had done."""
+
+    out: Path
+    meta: dict[str, Any]
+    seconds: float
+    resumed: int
+
+
+def estimate_fisher(
+    model: Path | str,
+    data: Path | str,
+    out: Path | str,
+    settings: Settings | None = None,
+    *,
+    wanted: Callable[[Checkpoint], set[str]] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] = lambda step: None,
+) -> Estimate:
+    """Estimates the Fisher of `model` (a folder, or a recipe that is merged in memory) on `data` (.jsonl, or a task).
+
+    wanted     names of the tensors to have, from the opened checkpoint; all if None
+    Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
+    """
+    settings = settings or Settings()
+    started = time.monotonic()
+    out, data = Path(out), str(data)
+    task = load_task(data)
+    _check(settings, task, data)
+    stored = open_checkpoint(_stored_at(Path(model)))
+    names = None if wanted is None else wanted(stored)
+    unfinished = open_folder(out, overwrite)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    loaded, tokenizer = load_model(model, settings.threads)
+    said = _identity(loaded, tokenizer, task, settings, names)
+    _continue_or_begin(unfinished, said, overwrite)
+    try:
+        drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
+    except FisherError:
+        raise
+    units, counted = make_units(drawn, settings.choice)
+    place, parts = settings.part
+    mine = units[place - 1 :: parts]
+    if not mine:
+        raise FisherError(f"part {place} of {parts} has no unit: there are only {len(units)}.")
+    of_mine = counted if parts == 1 else len(mine)
+    run = _Run(loaded, settings, unfinished, names, stored)
+    resumed = run.measure(mine, progress)
+    meta = {
+        "format": 1,
+        "rlmerge": VERSION,
+        "model": str(model),
+        **said,
+        "units": of_mine,
+        "part": list(settings.part),
+        "sequences": sum(len(unit.sequences) for unit in mine),
+        "tokens": sum(sequence.scored for unit in mine for sequence in unit.sequences),
+        "accepted": _accepted(unfinished),
+        "log_probability": run.log_probability / len(mine),
+        "token_rule": TOKEN_RULE,
+        "notes": run.notes,
+    }
+    run.write(meta, of_mine, stored)
+    (unfinished / "run.json").unlink()
+    for file in unfinished.glob("sums*.safetensors"):
+        file.unlink()
+    replace_folder(unfinished, out)
+    return Estimate(out, json.loads((out / "fisher.json").read_text()), time.monotonic() - started, resumed)
+
+
+class _Run:
+    """The sums of one run, on disk from time to time."""
+
+    def __init__(
+        self, model: Any, settings: Settings, folder: Path, names: set[str] | None, stored: Checkpoint
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.folder = folder
+        wanted = None if names is None else _loaded_names(model, names, stored)
+        self.squares = SquaredGradients(model, wanted, compute=settings.compute)
+        self.course = Course({name: value.numel() for name, value in self.squares.total.items()})
+        self.notes: list[str] = []
+        self.log_probability = 0.0
+
+    def measure(self, units: list[Unit], progress: Callable[[Progress], None]) -> int:
+        """Adds all units, chunk by chunk. Returns how many an earlier run had added."""
+        size = min(CHUNK, max(1, -(-len(units) // 2)))
+        first = resumed = self._read_state()
+        saved, cost, tokens = time.monotonic(), 0.0, 0
+        try:
+            for start in range(first, len(units), size):
+                chunk = units[start : start + size]
+                for batch in make_batches(chunk, self.settings.tokens, self.settings.reduce == "mean"):
+                    self.squares.add(batch)
+                    tokens += int(batch.mask.sum())
+                done = start + len(chunk)
+                self.course.add(self.squares.total, start // size, done)
+                progress(Progress("gradients", done, len(units), tokens))
+                if time.monotonic() - saved > max(PATIENCE, 10 * cost) and done < len(units):
+                    began = time.monotonic()
+                    self._write_state(done)
+                    saved = time.monotonic()
+                    cost = saved - began
+        except BaseException:
+            self.squares.close()
+            raise
+        self.notes = self.squares.notes
+        self.log_probability = self.squares.log_probability
+        self.squares.close()
+        return resumed
+
+    def write(self, meta: dict[str, Any], units: int, stored: Checkpoint) -> None:
+        """Fisher, fisher.json and the course."""
+        means = {name: value.div_(units) for name, value in self.squares.total.items()}
+        write_fisher(self.folder, as_stored(self.model, means, stored.tensors), meta, self.settings.dtype)
+        save_tensors(self.course.to_tensors(), self.folder / "course.safetensors")
+
+    def _write_state(self, done: int) -> None:
+        """Sums and how many units they hold, in one file that appears whole."""
+        state = {f"sum/{name}": value for name, value in self.squares.total.items()}
+        state |= {f"course/{name}": value for name, value in self.course.to_tensors().items()}
+        state["log_probability"] = torch.tensor(self.squares.log_probability, dtype=torch.float64)
+        state["done"] = torch.tensor(done)
+        part = self.folder / "sums.part"
+        save_file(state, part)
+        part.replace(self.folder / "sums.safetensors")
+
+    def _read_state(self) -> int:
+        file = self.folder / "sums.safetensors"
+        if not file.exists():
+            return 0
+        state = load_file(file)
+        for name, value in self.squares.total.items():
+            value.copy_(state[f"sum/{name}"])
+        self.course.take({k.removeprefix("course/"): v for k, v in state.items() if k.startswith("course/")})
+        self.squares.log_probability = float(state["log_probability"])
+        return int(state["done"])
+
+
+def _check(settings: Settings, task: Task, data: str) -> None:
+    check_choice(settings.choice, task.problems, data)
+    for name, value, known in (
+        ("reduce", settings.reduce, ("sum", "mean")),
+        ("dtype", settings.dtype, tuple(DTYPES)),
+        ("compute", settings.compute, ("fp32", "bf16")),
+        ("storage", settings.storage, ("full", "factored")),
+    ):
+        if value not in known:
+            raise FisherError(f"{name} {value!r}: write one of: {', '.join(known)}.")
+    place, parts = settings.part
+    if not 1 <= place <= parts:
+        raise FisherError(f"--part {place}/{parts}: write I/N with 1 ≤ I ≤ N.")
+
+
+def _stored_at(model: Path) -> Path:
+    """The folder whose names the Fisher has: the model's, or that of a recipe's base."""
+    if model.suffix in (".yml", ".yaml"):
+        from rlmerge.recipe import load_recipe
+
+        recipe = load_recipe(model)
+        return recipe.base_path or next(iter(recipe.model_paths.values()))
+    return model
+
+
+def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
+    """The parameters of the loaded model that become these tensors of the files."""
+    shapes = {name: torch.empty(value.shape, device="meta") for name, value in model.named_parameters()}
+    found = set()
+    for name, value in shapes.items():
+        try:
+            placed = as_stored(model, {name: value}, stored.tensors)
+        except FisherError:
+            placed = {}
+        if not placed or names & set(placed):
+            found.add(name)  # what cannot be told alone (fused experts) is had whole
+    return found
+
+
+def _continue_or_begin(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
+    """Keeps the unfinished run there if it is this one; else begins."""
+    note = folder / "run.json"
+    if note.exists():
+        try:
+            before = json.loads(note.read_text())
+        except ValueError:
+            before = None
+        if before == json.loads(json.dumps(said)):
+            return
+        if not overwrite:
+            raise FisherError(
+                f"{folder}: an unfinished Fisher of another model, other data or other settings. Finish it with its "
+                "own command, or throw it away with --overwrite."
+            )
+    if folder.exists():
+        if not note.exists() and any(folder.iterdir()) and not overwrite:
+            raise FisherError(f"{folder}: is in the way, and is no unfinished Fisher. Move it elsewhere.")
+        shutil.rmtree(folder)
+    folder.mkdir()
+    note.write_text(json.dumps(said) + "\n")
+
+
+def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, names: set[str] | None) -> dict[str, Any]:
+    """Everything that decides the result."""
+    choice = asdict(settings.choice)
+    if settings.choice.source == "gold":
+        choice = {"source": "gold", "sequences": settings.choice.sequences}
+    return {
+        "source": settings.choice.source,
+        "weights": TransformersBackend(model, tokenizer).identity,
+        "data": task.settings,
+        "choice": choice,
+        "reduce": settings.reduce,
+        "compute": settings.compute,
+        "storage": settings.storage,
+        "batch_tokens": settings.tokens,
+        "share": list(settings.part),
+        "only": None if names is None else xxhash.xxh3_128_hexdigest("\0".join(sorted(names)).encode()),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def _draw(
+    model: Any, tokenizer: Any, task: Task, settings: Settings, folder: Path, progress: Callable[[Progress], None]
+) -> list[Drawn]:
+    choice = settings.choice
+    notes = folder / "sequences.jsonl"
+    if choice.source == "gold":
+        drawn = gold(tokenizer, task.problems, choice)
+        notes.write_text("".join(one.to_json() + "\n" for one in drawn), encoding="utf-8")
+        return drawn
+
+    def tell(accepted: int, tried: int) -> None:
+        progress(Progress("sampling", accepted, choice.wanted, tried))
+
+    return sample(model, tokenizer, task.problems, choice, notes, unsafe=settings.unsafe, tell=tell)
+
+
+def _accepted(folder: Path) -> list[int] | None:
+    """Right completions, and all that were verified."""
+    verdicts = [json.loads(line)["correct"] for line in (folder / "sequences.jsonl").read_text("utf-8").splitlines()]
+    return None if all(verdict is None for verdict in verdicts) else [sum(map(bool, verdicts)), len(verdicts)]

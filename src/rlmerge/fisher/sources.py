@@ -1,0 +1,248 @@
+"""Where the sequences of a Fisher come from: the model's own right answers, gold ones, all its answers, or groups.
+
+own       completions that the model samples and the verifier accepts: what RLVR reinforces (the default)
+gold      the completions of the data
+sampled   completions that the model samples, right or wrong: the true Fisher
+policy    groups of samples of one prompt, weighted by their advantages: the gradient that GRPO follows
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlmerge.errors import FisherError
+from rlmerge.evaluate.backend import Sampling
+from rlmerge.evaluate.problem import Problem
+from rlmerge.evaluate.run import prompt_ids, seed_of, stops_of
+from rlmerge.evaluate.verifiers import completed, verify
+
+from .sequences import Sequence, Unit
+
+SOURCES = ("own", "gold", "sampled", "policy")
+SLAB = 128
+"""Completions that are sampled, verified and noted together."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which sequences to take; for `gold` only `sequences` matters.
+
+    sequences     how many, over all groups under `policy`; None: 256, or all that `gold` has if they are fewer
+    attempts      how often a prompt is tried (`own`), at most
+    group         samples of one prompt under `policy`
+    temperature, max_new_tokens, seed    of sampling
+    """
+
+    source: str = "own"
+    sequences: int | None = None
+    attempts: int = 8
+    group: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """How many sequences."""
+        return 256 if self.sequences is None else self.sequences
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A completion as ids, and what the verifier said (None where nobody asked it)."""
+
+    problem: int
+    attempt: int
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    correct: bool | None
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(self.__dict__, ensure_ascii=False)
+
+    @staticmethod
+    def from_json(line: str) -> Drawn:
+        """The same from a line."""
+        data = json.loads(line)
+        return Drawn(**{**data, "prompt": tuple(data["prompt"]), "ids": tuple(data["ids"])})
+
+
+def check_choice(choice: Choice, problems: Several[Problem], data: str) -> None:
+    """Raises FisherError for what the data cannot give, before any model is loaded."""
+    if choice.source not in SOURCES:
+        raise FisherError(f"--source {choice.source}: unknown. There are: {', '.join(SOURCES)}.")
+    if choice.source == "gold":
+        missing = [problem.id for problem in problems if not problem.completion]
+        if missing:
+            raise FisherError(
+                f"{data}: --source gold differentiates the data's completions, and {len(missing)} of {len(problems)} "
+                f"problems have none ({missing[0]!r}, for instance). Add a 'completion', or use --source sampled."
+            )
+        if choice.sequences is not None and choice.sequences > len(problems):
+            raise FisherError(f"{data}: holds {len(problems)} completions, fewer than --sequences {choice.sequences}.")
+        return
+    if choice.source in ("own", "policy"):
+        missing = [problem.id for problem in problems if not problem.verifier]
+        if missing:
+            raise FisherError(
+                f"{data}: --source {choice.source} needs to know which completions are right, and {len(missing)} of "
+                f"{len(problems)} problems have no 'verifier' ({missing[0]!r}, for instance). Add one with its "
+                "'answer', or use --source sampled or gold."
+            )
+    if choice.source == "own" and choice.wanted > len(problems) * choice.attempts:
+        raise FisherError(
+            f"{data}: {len(problems)} problems tried {choice.attempts} times cannot give {choice.wanted} right "
+            "completions. Lower --sequences, or raise --attempts."
+        )
+    if choice.source == "policy":
+        groups = choice.wanted // choice.group
+        if choice.group < 2 or groups * choice.group != choice.wanted:
+            raise FisherError(
+                f"--source policy takes groups of {choice.group}: --sequences {choice.wanted} is no multiple of that, "
+                "or a group of one has no advantage."
+            )
+        if groups > len(problems):
+            raise FisherError(f"{data}: {groups} groups need as many problems; it holds {len(problems)}.")
+    if not 0.0 < choice.temperature < float("inf"):
+        raise FisherError(f"--temperature {choice.temperature}: sampling needs a temperature above 0.")
+
+
+def gold(tokenizer: Any, problems: Several[Problem], choice: Choice) -> list[Drawn]:
+    """The data's completions, encoded by themselves without special tokens, and the end."""
+    found = []
+    for place, problem in enumerate(problems[: choice.wanted]):
+        assert problem.completion is not None
+        end, text = problem.meta.get("end") or "", problem.completion
+        if end and not text.endswith(end):
+            text += end
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not end and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        found.append(Drawn(place, 0, prompt_ids(tokenizer, problem), tuple(ids), text, None))
+    return found
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    problems: Several[Problem],
+    choice: Choice,
+    notes: Path,
+    batch: int = 32,
+    unsafe: bool = False,
+    tell: Callable[[int, int], None] = lambda accepted, tried: None,
+) -> list[Drawn]:
+    """Completions that the model samples, until there are enough of them (and, for `own`, right ones).
+
+    Prompts are tried in the order of the data, every one once before any is tried again. What a completion is depends
+    on (seed, problem, attempt) alone. Each slab is added to the file `notes`; a later call goes on from there. Raises
+    FisherError if too few are right.
+    """
+    from rlmerge.evaluate.generate import Generator, Request
+
+    done = _read_notes(notes)
+    sampler = Generator(model, tokenizer, batch)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
+    for problem, prompt in zip(problems, prompts):
+        if not prompt or (limit and len(prompt) >= limit):
+            raise FisherError(
+                f"problem {problem.id}: its prompt has {len(prompt)} tokens; the model reads 1 to {limit}."
+            )
+    sampling = Sampling(choice.temperature, choice.max_new_tokens)
+    order = _order(choice, len(problems))
+    verified = choice.source in ("own", "policy")
+    kept: list[Drawn] = []
+    tried = 0
+    while len(kept) < choice.wanted:
+        slab = list(islice(order, SLAB))
+        if not slab:
+            break
+        asked = [
+            Request((p, a), prompts[p], seed_of("fisher", choice.seed, problems[p].id, a), stops_of(problems[p]))
+            for p, a in slab
+            if (p, a) not in done
+        ]
+        made = {}
+        for one in sampler.run(asked, sampling):
+            ids = one.tokens if one.end is None else (*one.tokens, one.end)
+            text = completed(one.text, one.finish, problems[one.key[0]])
+            made[one.key] = (ids, text)
+        keys = [key for key in slab if key in made]
+        options: dict[str, dict[str, Any]] = {"python": {"unsafe": unsafe}}
+        of = [problems[p] for p, _ in keys]
+        if not any(problem.verifier == "python" for problem in of):
+            options = {}
+        verdicts = verify([made[key][1] for key in keys], of, **options) if verified and keys else []
+        judged = [verdict.correct for verdict in verdicts] if verified else [None] * len(keys)
+        with notes.open("a", encoding="utf-8") as file:
+            for (p, a), correct in zip(keys, judged):
+                done[p, a] = Drawn(p, a, prompts[p], made[p, a][0], made[p, a][1], correct)
+                file.write(done[p, a].to_json() + "\n")
+        tried += len(slab)
+        kept += [done[key] for key in slab if done[key].ids and (choice.source != "own" or done[key].correct)]
+        tell(min(len(kept), choice.wanted), tried)
+    if len(kept) < choice.wanted:
+        raise FisherError(
+            f"{len(kept)} of {tried} completions were right ({len(kept) / max(tried, 1):.1%}), fewer than the "
+            f"{choice.wanted} that --sequences asks for.\n  Lower --sequences, raise --attempts (now {choice.attempts})"
+            " or --max-new-tokens, give more problems, or use --source gold, whose completions need not be found."
+        )
+    return kept[: choice.wanted]
+
+
+def make_units(drawn: Several[Drawn], choice: Choice) -> tuple[list[Unit], int]:
+    """Units with a gradient, and how many there are with those that have none (groups whose rewards are all equal)."""
+    if choice.source != "policy":
+        return [Unit((Sequence((*one.prompt, *one.ids), len(one.prompt)),)) for one in drawn], len(drawn)
+    groups: dict[int, list[Drawn]] = {}
+    for one in drawn:
+        groups.setdefault(one.problem, []).append(one)
+    units = []
+    for group in groups.values():
+        reward = np.array([float(bool(one.correct)) for one in group])
+        if reward.std() == 0.0:
+            continue
+        # as GRPO has it (arXiv 2402.03300, section 4.1.2): centred and divided by the group's standard deviation
+        advantage = (reward - reward.mean()) / reward.std(ddof=1) / len(group)
+        units.append(
+            Unit(
+                tuple(
+                    Sequence((*one.prompt, *one.ids), len(one.prompt), float(weight))
+                    for one, weight in zip(group, advantage)
+                )
+            )
+        )
+    return units, len(groups)
+
+
+def _order(choice: Choice, problems: int) -> Iterator[tuple[int, int]]:
+    """(problem, attempt) in the order in which they are tried."""
+    if choice.source == "policy":
+        groups = choice.wanted // choice.group
+        return ((p, a) for p in range(groups) for a in range(choice.group))
+    attempts = choice.attempts if choice.source == "own" else -(-choice.wanted // problems)
+    return ((p, a) for a in range(attempts) for p in range(problems))
+
+
+def _read_notes(notes: Path) -> dict[tuple[int, int], Drawn]:
+    found: dict[tuple[int, int], Drawn] = {}
+    if notes.exists():
+        for line in notes.read_text(encoding="utf-8").split("\n"):
+            try:
+                one = Drawn.from_json(line)
+            except (ValueError, TypeError, KeyError):
+                break  # the end of a run that was stopped while it wrote
+            found[one.problem, one.attempt] = one
+        notes.write_text("".join(one.to_json() + "\n" for one in found.values()), encoding="utf-8")
+    return found
