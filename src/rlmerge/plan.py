@@ -36,12 +36,17 @@ HEADER_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Bytes of one stored tensor: index of the file in the plan, first byte, dtype, number of bytes."""
+    """Bytes of one stored tensor: index of the file in the plan, first byte, dtype, number of bytes.
+
+    `kind` is 'dense', or how the two `parts` of a Fisher make a tensor: see `checkpoint.fisher`.
+    """
 
     file: int
     start: int
     dtype: str
     nbytes: int
+    kind: str = "dense"
+    parts: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +182,13 @@ class _Files:
     def place(self, info: TensorInfo) -> Place:
         return Place(self._index[info.file], info.start, info.dtype, info.nbytes)
 
+    def fisher(self, folder: FisherFolder, name: str) -> Place:
+        found = self.place(folder.tensors[name])
+        if name not in folder.compact:
+            return found
+        kind, *parts = folder.compact[name]
+        return replace(found, kind=kind, parts=tuple(self.place(part) for part in parts))
+
     def source(self, source: Source) -> ExpertSource:
         if source.info is not None:
             return ExpertSource("tensor", self.place(source.info))
@@ -305,9 +317,14 @@ def _plan_tensor(
     # a Fisher has a tied tensor once, under the name that its file has
     copies = {info.name, repeats, *(name for name, first in matched.tied.items() if first in (info.name, repeats))}
     named = next((name for name in sorted(copies - {""}) if fishers and all(name in f.tensors for f in fishers)), None)
-    places = tuple(files.place(folder.tensors[named]) for folder in fishers) if named else ()
+    places = tuple(files.fisher(folder, named) for folder in fishers) if named else ()
     known = named is not None and all(named in folder.sums for folder in fishers)
     sums = tuple(folder.sums[named] for folder in fishers) if known and named else ()
+    if named is not None and not known and any(place.kind == "sparse" for place in places):
+        raise FisherError(
+            f"the Fishers of tensor {named!r} are stored at some coordinates by some models, and others have no "
+            "fisher.json that records its sum, so their scales cannot be compared. Estimate them alike."
+        )
     known = known and len(units) == 1 and all(named in folder.digests for folder in fishers)
     digests = tuple(folder.digests[named] for folder in fishers) if known and named else ()
     if reason is not None:
@@ -362,7 +379,12 @@ def _check_parameters(recipe: Recipe, tensors: tuple[TensorPlan, ...], layers: i
 
 def without_records(plan: Plan) -> Plan:
     """The same plan, believing no fisher.json: for who hands out tensors before the last one is checked."""
-    tensors = tuple(replace(tensor, fisher_sums=(), fisher_digests=()) for tensor in plan.tensors)
+    tensors = tuple(
+        tensor  # nothing else tells the sum of a sparse Fisher
+        if any(place.kind == "sparse" for place in tensor.fishers)
+        else replace(tensor, fisher_sums=(), fisher_digests=())
+        for tensor in plan.tensors
+    )
     return replace(plan, tensors=tensors)
 
 

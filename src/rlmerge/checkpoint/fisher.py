@@ -3,12 +3,16 @@
 `fisher.json` may record each tensor's sum, which saves a merge a pass over the Fishers, and the digest of its bytes:
 {"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES, "xxh3_128": HEXADECIMAL DIGEST}}}. The merge compares
 digests, or else sums, with what it reads: a file that was changed afterwards does not pass.
+
+A tensor NAME may be stored compactly: 'sparse', as NAME#positions (I64, ascending flat coordinates) and NAME#values,
+with its sum in fisher.json; or 'factored', as NAME#rows and NAME#columns, sums of which the outer product, divided by
+the total, stands for the matrix.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,16 @@ from rlmerge.checkpoint.names import HEAD
 from rlmerge.errors import CheckpointError, FisherError, did_you_mean
 
 FISHER_DTYPES = frozenset({"F32", "BF16"})
+COMPACT = {"sparse": ("#positions", "#values"), "factored": ("#rows", "#columns")}
+"""The two stored parts of a tensor by their suffixes."""
 
 
 @dataclass(frozen=True)
 class FisherFolder:
     """An opened diagonal Fisher: `tensors` under the base's names, `meta` is fisher.json or {}.
 
-    `sums` and `digests` are those that fisher.json records.
+    `sums` and `digests` are those that fisher.json records. `compact` has the kind and the parts of tensors that are
+    not stored whole; in `tensors` these have the base's shape.
     """
 
     folder: Path
@@ -33,6 +40,7 @@ class FisherFolder:
     meta: dict[str, Any]
     sums: dict[str, float]
     digests: dict[str, str]
+    compact: dict[str, tuple[str, TensorInfo, TensorInfo]] = field(default_factory=dict)
 
 
 def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
@@ -52,6 +60,7 @@ def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
         raise FisherError(
             f"{headers[0].file}: holds no tensor, so it says nothing about any weight. Estimate it again."
         )
+    stored, compact = _unfold(stored, base)
     tensors = {name: info for name, info in stored.items() if name in base.tensors or not _is_tied_head(info, base)}
     for info in tensors.values():
         _check(info, base)
@@ -59,7 +68,43 @@ def open_fisher(folder: Path, base: Checkpoint) -> FisherFolder:
         raise FisherError(f"{headers[0].file}: holds only a tied head, which {base.folder} does not store.")
     home = folder if folder.is_dir() else folder.parent
     sums, digests = _read_records(home / "fisher.json", meta, stored)
-    return FisherFolder(home, tensors, headers, meta, sums, digests)
+    lacking = next((name for name, (kind, *_) in compact.items() if kind == "sparse" and name not in sums), None)
+    if lacking is not None:
+        raise FisherError(
+            f"{home}: tensor {lacking!r} is stored at some coordinates only, and no fisher.json says what all add up "
+            "to, which the scale of sensitivities needs. Restore it, or estimate again."
+        )
+    return FisherFolder(home, tensors, headers, meta, sums, digests, compact)
+
+
+def _unfold(
+    stored: dict[str, TensorInfo], base: Checkpoint
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, TensorInfo, TensorInfo]]]:
+    """Tensors by their own names and in the base's shapes, and the parts of compact ones."""
+    whole, compact = dict(stored), {}
+    for kind, (first, second) in COMPACT.items():
+        for label in [name for name in stored if name.endswith((first, second))]:
+            name = label.rpartition("#")[0]
+            a, b, twin = stored.get(name + first), stored.get(name + second), base.tensors.get(name)
+            whole.pop(label)
+            if a is None or b is None or name in stored or twin is None:
+                raise FisherError(
+                    f"{stored[label].file}: {label!r} is one part of a compact tensor, and "
+                    + ("its other part is missing." if a is None or b is None else "")
+                    + (f"{name!r} is also stored whole." if name in stored else "")
+                    + (f"the base {base.reference} has no {name!r}." if twin is None else "")
+                    + " Estimate it again."
+                )
+            sizes = (b.size, b.size) if kind == "sparse" else (twin.shape[0], twin.size // max(1, twin.shape[0]))
+            kinds = ({"I64"}, FISHER_DTYPES) if kind == "sparse" else ({"F32"}, {"F32"})
+            if (a.size, b.size) != sizes or a.dtype not in kinds[0] or b.dtype not in kinds[1] or b.size > twin.size:
+                raise FisherError(
+                    f"{a.file}: {name!r} is stored as {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}, which "
+                    f"is no {kind} form of {list(twin.shape)}. Estimate it again."
+                )
+            compact[name] = (kind, a, b)
+            whole[name] = TensorInfo(name, "F32", twin.shape, a.file, a.start, a.nbytes + b.nbytes)
+    return whole, compact
 
 
 def _read(folder: Path) -> tuple[tuple[Header, ...], dict[str, Any]]:

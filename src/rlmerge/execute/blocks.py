@@ -231,7 +231,13 @@ class InputBlock(Block):
         """Fills out fp32[m] with Fisher number k from coordinate `first` of the block."""
         start, number = self.start + first, 1 + len(self._plan.experts) + k
         fresh = self._hashes is not None and self._hashes.is_new(number, start)
-        self._inputs.decode(self._plan, self._plan.fishers[k], start, out, self._space, self._hashes, number)
+        if self._plan.fishers[k].kind != "dense":
+            self._inputs.expand_fisher(self._tensor, k, start, out, self._space, self._hashes)
+            if self._plan.fishers[k].kind == "sparse":
+                return  # its sum is not that of what is stored
+        else:
+            place = self._plan.fishers[k]
+            self._inputs.decode(self._plan, place, start, out, self._space, self._hashes, number)
         if fresh and self._hashes is not None and self._plan.fisher_sums and not self._plan.fisher_digests:
             self._inputs.add_fisher(self._plan, k, start, out, self._hashes)
 

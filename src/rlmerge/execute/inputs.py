@@ -176,6 +176,58 @@ class Inputs:
             self.refuse_fisher(tensor, k, start, values)
         hashes.sums[k] += total[0]
 
+    def expand_fisher(
+        self, tensor: int, k: int, start: int, out: NDArray[np.float32], space: Space, hashes: Hashes | None
+    ) -> None:
+        """Fills out fp32[n] with Fisher number k, which is stored compactly, from coordinate `start`.
+
+        Where a sparse one has no value, the value is no number: whoever asks for it asks for too much.
+        """
+        plan = self.plan.tensors[tensor]
+        first, second, digest = self._compact(tensor, k, plan, space)
+        if hashes is not None:
+            number = 1 + len(plan.experts) + k
+            hashes.update(number, start, start + out.shape[0], digest if hashes.start == start else b"")
+        if plan.fishers[k].kind == "sparse":
+            low, high = np.searchsorted(first, [start, start + out.shape[0]])
+            out[:] = np.nan
+            out[first[low:high] - start] = second[low:high]
+            return
+        row = second.shape[0]
+        rows = np.arange(start // row, -(-(start + out.shape[0]) // row))
+        offset = start - int(rows[0]) * row
+        total = max(float(first.sum()), np.finfo(np.float64).tiny)
+        out[:] = np.outer(first[rows] / total, second).reshape(-1)[offset : offset + out.shape[0]]
+
+    def _compact(self, tensor: int, k: int, plan: TensorPlan, space: Space) -> tuple[NDArray[Any], NDArray[Any], bytes]:
+        """Both parts of a compact Fisher, read whole once a tensor and thread, and the digest of their bytes."""
+        if (tensor, k) not in space.compact:
+            space.compact = {key: value for key, value in space.compact.items() if key[0] == tensor}
+            place, found, digest = plan.fishers[k], [], xxhash.xxh3_128()
+            for part in place.parts:
+                raw = np.empty(part.nbytes, np.uint8)
+                self.read_into(part, 0, raw)
+                digest.update(raw.data)
+                if part.dtype == "I64":
+                    found.append(raw.view(np.int64))
+                    continue
+                values = np.empty(part.nbytes // WIDTH[part.dtype], np.float32)
+                self._decode_all(part.dtype, raw, values)
+                found.append(values.astype(np.float64))
+            first, second = found
+            bad = not ((second >= 0.0) & (second < np.inf)).all()
+            if place.kind == "sparse":
+                bad |= bool((np.diff(first) <= 0).any()) or not ((first >= 0) & (first < plan.size)).all()
+            else:
+                bad |= not ((first >= 0.0) & (first < np.inf)).all()
+            if bad:
+                raise FisherError(
+                    f"{self.plan.files[place.file].path}: the {place.kind} Fisher of tensor {plan.name!r} has values "
+                    "that are negative or no number, or positions that do not ascend within it. Estimate it again."
+                )
+            space.compact[tensor, k] = (first, second, digest.digest())
+        return space.compact[tensor, k]
+
     def refuse_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32]) -> None:
         """Raises FisherError for the first negative entry, or NonFiniteError (unless allowed) for what is no number."""
         if (values < 0).any():
@@ -184,6 +236,13 @@ class Inputs:
                 f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} holds "
                 f"{values[where]} at coordinate {start + where}; a diagonal Fisher is a mean of squares. Estimate it "
                 "again, or use `sensitivity: delta2`."
+            )
+        if tensor.fishers[k].kind == "sparse":
+            where = start + int(np.flatnonzero(~np.isfinite(values))[0])
+            raise FisherError(
+                f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} has no value at "
+                f"a coordinate that this merge asks for (near {where}): it was estimated for another recipe. Estimate it "
+                "again with --only and this recipe."
             )
         if not self.allow_nonfinite and not np.isfinite(values).all():
             self.refuse(tensor, tensor.fishers[k], start, values)

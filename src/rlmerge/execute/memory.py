@@ -18,6 +18,7 @@ class Space:
     def __init__(self) -> None:
         self._flat: dict[str, NDArray[Any]] = {}
         self.factors: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64], bytes]] = {}
+        self.compact: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any], bytes]] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """A C-contiguous array with undefined content; valid until the same name is asked for again."""

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlmerge.version import VERSION
 
 from .gradients import SquaredGradients
 from .names import as_stored
+from .room import fit
 from .sequences import Unit, make_batches
 from .sources import Choice, Drawn, check_choice, gold, make_units, sample
 from .store import DTYPES, Course, open_folder, replace_folder, save_tensors, write_fisher
@@ -126,7 +127,10 @@ def estimate_fisher(
     if not mine:
         raise FisherError(f"part {place} of {parts} has no unit: there are only {len(units)}.")
     of_mine = counted if parts == 1 else len(mine)
-    run = _Run(loaded, settings, unfinished, names, stored)
+    longest = max(unit.length * len(unit.sequences) for unit in mine)
+    tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
+    settings = replace(settings, tokens=tokens)
+    run = _Run(loaded, settings, unfinished, names, stored, checkpointing)
     resumed = run.measure(mine, progress)
     meta = {
         "format": 1,
@@ -154,13 +158,14 @@ class _Run:
     """The sums of one run, on disk from time to time."""
 
     def __init__(
-        self, model: Any, settings: Settings, folder: Path, names: set[str] | None, stored: Checkpoint
-    ) -> None:
+        self, model: Any, settings: Settings, folder: Path, names: set[str] | None, stored: Checkpoint,
+        checkpointing: bool,
+    ) -> None:  # fmt: skip
         self.model = model
         self.settings = settings
         self.folder = folder
         wanted = None if names is None else _loaded_names(model, names, stored)
-        self.squares = SquaredGradients(model, wanted, compute=settings.compute)
+        self.squares = SquaredGradients(model, wanted, compute=settings.compute, checkpointing=checkpointing)
         self.course = Course({name: value.numel() for name, value in self.squares.total.items()})
         self.notes: list[str] = []
         self.log_probability = 0.0
@@ -295,7 +300,7 @@ def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, names:
         "reduce": settings.reduce,
         "compute": settings.compute,
         "storage": settings.storage,
-        "batch_tokens": settings.tokens,
+        "batch": [settings.tokens, settings.memory],
         "share": list(settings.part),
         "only": None if names is None else xxhash.xxh3_128_hexdigest("\0".join(sorted(names)).encode()),
         "torch": torch.__version__.split("+")[0],

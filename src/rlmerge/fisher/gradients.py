@@ -19,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlmerge.errors import FisherError
+
 from .layers import Call, Layer, layers_of, mapped, tensors_in, tied_pairs
 from .products import Splitter, pull_back
 from .sequences import Batch
 
 TILE = 2**18
 """Gradient entries of a unit that are formed at once: 1 MB in fp32, which stays in a second-level cache."""
+LOGITS = 2**26
+"""Logits of a single unit that are made at once."""
 
 
 class SquaredGradients:
@@ -34,16 +38,20 @@ class SquaredGradients:
     wanted    names of the parameters to accumulate; all of them if None
     compute   'fp32' (the model's own dtype), or 'bf16': products in bf16 by autocast, squares and sums in fp32
     plain     True: one backward pass a unit for everything, the slow twin of the other way
+    checkpointing   activations are computed twice and not kept (long sequences)
+    columns   scored tokens of a single unit whose logits are made at once; more are made in pieces
     total     name → sum of squares, in the dtype of the model's parameters (fp32 for narrower ones)
     notes     what is not done the fast way, and why
     """
 
     def __init__(
-        self, model: Any, wanted: set[str] | None = None, *, compute: str = "fp32", plain: bool = False
-    ) -> None:
+        self, model: Any, wanted: set[str] | None = None, *, compute: str = "fp32", plain: bool = False,
+        checkpointing: bool = False, columns: int | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.compute = compute
         self.plain = plain
+        self.columns = columns or max(64, LOGITS // model.config.get_text_config().vocab_size)
         self.notes: list[str] = []
         self.log_probability = 0.0
         """Σ over all units so far of the weighted log-probability."""
@@ -60,6 +68,9 @@ class SquaredGradients:
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._was_training = model.training
         model.eval()
+        if checkpointing:
+            _enable_checkpointing(model)
+        self._checkpointing = checkpointing
         self._layers, slow = layers_of(model, names, set(self.total))
         self._slow: set[str] = set(self.total) if plain else slow
         self._explicit_positions = False
@@ -68,6 +79,7 @@ class SquaredGradients:
         self._finishing = False
         self._handles = [] if plain else [self._watch(layer) for layer in self._layers]
         self._tied = tied_pairs(self._layers)
+        self._head: Layer | None = None
         self._own_rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         if slow and not plain:
             self._note(slow, "used by several layers")
@@ -79,6 +91,8 @@ class SquaredGradients:
         self._handles = []
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._states[name])
+        if self._checkpointing:
+            self.model.gradient_checkpointing_disable()
         self.model.train(self._was_training)
 
     @property
@@ -112,6 +126,10 @@ class SquaredGradients:
 
     def _backward(self, batch: Batch) -> None:
         """Forward and backward of a whole batch; the hooks do the rest."""
+        first, last = batch.scored
+        if batch.units == 1 and last - first > self.columns and self._head is not None:
+            self._backward_in_pieces(batch, self._head)
+            return
         with torch.enable_grad(), self._arithmetic():
             logits, first, last = self._logits(batch)
         upstream, value = log_probability_gradient(logits, batch, first, last)
@@ -119,23 +137,65 @@ class SquaredGradients:
         with self._arithmetic():
             logits.backward(upstream)
 
+    def _backward_in_pieces(self, batch: Batch, head: Layer) -> None:
+        """The same for one unit whose logits would be too large: the head is done for some columns at a time, and its
+        gradient added up before it is squared.
+        """
+        weight, bias = head.parameters["weight"], head.parameters.get("bias")
+        module: Any = head.module
+        with torch.enable_grad(), self._arithmetic():
+            hidden = self.model.base_model(input_ids=batch.ids, use_cache=False, **self._given(batch)).last_hidden_state
+        upstream = torch.zeros_like(hidden)
+        gradient = torch.zeros_like(module.weight, dtype=torch.promote_types(module.weight.dtype, torch.float32))
+        of_bias = gradient.new_zeros(gradient.shape[0])
+        first, last = batch.scored
+        with torch.no_grad():
+            for start in range(first, last, self.columns):
+                stop = min(start + self.columns, last)
+                some = hidden.detach()[:, start - 1 : stop - 1]
+                self._finishing = True
+                with self._arithmetic():
+                    logits = module(some)
+                self._finishing = False
+                grad, value = log_probability_gradient(logits, batch, start, stop)
+                self.log_probability += value
+                with self._arithmetic():
+                    upstream[:, start - 1 : stop - 1] = (grad @ module.weight.to(grad.dtype)).to(upstream.dtype)
+                flat = grad.flatten(0, 1)
+                gradient += flat.T @ some.flatten(0, 1).to(flat.dtype)
+                of_bias += flat.sum(0)
+            if weight in self._tied:
+                rows = batch.ids.unique()
+                self._own_rows[weight] = [(rows, gradient[rows])]
+                gradient[rows] = 0.0
+            if weight in self._fast:
+                _add_square(self.total[weight], gradient)
+            if bias is not None and bias in self._fast:
+                _add_square(self.total[bias], of_bias)
+        hidden.backward(upstream)
+
     def _add_slow(self, batch: Batch, names: set[str], total: dict[str, Tensor]) -> None:
         """A backward pass for each unit, for some parameters."""
-        wanted = sorted(names)
-        parameters = [self._parameters[name] for name in wanted]
+        wanted = {name: self._parameters[name] for name in sorted(names)}
+        parameters = [*wanted.values()]
+        if self._checkpointing:  # a layer that is computed again needs an input with a gradient
+            parameters.append(self.model.get_input_embeddings().weight)
         alone = len(self._slow) == len(self.total)
         for unit in range(batch.units):
             part = units_of(batch, [unit])
+            found: list[Tensor | None]
             for parameter in parameters:
                 parameter.requires_grad_(True)
             try:
                 with torch.enable_grad(), self._arithmetic():
                     logits, first, last = self._logits(part)
                 upstream, value = log_probability_gradient(logits, part, first, last)
-                found = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
+                logits.backward(upstream)
+                found = [parameter.grad for parameter in wanted.values()]
             finally:
                 for parameter in parameters:
                     parameter.requires_grad_(False)
+                    parameter.grad = None
             if alone and total is self.total:
                 self.log_probability += value
             for name, gradient in zip(wanted, found):
@@ -145,14 +205,19 @@ class SquaredGradients:
     def _logits(self, batch: Batch) -> tuple[Tensor, int, int]:
         """Logits [R, last - first, V] of the tokens in columns [first, last), from the positions before them."""
         first, last = batch.scored
-        padded = bool((batch.mask == 0).any())
-        given: dict[str, Any] = {"attention_mask": batch.mask} if padded else {}
-        if self._explicit_positions:
-            given["position_ids"] = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
+        given = self._given(batch)
         if self._keeps:
             given["logits_to_keep"] = torch.arange(first - 1, last - 1)
         logits = self.model(input_ids=batch.ids, use_cache=False, **given).logits
         return logits if self._keeps else logits[:, first - 1 : last - 1], first, last
+
+    def _given(self, batch: Batch) -> dict[str, Any]:
+        """What the model is told beside the ids."""
+        padded = bool((batch.mask == 0).any())
+        given: dict[str, Any] = {"attention_mask": batch.mask} if padded else {}
+        if self._explicit_positions:
+            given["position_ids"] = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
+        return given
 
     def _arithmetic(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16) if self.compute == "bf16" else contextlib.nullcontext()
@@ -318,6 +383,19 @@ class SquaredGradients:
                 _add_square(self.total[layer.parameters[local]], value)
         return found is not None
 
+    def _find_head(self, batch: Batch) -> Layer | None:
+        """The linear layer whose output are the logits, if nothing else comes between."""
+        module = self.model.get_output_embeddings()
+        layer = next((one for one in self._layers if one.module is module and one.rule == "linear"), None)
+        if layer is None or self.model.base_model is self.model:
+            return None
+        part = units_of(batch, [0])
+        with torch.no_grad(), self._arithmetic():
+            logits, first, last = self._logits(part)
+            hidden = self.model.base_model(input_ids=part.ids, use_cache=False, **self._given(part))
+            again = module(hidden.last_hidden_state[:, first - 1 : last - 1])
+        return layer if torch.allclose(logits, again, rtol=1e-3, atol=1e-3 * float(logits.abs().max())) else None
+
     # -- the check ------------------------------------------------------------------------------------------------
 
     def _check(self, batch: Batch) -> None:
@@ -347,6 +425,7 @@ class SquaredGradients:
             if name not in self._slow and float((self.total[name] - value).norm()) > limit * float(value.norm())
         }
         self.total, self.log_probability = saved, before
+        self._head = self._find_head(batch)
         if wrong:
             self._note(wrong, "used in a way that its layer does not show")
             self._slow |= wrong
@@ -372,6 +451,19 @@ class Unsuitable(Exception):
         super().__init__(f"{layer.name}: {reason}")
         self.layer = layer
         self.reason = reason
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Layer by layer, as transformers has it; without dropout, which training mode would switch on in all modules."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise FisherError(
+            "this model knows no gradient checkpointing, so its activations must fit: give more --memory, or shorter "
+            "sequences."
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # of the layer alone, not of what is in it
 
 
 def log_probability_gradient(logits: Tensor, batch: Batch, first: int, last: int) -> tuple[Tensor, float]:

@@ -1,0 +1,55 @@
+"""How much fits into a bound on memory: tokens of a batch, and whether activations are computed twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rlmerge.errors import FisherError
+
+from .layers import layers_of
+
+AROUND = 700 * 10**6
+"""Bytes of Python, torch and transformers."""
+
+
+def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, bool]:
+    """(tokens of a batch, checkpointing) for units of up to `longest` tokens and at most `most` tokens a batch.
+
+    An estimate, to be on the safe side: activations are what linear layers read and write, half as much again, and
+    three copies of the logits. Raises FisherError if not even one unit fits.
+    """
+    if memory is None:
+        return most, False
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers, _ = layers_of(model, names, set(names.values()))
+    head = model.get_output_embeddings()
+    width = sum(
+        sum(parameter.shape[-2:])
+        for layer in layers
+        if layer.module is not head and layer.rule != "embedding"
+        for parameter in layer.module.parameters(recurse=False)
+        if parameter.dim() > 1
+    )
+    blocks = max(1, getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    hidden, vocabulary = model.config.get_text_config().hidden_size, model.config.get_text_config().vocab_size
+    weights = sum(parameter.numel() * (parameter.element_size() + 4) for parameter in model.parameters())
+    largest = max((_size(layer.module) for layer in layers), default=0)
+    free = memory - weights - 4 * largest - AROUND
+    kept = 6 * width + 12 * vocabulary
+    twice = 6 * hidden * blocks + 6 * width // blocks + 12 * vocabulary
+    if free >= longest * kept:
+        return max(1, min(most, int(free // kept))), False
+    if free >= longest * twice:
+        return max(1, min(most, int(free // twice))), True
+    needed = memory - free + longest * twice
+    raise FisherError(
+        f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
+        f"{longest:,} tokens {longest * twice / 1e9:.2g} GB even with activations computed twice. Give "
+        f"{needed / 1e9:.2g} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
