@@ -23,6 +23,7 @@ from rlmerge.execute.journal import Journal
 from rlmerge.execute.local import LocalRun
 from rlmerge.execute.report import collect
 from rlmerge.execute.work import Worker
+from rlmerge.fisher.on_demand import with_estimates
 from rlmerge.kernels import Backend, choose, is_compiled, load_kernels
 from rlmerge.plan import Plan, make_plan, without_records
 from rlmerge.recipe import Recipe
@@ -97,6 +98,7 @@ def merge_to_folder(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     check_run(threads, kernels, shard_bytes)
+    recipe = with_estimates(recipe, lambda text: progress(Step(0, 0, 0, text)))
     variants = make_variants(recipe, sweep)
     names = sweep_names(sweep)
     with recipe.located():
@@ -148,7 +150,7 @@ def merge(
     fp32 and fp16 tensors are arrays of that dtype. NumPy has no bf16: such tensors come as fp32 holding bf16 values
     exactly. Tensors that are carried come in their own dtype. Memory: one tensor and a few blocks.
     """
-    recipe = as_recipe(recipe)
+    recipe = with_estimates(as_recipe(recipe))
     with recipe.located():
         plan = without_records(make_plan(recipe))
     check_tokenizers(plan, accept_tokenizers)

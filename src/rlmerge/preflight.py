@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlmerge.fisher.on_demand import with_kept
 from rlmerge.parameters import Resolver
 from rlmerge.parameters import explain as explain_parameters
 from rlmerge.plan import Plan, make_plan, sum_bytes
@@ -58,12 +59,12 @@ def check(
     Writes nothing. Raises a subclass of RlmergeError for everything that would make the merge fail and can be known.
     """
     started = time.monotonic()
-    recipe = as_recipe(recipe)
+    recipe, waiting = with_kept(as_recipe(recipe))
     check_run(threads, kernels, shard_bytes)
     variants = make_variants(recipe, sweep)
     with recipe.located():
         plan = make_plan(recipe, variants, shard_bytes)
-    notes = [*plan.notes, *check_tokenizers(plan, accept_tokenizers)]
+    notes = [*waiting, *plan.notes, *check_tokenizers(plan, accept_tokenizers)]
     if out is not None:
         from rlmerge.execute.folder import OutputFolder
 
@@ -81,7 +82,7 @@ def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
     """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried."""
     recipe = as_recipe(recipe)
     with recipe.located():
-        plan = make_plan(recipe)
+        plan = make_plan(with_kept(recipe)[0])
     merged = [tensor.name for tensor in plan.tensors if tensor.carry is None]
     groups = explain_parameters(recipe, recipe.method, merged, plan.layers)
     carried: dict[str, list[str]] = {}

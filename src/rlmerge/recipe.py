@@ -32,11 +32,14 @@ MAX_SWEEP = 10_000
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the recipe: where it is, what it is called, its Fisher folder, its own parameters."""
+    """One model of the recipe: where it is, what it is called, its Fisher, its own parameters.
+
+    The Fisher is a folder, or what to estimate one from: {'data': …, 'source': …}, see `fisher.on_demand`.
+    """
 
     model: str
     name: str | None = None
-    fisher: str | None = None
+    fisher: str | dict[str, Any] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,6 +73,7 @@ class Recipe:
     _method: Method | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = field(default=None, repr=False, compare=False)
     _source: Source = field(default=Source("recipe"), repr=False, compare=False)
+    _estimated: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
     _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -109,11 +113,20 @@ class Recipe:
 
     @property
     def fisher_paths(self) -> dict[str, Path | None]:
-        """The Fisher folder of each model by its key, in the order of `experts`."""
-        return {
-            entry.key: None if entry.fisher is None else self._find(entry.fisher, self._place(entry, "fisher"))
-            for entry in self.experts
-        }
+        """The Fisher folder of each model by its key, in the order of `experts`.
+
+        Raises RecipeError for one that must be estimated first (`fisher.on_demand.with_estimates`).
+        """
+        return {entry.key: self._fisher_path(entry) for entry in self.experts}
+
+    @property
+    def to_estimate(self) -> tuple[ModelEntry, ...]:
+        """The models whose Fishers are still to be estimated."""
+        return tuple(e for e in self.experts if isinstance(e.fisher, dict) and e.key not in self._estimated)
+
+    def with_estimates(self, folders: Mapping[str, Path]) -> Recipe:
+        """The same recipe, with the folders of Fishers that were estimated, by key."""
+        return replace(self, _estimated={**self._estimated, **folders})
 
     def resolve(self, reference: str) -> Path:
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
@@ -158,7 +171,17 @@ class Recipe:
         flags = _apply_settings(data, settings)
         source = Source(source.name, source.lines, {**source.flags, **flags})
         recipe = _build(data, source, self._folder, None if self._method is None else {self.merge_method: self._method})
-        return replace(recipe, _warnings=tuple(dict.fromkeys((*self.warnings, *recipe.warnings))))
+        warnings = tuple(dict.fromkeys((*self.warnings, *recipe.warnings)))
+        return replace(recipe, _warnings=warnings, _estimated=self._estimated)
+
+    def _fisher_path(self, entry: ModelEntry) -> Path | None:
+        if entry.fisher is None:
+            return None
+        if isinstance(entry.fisher, str):
+            return self._find(entry.fisher, self._place(entry, "fisher"))
+        if entry.key not in self._estimated:
+            raise RecipeError(f"{self.at(self._place(entry, 'fisher'))}: is not estimated yet; a merge does that.")
+        return self._estimated[entry.key]
 
     def _place(self, entry: ModelEntry, key: str) -> Place:
         return ("models", self.models.index(entry), key)

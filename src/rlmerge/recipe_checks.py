@@ -47,9 +47,24 @@ def _reference(value: Any) -> Any:
 
 
 def _fisher(value: Any) -> Any:
-    if isinstance(value, dict):
-        raise ValueError("a mapping is not supported yet; write the path of a Fisher folder")
-    return value if value is None else _text(value)
+    if not isinstance(value, dict):
+        return value if value is None else _text(value)
+    for key in value:
+        if key not in FISHER_VALUES:
+            raise ValueError(
+                f"{show(key)} is no setting of an estimate.{did_you_mean(str(key), FISHER_VALUES)} There are: "
+                f"{', '.join(FISHER_VALUES)}"
+            )
+    if "data" not in value:
+        raise ValueError("an estimate needs data: write {data: problems.jsonl, source: own}, or the path of a folder")
+    found = {}
+    for key, check in FISHER_VALUES.items():
+        if key in value:
+            try:
+                found[key] = check(value[key])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    return found
 
 
 def _dtype(value: Any) -> Any:
@@ -102,6 +117,26 @@ def _one_of(*choices: str) -> Callable[[Any], Any]:
 
     return check
 
+
+def _positive(value: Any) -> Any:
+    if (number := as_integer(value)) < 1:
+        raise ValueError(f"expected an integer >= 1, found {show(value)}")
+    return number
+
+
+FISHER_VALUES: dict[str, Callable[[Any], Any]] = {
+    "data": _text,
+    "source": _one_of("own", "gold", "sampled", "policy"),
+    "sequences": _positive,
+    "attempts": _positive,
+    "group": _positive,
+    "temperature": _at_least_zero,
+    "max_new_tokens": _positive,
+    "seed": _seed,
+    "reduce": _one_of("sum", "mean"),
+    "compute": _one_of("fp32", "bf16"),
+}
+"""What `fisher: {data: …}` may say: settings of `rlmerge fisher`."""
 
 TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "name": _text,

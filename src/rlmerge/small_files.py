@@ -135,11 +135,11 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _roles(plan: Plan) -> list[tuple[str, str | None, Sequence[Header], int]]:
+def _roles(plan: Plan) -> list[tuple[str, Any, Sequence[Header], int]]:
     """Base, experts, Fishers: role, reference, files, and number among the inputs of a unit."""
     written = {entry.key: entry for entry in plan.recipe.models}
     count = len(plan.experts)
-    roles: list[tuple[str, str | None, Sequence[Header], int]] = []
+    roles: list[tuple[str, Any, Sequence[Header], int]] = []
     if plan.base is not None:
         roles.append(("base", plan.recipe.base_model, plan.base.headers, 0))
     for k, (key, model) in enumerate(zip(plan.experts, plan.models)):

@@ -4,9 +4,9 @@
 {"tensors": {NAME: {"sum": SUM, "count": NUMBER OF COORDINATES, "xxh3_128": HEXADECIMAL DIGEST}}}. The merge compares
 digests, or else sums, with what it reads: a file that was changed afterwards does not pass.
 
-A tensor NAME may be stored compactly: 'sparse', as NAME#positions (I64, ascending flat coordinates) and NAME#values,
-with its sum in fisher.json; or 'factored', as NAME#rows and NAME#columns, sums of which the outer product, divided by
-the total, stands for the matrix.
+A tensor NAME may be stored compactly: 'sparse', as NAME#positions (I32 or I64, ascending flat coordinates) and
+NAME#values, with its sum in fisher.json; or 'factored', as NAME#rows and NAME#columns, sums of which the outer product,
+divided by the total, stands for the matrix.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _unfold(
                     + " Estimate it again."
                 )
             sizes = (b.size, b.size) if kind == "sparse" else (twin.shape[0], twin.size // max(1, twin.shape[0]))
-            kinds = ({"I64"}, FISHER_DTYPES) if kind == "sparse" else ({"F32"}, {"F32"})
+            kinds = ({"I32", "I64"}, FISHER_DTYPES) if kind == "sparse" else ({"F32"}, {"F32"})
             if (a.size, b.size) != sizes or a.dtype not in kinds[0] or b.dtype not in kinds[1] or b.size > twin.size:
                 raise FisherError(
                     f"{a.file}: {name!r} is stored as {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}, which "

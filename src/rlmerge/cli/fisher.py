@@ -47,6 +47,10 @@ def declare(parser: Parser) -> None:
     add("--dtype", metavar="D", default="fp32", help="fp32 (default) or bf16, of the stored Fisher")
     add("--compute", metavar="C", default="fp32", help="fp32 (default), or bf16: faster, less exact")
     add("--batch-tokens", metavar="N", type=at_least(1), default=1024, help="padded tokens at once; default 1024")
+    add("--base", metavar="BASE", help="base of a LoRA folder, where the adapter names none that is here")
+    add("--only", metavar="RECIPE", help="just the tensors whose Fishers this recipe reads")
+    add("--sparse", action="store_true", help="with --only: just the coordinates at which it will ask")
+    add("--storage", metavar="S", default="full", help="full (default), or factored: row and column sums")
     add("--part", metavar="I/N", default="1/1", help="the I-th of N shares of the sequences, for --combine")
     add("--combine", metavar="DIR", nargs="+", help="shares of one Fisher to put together")
     add("--from-adam", metavar="CHECKPOINT", help="folder with optimizer.pt of a Hugging Face trainer")
@@ -94,6 +98,7 @@ def _settings(given: Namespace) -> Settings:
         reduce=given.reduce,
         dtype=given.dtype,
         compute=given.compute,
+        storage=given.storage,
         tokens=given.batch_tokens,
         memory=parse_bytes(given.memory, "--memory"),
         part=(int(place), int(parts)),
@@ -119,10 +124,17 @@ def _estimate(given: Namespace) -> dict[str, Any]:
             print(f"gradients: {step.done} of {step.total} units{rate}", file=sys.stderr)
 
     settings = _settings(given)
-    made = estimate_fisher(given.model, given.data, given.out, settings, overwrite=given.overwrite, progress=tell)
+    made = estimate_fisher(
+        given.model, given.data, given.out, settings, base=given.base, only=given.only, sparse=given.sparse,
+        overwrite=given.overwrite, progress=tell,
+    )  # fmt: skip
     if not given.quiet and not given.json:
         for note in made.meta["notes"]:
             print(f"note: {note}", file=sys.stderr)
+        size, whole = made.meta["bytes"], made.meta["whole_bytes"]
+        if size < 0.99 * whole:
+            smaller = f"{whole / max(size, 1):.1f} times smaller than the whole Fisher"
+            print(f"{size / 1e6:.1f} MB, {smaller} ({whole / 1e6:.1f} MB)", file=sys.stderr)
         took = made.meta["sequences"] / max(made.seconds, 1e-9)
         print(f"{duration(made.seconds)}, {took:.2f} sequences/s with loading and sampling", file=sys.stderr)
     return made.meta

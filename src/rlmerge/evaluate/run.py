@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -19,6 +19,9 @@ from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.results import Header, Results, ResultsWriter, Sample
 from rlmerge.evaluate.tasks import Task
 from rlmerge.evaluate.verifiers import completed, verify
+
+if TYPE_CHECKING:
+    from rlmerge.recipe import Recipe
 
 PATIENCE = 5.0
 """Seconds after which what there is is verified and written, so that little is lost and something is seen to happen."""
@@ -30,8 +33,8 @@ class EvaluationError(RlmergeError):
     """A model that cannot be evaluated as asked."""
 
 
-def load_model(reference: Path | str, threads: int | None = None, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, or of the merge that a recipe (.yml) describes, in this dtype on the CPU.
+def load_model(reference: Path | str | Recipe, threads: int | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, or of the merge that a recipe (a .yml) describes, in this dtype on the CPU.
 
     Raises EvaluationError for what transformers cannot load, and what `rlmerge.merge_to` raises.
     """
@@ -42,13 +45,13 @@ def load_model(reference: Path | str, threads: int | None = None, dtype: str = "
     logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    reference = Path(reference)
-    recipe = None
-    folder = reference
-    if reference.suffix in (".yml", ".yaml"):
+    recipe = None if isinstance(reference, (str, Path)) else reference
+    folder = Path() if recipe is not None else Path(str(reference))
+    if folder.suffix in (".yml", ".yaml"):
         from rlmerge.recipe import load_recipe
 
-        recipe = load_recipe(reference)
+        recipe = load_recipe(folder)
+    if recipe is not None:
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: there is no such model folder.")

@@ -208,8 +208,8 @@ class Inputs:
                 raw = np.empty(part.nbytes, np.uint8)
                 self.read_into(part, 0, raw)
                 digest.update(raw.data)
-                if part.dtype == "I64":
-                    found.append(raw.view(np.int64))
+                if part.dtype in ("I32", "I64"):
+                    found.append(raw.view(np.int32 if part.dtype == "I32" else np.int64))
                     continue
                 values = np.empty(part.nbytes // WIDTH[part.dtype], np.float32)
                 self._decode_all(part.dtype, raw, values)
@@ -241,8 +241,8 @@ class Inputs:
             where = start + int(np.flatnonzero(~np.isfinite(values))[0])
             raise FisherError(
                 f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} has no value at "
-                f"a coordinate that this merge asks for (near {where}): it was estimated for another recipe. Estimate it "
-                "again with --only and this recipe."
+                f"a coordinate that this merge asks for (near {where}): it was estimated for another recipe. "
+                "Estimate it again with --only and this recipe."
             )
         if not self.allow_nonfinite and not np.isfinite(values).all():
             self.refuse(tensor, tensor.fishers[k], start, values)

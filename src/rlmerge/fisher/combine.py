@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlmerge.checkpoint.folder import read_json_object
+from rlmerge.checkpoint.fisher import COMPACT
+from rlmerge.checkpoint.folder import read_json_object, read_weights
 from rlmerge.errors import FisherError
 
-from .store import begin_folder, replace_folder, save_tensors, write_fisher
+from .store import begin_folder, record_of, replace_folder, save_tensors, write_parts
 
 SAME = ("weights", "source", "data", "choice", "reduce", "compute", "storage", "only", "model", "format")
 """Keys of fisher.json in which shares must agree."""
@@ -49,7 +50,17 @@ def combine_fishers(folders: Sequence[Path | str], out: Path | str, *, overwrite
     units = [meta["units"] for meta in metas]
     unfinished = begin_folder(out, overwrite)
     weights = [count / sum(units) for count in units]
-    values = {name: _mean([path for _, path in found], name, weights) for name in first["tensors"]}
+    raw = [_tensor_files(path) for _, path in found]
+    if any(part.keys() != raw[0].keys() for part in raw):
+        raise FisherError(f"{', '.join(str(path) for _, path in found)}: hold different tensors.")
+    values = {name: _mean(raw, name, weights, where) for name in raw[0]}
+    records = {
+        name: {"sum": sum(w * m["tensors"][name]["sum"] for w, m in zip(weights, metas)), "count": entry["count"]}
+        for name, entry in first["tensors"].items()
+    }
+    for name, value in values.items():
+        if name in records:  # stored whole: sum and digest are those of what is stored
+            records[name] = record_of(value)
     meta = {key: value for key, value in first.items() if key not in ("tensors", "dtype", "log_probability")}
     meta |= {
         "units": sum(units),
@@ -59,7 +70,7 @@ def combine_fishers(folders: Sequence[Path | str], out: Path | str, *, overwrite
         "combined": [list(part) for part in parts],
         "notes": [*first["notes"], *([f"parts {missing} of {parts[0][1]} are missing"] if missing else [])],
     }
-    write_fisher(unfinished, values, meta, first["dtype"])
+    write_parts(unfinished, values, records, {**meta, "dtype": first["dtype"]})
     _combine_halves([path for _, path in found], unfinished)
     replace_folder(unfinished, out)
     return read_json_object(out / "fisher.json")
@@ -87,18 +98,36 @@ def _meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _mean(folders: Sequence[Path], name: str, weights: Sequence[float]) -> Tensor:
-    total: Tensor | None = None
-    for folder, weight in zip(folders, weights, strict=True):
-        value = read_tensor(folder, name).double() * weight
-        total = value if total is None else total + value
-    assert total is not None
-    return total.float()
+def _mean(raw: Sequence[Mapping[str, Path]], name: str, weights: Sequence[float], where: Path) -> Tensor:
+    """The weighted mean of a stored tensor, in its dtype; row and column sums and chosen values are means, too."""
+    values = [_read(files[name], name) for files in raw]
+    if not values[0].is_floating_point():
+        if any(not torch.equal(value, values[0]) for value in values):
+            raise FisherError(f"{where}: {name!r} differs between the shares: they were made for different recipes.")
+        return values[0]
+    total = torch.zeros_like(values[0], dtype=torch.float64)
+    for value, weight in zip(values, weights, strict=True):
+        total += value.double() * weight
+    return total.to(values[0].dtype)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Where each stored tensor of a Fisher folder lies."""
+    return {name: header.file for header in read_weights(folder, "fisher") for name in header.tensors}
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def read_tensor(folder: Path, name: str) -> Tensor:
-    """A tensor of a Fisher folder, sharded or not."""
-    index = folder / "fisher.safetensors.index.json"
-    file = json.loads(index.read_text())["weight_map"][name] if index.exists() else "fisher.safetensors"
-    with safe_open(folder / file, "pt") as opened:
-        return opened.get_tensor(name)
+    """A tensor of a Fisher folder as a matrix has it, factored or not. Raises FisherError for one stored in part."""
+    files = _tensor_files(folder)
+    if name in files:
+        return _read(files[name], name)
+    rows, columns = (name + suffix for suffix in COMPACT["factored"])
+    if rows not in files:
+        raise FisherError(f"{folder}: holds {name!r} at some coordinates only (--sparse); a whole one is needed.")
+    r, c = _read(files[rows], rows).double(), _read(files[columns], columns).double()
+    return torch.outer(r / max(float(r.sum()), 1e-300), c).float()

@@ -14,18 +14,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
 from rlmerge.errors import FisherError
 from rlmerge.evaluate.run import TransformersBackend, load_model
 from rlmerge.evaluate.tasks import Task, load_task
+from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
 from rlmerge.version import VERSION
 
 from .gradients import SquaredGradients
 from .names import as_stored
+from .only import positions_asked, tensors_asked
 from .room import fit
 from .sequences import Unit, make_batches
 from .sources import Choice, Drawn, check_choice, gold, make_units, sample
@@ -37,6 +40,8 @@ TOKENS = 1024
 """Padded tokens of a batch, at most: more would be no faster, and logits of a large vocabulary take their room."""
 PATIENCE = 60.0
 """Seconds after which the sums so far are put on disk, if that does not take a tenth of the time."""
+WIDTH = {"fp32": 4, "bf16": 2}
+"""Bytes of a stored value."""
 TOKEN_RULE = (
     "ids of the prompt (for messages: of the model's chat template, with a generation prompt), not scored; then the "
     "completion: as drawn, with the end token where one was drawn, or for gold its text encoded by itself without "
@@ -95,13 +100,16 @@ def estimate_fisher(
     out: Path | str,
     settings: Settings | None = None,
     *,
-    wanted: Callable[[Checkpoint], set[str]] | None = None,
+    base: Path | str | None = None,
+    only: Path | str | None = None,
+    sparse: bool = False,
     overwrite: bool = False,
     progress: Callable[[Progress], None] = lambda step: None,
 ) -> Estimate:
     """Estimates the Fisher of `model` (a folder, or a recipe that is merged in memory) on `data` (.jsonl, or a task).
 
-    wanted     names of the tensors to have, from the opened checkpoint; all if None
+    base       the base of a LoRA folder, where the adapter does not name one that is here
+    only       a recipe: just the tensors whose Fishers it reads; with `sparse`, just the coordinates
     Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
     """
     settings = settings or Settings()
@@ -109,18 +117,16 @@ def estimate_fisher(
     out, data = Path(out), str(data)
     task = load_task(data)
     _check(settings, task, data)
-    stored = open_checkpoint(_stored_at(Path(model)))
-    names = None if wanted is None else wanted(stored)
+    source = _as_source(Path(model), base)
+    stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
+    asked = _Asked.by(only, sparse, stored)
     unfinished = open_folder(out, overwrite)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    loaded, tokenizer = load_model(model, settings.threads)
-    said = _identity(loaded, tokenizer, task, settings, names)
+    loaded, tokenizer = load_model(source, settings.threads)
+    said = _identity(loaded, tokenizer, task, settings, asked)
     _continue_or_begin(unfinished, said, overwrite)
-    try:
-        drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
-    except FisherError:
-        raise
+    drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
     units, counted = make_units(drawn, settings.choice)
     place, parts = settings.part
     mine = units[place - 1 :: parts]
@@ -130,7 +136,7 @@ def estimate_fisher(
     longest = max(unit.length * len(unit.sequences) for unit in mine)
     tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
     settings = replace(settings, tokens=tokens)
-    run = _Run(loaded, settings, unfinished, names, stored, checkpointing)
+    run = _Run(loaded, settings, unfinished, asked, stored, checkpointing)
     resumed = run.measure(mine, progress)
     meta = {
         "format": 1,
@@ -158,13 +164,14 @@ class _Run:
     """The sums of one run, on disk from time to time."""
 
     def __init__(
-        self, model: Any, settings: Settings, folder: Path, names: set[str] | None, stored: Checkpoint,
+        self, model: Any, settings: Settings, folder: Path, asked: _Asked, stored: Checkpoint,
         checkpointing: bool,
     ) -> None:  # fmt: skip
         self.model = model
         self.settings = settings
         self.folder = folder
-        wanted = None if names is None else _loaded_names(model, names, stored)
+        self.asked = asked
+        wanted = None if asked.names is None else _loaded_names(model, asked.names, stored)
         self.squares = SquaredGradients(model, wanted, compute=settings.compute, checkpointing=checkpointing)
         self.course = Course({name: value.numel() for name, value in self.squares.total.items()})
         self.notes: list[str] = []
@@ -200,7 +207,11 @@ class _Run:
     def write(self, meta: dict[str, Any], units: int, stored: Checkpoint) -> None:
         """Fisher, fisher.json and the course."""
         means = {name: value.div_(units) for name, value in self.squares.total.items()}
-        write_fisher(self.folder, as_stored(self.model, means, stored.tensors), meta, self.settings.dtype)
+        values = as_stored(self.model, means, stored.tensors)
+        if self.asked.names is not None:
+            values = {name: value for name, value in values.items() if name in self.asked.names}
+        meta["whole_bytes"] = sum(info.size for info in stored.tensors.values()) * WIDTH[self.settings.dtype]
+        write_fisher(self.folder, values, meta, self.settings.dtype, self.settings.storage, self.asked.positions)
         save_tensors(self.course.to_tensors(), self.folder / "course.safetensors")
 
     def _write_state(self, done: int) -> None:
@@ -225,6 +236,37 @@ class _Run:
         return int(state["done"])
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be estimated: names of tensors as the files have them, and coordinates; None for all."""
+
+    names: set[str] | None = None
+    positions: dict[str, np.ndarray] | None = None
+
+    @staticmethod
+    def by(recipe: Path | str | None, sparse: bool, stored: Checkpoint) -> _Asked:
+        if recipe is None:
+            if sparse:
+                raise FisherError("--sparse keeps the coordinates that a recipe asks for: give one with --only.")
+            return _Asked()
+        parsed, plan, names = tensors_asked(recipe)
+        missing = sorted(names - set(stored.tensors))
+        if missing:
+            raise FisherError(f"{recipe}: merges {missing[0]!r}, which {stored.folder} does not have.")
+        return _Asked(names, positions_asked(parsed, plan) if sparse else None)
+
+    @property
+    def digest(self) -> str | None:
+        """Of names and coordinates."""
+        if self.names is None:
+            return None
+        state = xxhash.xxh3_128("\0".join(sorted(self.names)).encode())
+        for name, places in sorted((self.positions or {}).items()):
+            state.update(name.encode())
+            state.update(places.data)
+        return state.hexdigest()
+
+
 def _check(settings: Settings, task: Task, data: str) -> None:
     check_choice(settings.choice, task.problems, data)
     for name, value, known in (
@@ -235,19 +277,30 @@ def _check(settings: Settings, task: Task, data: str) -> None:
     ):
         if value not in known:
             raise FisherError(f"{name} {value!r}: write one of: {', '.join(known)}.")
+    if settings.tokens < 1:
+        raise FisherError(f"--batch-tokens {settings.tokens}: at least one is needed.")
     place, parts = settings.part
     if not 1 <= place <= parts:
         raise FisherError(f"--part {place}/{parts}: write I/N with 1 ≤ I ≤ N.")
 
 
-def _stored_at(model: Path) -> Path:
-    """The folder whose names the Fisher has: the model's, or that of a recipe's base."""
+def _as_source(model: Path, base: Path | str | None) -> Path | Recipe:
+    """A model folder, or the recipe that makes one in memory: a .yml, or a LoRA folder on its base."""
     if model.suffix in (".yml", ".yaml"):
-        from rlmerge.recipe import load_recipe
+        return load_recipe(model)
+    if not (model / "adapter_config.json").exists() or any(model.glob("model*.safetensors")):
+        return model
+    named = str(base or read_json_object(model / "adapter_config.json").get("base_model_name_or_path") or "")
+    if not named or not Path(named).is_dir():
+        raise FisherError(
+            f"{model}: a LoRA folder, and its base {named or '(not named)'} is no folder here. Say where it is: --base."
+        )
+    return recipe_from_parts(str(Path(named).absolute()), [str(model.absolute())], "task_arithmetic")
 
-        recipe = load_recipe(model)
-        return recipe.base_path or next(iter(recipe.model_paths.values()))
-    return model
+
+def _base_of(recipe: Recipe) -> Path:
+    """The folder whose names the Fisher has."""
+    return recipe.base_path or next(iter(recipe.model_paths.values()))
 
 
 def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
@@ -287,7 +340,7 @@ def _continue_or_begin(folder: Path, said: dict[str, Any], overwrite: bool) -> N
     note.write_text(json.dumps(said) + "\n")
 
 
-def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, names: set[str] | None) -> dict[str, Any]:
+def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, asked: _Asked) -> dict[str, Any]:
     """Everything that decides the result."""
     choice = asdict(settings.choice)
     if settings.choice.source == "gold":
@@ -302,7 +355,7 @@ def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, names:
         "storage": settings.storage,
         "batch": [settings.tokens, settings.memory],
         "share": list(settings.part),
-        "only": None if names is None else xxhash.xxh3_128_hexdigest("\0".join(sorted(names)).encode()),
+        "only": asked.digest,
         "torch": torch.__version__.split("+")[0],
     }
 

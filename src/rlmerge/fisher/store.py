@@ -18,6 +18,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlmerge.checkpoint.fisher import COMPACT
 from rlmerge.errors import FisherError
 from rlmerge.small_files import json_lines
 
@@ -30,29 +31,72 @@ SAMPLE = 2**19
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_fisher(folder: Path, values: Mapping[str, Tensor], meta: Mapping[str, Any], dtype: str) -> None:
+def write_fisher(
+    folder: Path, values: Mapping[str, Tensor], meta: Mapping[str, Any], dtype: str, storage: str = "full",
+    positions: Mapping[str, np.ndarray] | None = None,
+) -> None:  # fmt: skip
     """Writes the values, cast to fp32 or bf16, and fisher.json with the sum, count and digest of each tensor.
 
+    storage     'full', or 'factored': matrices by their row and column sums, the rest as it is
+    positions   name → int64[m]: only these coordinates of a tensor are stored; its sum is that of all
     Raises FisherError where a value is negative, infinite or no number, or if all of them are 0.
     """
+    stored: dict[str, Tensor] = {}
     records: dict[str, Any] = {}
+    for name, value in values.items():
+        parts, total = _parts(name, value.detach(), dtype, storage, None if positions is None else positions[name])
+        records[name] = {"sum": total, "count": value.numel()}
+        if name in parts:
+            records[name] = record_of(parts[name])
+        stored |= parts
+    write_parts(folder, stored, records, {**meta, "dtype": dtype})
+
+
+def record_of(whole: Tensor) -> dict[str, Any]:
+    """Sum, count and digest of a tensor that is stored whole."""
+    raw = whole.view(-1).view(torch.uint8).numpy()
+    return {
+        "sum": float(whole.double().sum()),
+        "count": whole.numel(),
+        "xxh3_128": xxhash.xxh3_128_hexdigest(raw.data),
+    }
+
+
+def _parts(
+    name: str, value: Tensor, dtype: str, storage: str, positions: np.ndarray | None
+) -> tuple[dict[str, Tensor], float]:
+    """What is stored of a tensor, by the names of `checkpoint.fisher.COMPACT`, and the sum that is recorded."""
+    if positions is not None:
+        _check(name, value)
+        chosen = value.reshape(-1)[torch.from_numpy(positions)].to(DTYPES[dtype])
+        first, second = COMPACT["sparse"]
+        narrow = positions.astype(np.int32) if value.numel() < 2**31 else positions
+        return {name + first: torch.from_numpy(narrow), name + second: chosen}, float(value.double().sum())
+    if storage == "factored" and value.dim() > 1:
+        _check(name, value)
+        matrix = value.reshape(value.shape[0], -1).double()
+        rows, columns = matrix.sum(1).float(), matrix.sum(0).float()
+        first, second = COMPACT["factored"]
+        # what the outer product, divided by the total of the rows, adds up to
+        return {name + first: rows, name + second: columns}, float(columns.double().sum())
+    whole = value.to(DTYPES[dtype]).contiguous()
+    _check(name, whole)
+    return {name: whole}, float(whole.double().sum())
+
+
+def write_parts(
+    folder: Path, stored: Mapping[str, Tensor], records: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Writes tensors as they are to one file or to shards, and fisher.json."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, value in values.items():
-        stored = value.detach().to(DTYPES[dtype]).contiguous()
-        _check(name, stored)
-        if shards[-1] and size + stored.nbytes > SHARD:
+    for name, value in stored.items():
+        if shards[-1] and size + value.nbytes > SHARD:
             shards.append({})
             size = 0
-        shards[-1][name] = stored
-        size += stored.nbytes
-        total += stored.nbytes
-        raw = stored.view(-1).view(torch.uint8).numpy()
-        records[name] = {
-            "sum": float(stored.double().sum()),
-            "count": stored.numel(),
-            "xxh3_128": xxhash.xxh3_128_hexdigest(raw.data),
-        }
+        shards[-1][name] = value
+        size += value.nbytes
+        total += value.nbytes
     if not any(record["sum"] > 0.0 for record in records.values()):
         raise FisherError(
             "the Fisher is zero everywhere: no sequence has a gradient, so it could arbitrate nothing. Are the "
@@ -68,7 +112,7 @@ def write_fisher(folder: Path, values: Mapping[str, Tensor], meta: Mapping[str, 
             placed |= dict.fromkeys(shard, file)
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         (folder / "fisher.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "fisher.json").write_text(json_lines({**meta, "dtype": dtype, "tensors": records}, 2) + "\n")
+    (folder / "fisher.json").write_text(json_lines({**meta, "bytes": total, "tensors": records}, 2) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

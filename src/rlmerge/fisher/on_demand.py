@@ -1,0 +1,114 @@
+"""`fisher: {data: …, source: …}` in a recipe: estimated when a merge needs it, kept by content, used again.
+
+Nothing here needs torch until something must be estimated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlmerge.errors import FisherError, MissingExtraError
+from rlmerge.recipe import ModelEntry, Recipe
+
+CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""Files of a model folder that decide its Fisher."""
+
+
+def with_estimates(recipe: Recipe, tell: Callable[[str], None] = lambda text: None) -> Recipe:
+    """The recipe with every Fisher that it describes by data estimated, or found where an earlier merge left it.
+
+    Raises FisherError for what cannot be estimated, MissingExtraError without the extra `model`.
+    """
+    found: dict[str, Path] = {}
+    for entry in recipe.to_estimate:
+        assert isinstance(entry.fisher, dict)
+        model, data = recipe.model_paths[entry.key], _data_of(recipe, entry)
+        folder = kept_at(model, data, entry.fisher)
+        if not (folder / "fisher.json").exists():
+            tell(f"estimating the Fisher of {entry.key} on {entry.fisher['data']}: once, kept in {folder}")
+            _estimate(recipe, entry, model, data, folder, tell)
+        found[entry.key] = folder
+    return recipe.with_estimates(found) if found else recipe
+
+
+def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with estimates that are there already, and for the others a note; nothing is estimated.
+
+    With some missing, Fishers are left out and sensitivities are those that need none: for who looks at headers.
+    """
+    found, notes = {}, []
+    for entry in recipe.to_estimate:
+        assert isinstance(entry.fisher, dict)
+        folder = kept_at(recipe.model_paths[entry.key], _data_of(recipe, entry), entry.fisher)
+        if (folder / "fisher.json").exists():
+            found[entry.key] = folder
+        else:
+            notes.append(f"the Fisher of {entry.key} will be estimated on {entry.fisher['data']} by the merge, first")
+    return (without_fishers(recipe), notes) if notes else (recipe.with_estimates(found), [])
+
+
+def without_fishers(recipe: Recipe) -> Recipe:
+    """The same recipe for who looks at headers and deltas only: no Fisher is there yet, and none is asked for."""
+    bare = replace(recipe, models=tuple(replace(entry, fisher=None) for entry in recipe.models))
+    known = {spec.name for spec in recipe.method.parameters}
+    settings = {"sensitivity": "delta2"} if "sensitivity" in known else {}
+    if recipe.parameters.get("sparsify") == "fisher_magnitude":
+        settings["sparsify"] = "magnitude"
+    return bare.with_settings(settings) if settings else bare
+
+
+def kept_at(model: Path, data: Path | str, request: dict[str, Any]) -> Path:
+    """Where the Fisher of a model folder on some data is kept: named by what is in both, and by the settings."""
+    state = xxhash.xxh3_128()
+    for file in sorted({file for pattern in CONTENT for file in model.glob(pattern)}):
+        state.update(file.name.encode() + b"\0")
+        _add_file(state, file)
+    if isinstance(data, Path):
+        _add_file(state, data)
+    settings = {key: value for key, value in request.items() if key != "data" or isinstance(data, str)}
+    state.update(json.dumps(settings, sort_keys=True).encode())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "rlmerge" / "fishers" / state.hexdigest()
+
+
+def _add_file(state: Any, file: Path) -> None:
+    with file.open("rb", buffering=0) as opened:
+        while block := opened.read(1 << 20):
+            state.update(block)
+
+
+def _data_of(recipe: Recipe, entry: ModelEntry) -> Path | str:
+    """The file, looked for where the recipe's other paths are; or the name of a task."""
+    assert isinstance(entry.fisher, dict)
+    named = entry.fisher["data"]
+    return recipe.resolve(named) if named.endswith(".jsonl") else named
+
+
+def _estimate(
+    recipe: Recipe, entry: ModelEntry, model: Path, data: Path | str, folder: Path, tell: Callable[[str], None]
+) -> None:
+    try:
+        from .estimate import Progress, Settings, estimate_fisher
+        from .sources import Choice
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("`fisher: {data: …}`", error.name or "torch", "model") from None
+    assert isinstance(entry.fisher, dict)
+    request = {key: value for key, value in entry.fisher.items() if key != "data"}
+    outer = {key: request.pop(key) for key in ("reduce", "compute") if key in request}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def progress(step: Progress) -> None:
+        tell(f"{entry.key}: {step.what}: {step.done} of {step.total}")
+
+    try:
+        estimate_fisher(model, data, folder, Settings(Choice(**request), **outer), base=recipe.base_path,
+                        progress=progress)  # fmt: skip
+    except FisherError as error:
+        raise FisherError(f"the Fisher of {entry.key}: {error}") from None
