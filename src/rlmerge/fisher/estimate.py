@@ -295,7 +295,7 @@ def _as_source(model: Path, base: Path | str | None) -> Path | Recipe:
         raise FisherError(
             f"{model}: a LoRA folder, and its base {named or '(not named)'} is no folder here. Say where it is: --base."
         )
-    return recipe_from_parts(str(Path(named).absolute()), [str(model.absolute())], "task_arithmetic")
+    return recipe_from_parts(str(Path(named).absolute()), [str(model.absolute())], "task_arithmetic", {"weight": 1.0})
 
 
 def _base_of(recipe: Recipe) -> Path:

@@ -92,7 +92,8 @@ class SquaredGradients:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._states[name])
         if self._checkpointing:
-            self.model.gradient_checkpointing_disable()
+            model = self.model
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
         self.model.train(self._was_training)
 
     @property
@@ -460,7 +461,9 @@ def _enable_checkpointing(model: Any) -> None:
             "this model knows no gradient checkpointing, so its activations must fit: give more --memory, or shorter "
             "sequences."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    # renamed in transformers 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # of the layer alone, not of what is in it
