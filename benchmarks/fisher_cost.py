@@ -119,15 +119,13 @@ def main() -> None:
             row["over_loop"] = round(row["rlmerge"]["seconds"] / row["loop"]["seconds"], 3)
             report["rows"].append(row)
     given.results.write_text(json.dumps(report, indent=1) + "\n")
-    print(
-        f"\n{'tokens':>6} {'compute':>7} {'floor s':>8} {'rlmerge s':>9} {'loop s':>8} {'/floor':>7} {'/loop':>6}   peak MB"
-    )
+    heads = ("tokens", "compute", "floor s", "rlmerge s", "loop s", "/floor", "/loop")
+    print("\n" + "".join(f"{head:>10}" for head in heads) + "   peak MB")
     for row in report["rows"]:
         peaks = " ".join(f"{row[name]['peak_mb']:.0f}" for name in CONTENDERS)
-        times = f"{row['floor']['seconds']:8.1f} {row['rlmerge']['seconds']:9.1f} {row['loop']['seconds']:8.1f}"
-        print(
-            f"{row['length']:6} {row['compute']:>7} {times} {row['over_floor']:7.2f} {row['over_loop']:6.2f}   {peaks}"
-        )
+        values = (row["length"], row["compute"], *(row[name]["seconds"] for name in CONTENDERS))
+        ratios = (row["over_floor"], row["over_loop"])
+        print("".join(f"{value:>10}" for value in (*values, *ratios)) + f"   {peaks}")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "FisherSettings": "fisher.estimate",
     "Outcome": "api",
     "Recipe": "recipe",
     "RlmergeError": "errors",
+    "SequenceChoice": "fisher.sources",
     "Step": "api",
     "check": "preflight",
+    "combine_fishers": "fisher.combine",
     "convert": "checkpoint.convert",
+    "estimate_fisher": "fisher.estimate",
     "explain": "preflight",
+    "fisher_from_adam": "fisher.adam",
     "get_method": "methods",
+    "judge_fishers": "fisher.stats",
     "load_recipe": "recipe",
     "merge": "api",
     "merge_to": "api",
@@ -31,15 +37,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "FisherSettings",
     "Outcome",
     "Recipe",
     "RlmergeError",
+    "SequenceChoice",
     "Step",
     "__version__",
     "check",
+    "combine_fishers",
     "convert",
+    "estimate_fisher",
     "explain",
+    "fisher_from_adam",
     "get_method",
+    "judge_fishers",
     "load_recipe",
     "merge",
     "merge_to",
@@ -54,6 +66,11 @@ if TYPE_CHECKING:
     from .api import Outcome, Step, merge, merge_to, merge_to_folder
     from .checkpoint.convert import convert
     from .errors import RlmergeError
+    from .fisher.adam import fisher_from_adam
+    from .fisher.combine import combine_fishers
+    from .fisher.estimate import FisherSettings, estimate_fisher
+    from .fisher.sources import SequenceChoice
+    from .fisher.stats import judge_fishers
     from .methods import get_method, method_names
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts

@@ -25,10 +25,10 @@ from tests.evaluate.test_run import write_model  # noqa: E402
 from rlmerge.errors import FisherError  # noqa: E402
 from rlmerge.evaluate.run import load_model  # noqa: E402
 from rlmerge.fisher.combine import combine_fishers  # noqa: E402
-from rlmerge.fisher.estimate import Settings, estimate_fisher  # noqa: E402
-from rlmerge.fisher.sources import Choice, make_units  # noqa: E402
+from rlmerge.fisher.estimate import FisherSettings, estimate_fisher  # noqa: E402
+from rlmerge.fisher.sources import SequenceChoice, make_units  # noqa: E402
 
-GOLD = Settings(Choice("gold"))
+GOLD = FisherSettings(SequenceChoice("gold"))
 
 
 def write_data(file: Path, count: int = 40, **more: Any) -> Path:
@@ -167,7 +167,7 @@ def test_only_leaves_out_what_the_recipe_leaves_out(home: Path, tmp_path: Path) 
 
 
 def test_factored_is_the_outer_product(home: Path, tmp_path: Path) -> None:
-    factored = Settings(Choice("gold"), storage="factored")
+    factored = FisherSettings(SequenceChoice("gold"), storage="factored")
     for number in (0, 1):
         estimate_fisher(home / f"expert{number}", home / "data.jsonl", tmp_path / f"x{number}", factored)
     whole = estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "w", GOLD)
@@ -202,7 +202,7 @@ def test_shares_add_up(home: Path, tmp_path: Path) -> None:
     whole = estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "whole", GOLD)
     for place in (1, 2, 3):
         estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / f"p{place}",
-                        Settings(Choice("gold"), part=(place, 3)))  # fmt: skip
+                        FisherSettings(SequenceChoice("gold"), part=(place, 3)))  # fmt: skip
     folders = [tmp_path / f"p{place}" for place in (3, 1, 2)]
     succeeded(rlmerge("fisher", "--combine", *folders, "-o", tmp_path / "sum"))
     found, expected = (load_file(tmp_path / name / "fisher.safetensors") for name in ("sum", "whole"))
@@ -221,7 +221,7 @@ def test_shares_add_up(home: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_combined(home: Path, tmp_path: Path) -> None:
     for place, model in ((1, "expert0"), (2, "expert1")):
         estimate_fisher(home / model, home / "data.jsonl", tmp_path / f"p{place}",
-                        Settings(Choice("gold"), part=(place, 2)))  # fmt: skip
+                        FisherSettings(SequenceChoice("gold"), part=(place, 2)))  # fmt: skip
     done = refused(rlmerge("fisher", "--combine", tmp_path / "p1", tmp_path / "p2", "-o", tmp_path / "sum"))
     assert "differ in" in done
     with pytest.raises(FisherError, match="each once"):
@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(home: Path, tmp_path: Path) -> N
     process.wait()
     assert sums.exists()
     assert not out.exists()
-    made = estimate_fisher(home / "expert0", data, out, Settings(Choice("gold"), threads=1))
+    made = estimate_fisher(home / "expert0", data, out, FisherSettings(SequenceChoice("gold"), threads=1))
     assert made.resumed >= 16
     for name in ("fisher.safetensors", "fisher.json", "course.safetensors"):
         found, expected = (out / name).read_bytes(), (whole / name).read_bytes()
@@ -307,14 +307,14 @@ def answered(home: Path) -> Path:
 
 
 def test_own_keeps_what_is_right(home: Path, answered: Path, tmp_path: Path) -> None:
-    choice = Choice("own", sequences=8, attempts=40, max_new_tokens=1, temperature=0.7)
-    made = estimate_fisher(home / "expert0", answered, tmp_path / "f", Settings(choice))
+    choice = SequenceChoice("own", sequences=8, attempts=40, max_new_tokens=1, temperature=0.7)
+    made = estimate_fisher(home / "expert0", answered, tmp_path / "f", FisherSettings(choice))
     right, tried = made.meta["accepted"]
     assert 8 <= right <= tried
     drawn = [json.loads(line) for line in (tmp_path / "f" / "sequences.jsonl").read_text().splitlines()]
     answers = [json.loads(line)["answer"] for line in answered.read_text().splitlines()]
     assert all(one["correct"] == (one["text"].strip() == answers[one["problem"]]) for one in drawn)
-    again = estimate_fisher(home / "expert0", answered, tmp_path / "g", Settings(choice))
+    again = estimate_fisher(home / "expert0", answered, tmp_path / "g", FisherSettings(choice))
     assert again.meta["tensors"] == made.meta["tensors"]
 
 
@@ -330,12 +330,15 @@ def test_own_says_how_few_were_right(home: Path, tmp_path: Path) -> None:
 
 def test_sampled_and_policy(home: Path, answered: Path, tmp_path: Path) -> None:
     sampled = estimate_fisher(
-        home / "expert0", answered, tmp_path / "s", Settings(Choice("sampled", sequences=30, max_new_tokens=3))
+        home / "expert0",
+        answered,
+        tmp_path / "s",
+        FisherSettings(SequenceChoice("sampled", sequences=30, max_new_tokens=3)),
     )
     assert sampled.meta["sequences"] == 30
     assert sampled.meta["accepted"] is None
-    choice = Choice("policy", sequences=40, group=4, max_new_tokens=1, temperature=0.7)
-    policy = estimate_fisher(home / "expert0", answered, tmp_path / "p", Settings(choice))
+    choice = SequenceChoice("policy", sequences=40, group=4, max_new_tokens=1, temperature=0.7)
+    policy = estimate_fisher(home / "expert0", answered, tmp_path / "p", FisherSettings(choice))
     assert policy.meta["units"] == 10  # groups without a gradient count in the mean
     assert policy.meta["sequences"] < 40
     assert policy.meta["sequences"] % 4 == 0
@@ -345,7 +348,7 @@ def test_policy_weights_are_advantages() -> None:
     from rlmerge.fisher.sources import Drawn
 
     drawn = [Drawn(p, a, (1,), (2, 3), "", bool(a == 0 or p == 1)) for p in (0, 1) for a in range(4)]
-    units, counted = make_units(drawn, Choice("policy", group=4))
+    units, counted = make_units(drawn, SequenceChoice("policy", group=4))
     assert counted == 2
     assert len(units) == 1  # all right: no advantage
     weights = np.array([sequence.weight for sequence in units[0].sequences])
@@ -466,7 +469,7 @@ def test_memory_computes_activations_twice_or_refuses(home: Path, tmp_path: Path
     assert list(dict.fromkeys(seen)) == ["too little", "twice", "kept"]
     memory = next(m for m in range(AROUND, 10**9, 10_000) if _how(model, 20, m) == "twice")
     small = estimate_fisher(
-        home / "expert0", home / "data.jsonl", tmp_path / "s", Settings(Choice("gold"), memory=memory)
+        home / "expert0", home / "data.jsonl", tmp_path / "s", FisherSettings(SequenceChoice("gold"), memory=memory)
     )
     large = estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "l", GOLD)
     found, expected = (load_file(tmp_path / name / "fisher.safetensors") for name in ("s", "l"))

@@ -79,7 +79,8 @@ def keep(values, density, kernels, step, scope="tensor"):
             where, left, kept, dropped = topk.cut(part, block, task, results)
             assert kept.tolist() == np.count_nonzero(left, axis=1).tolist()
             if patch.alone:
-                assert (left != 0).all() and not dropped.size
+                assert (left != 0).all()
+                assert not dropped.size
             else:
                 assert (dropped == ((patch.delta != 0) & (left == 0)).any(axis=0)).all()
             mask[np.ix_(patch.experts, block.start + where)] |= left != 0

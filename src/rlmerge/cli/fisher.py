@@ -14,7 +14,7 @@ from .options import Parser, at_least, declare_output, parse_bytes
 from .show import duration
 
 if TYPE_CHECKING:
-    from rlmerge.fisher.estimate import Progress, Settings
+    from rlmerge.fisher.estimate import FisherSettings, Progress
 
 USAGE = "[OPTIONS] MODEL --data FILE.jsonl -o DIR"
 DESCRIPTION = """\
@@ -72,6 +72,8 @@ def run(given: Namespace) -> None:
         )
     try:
         meta = {"data": _estimate, "combine": _combine, "from_adam": _from_adam}[modes[0]](given)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"The same command continues {given.out}.") from None
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge fisher", error.name or "torch", "model") from None
     if given.json:
@@ -83,17 +85,17 @@ def run(given: Namespace) -> None:
         print(f"{given.out}: {count:,} entries, mean {total / max(count, 1):.3g}, {meta.get('sequences', 0)} sequences")
 
 
-def _settings(given: Namespace) -> Settings:
-    from rlmerge.fisher.estimate import Settings
-    from rlmerge.fisher.sources import Choice
+def _settings(given: Namespace) -> FisherSettings:
+    from rlmerge.fisher.estimate import FisherSettings
+    from rlmerge.fisher.sources import SequenceChoice
 
-    choice = Choice(
+    choice = SequenceChoice(
         given.source, given.sequences, given.attempts, given.group, given.temperature, given.max_new_tokens, given.seed
     )
     place, slash, parts = given.part.partition("/")
     if not (slash and place.isdigit() and parts.isdigit()):
         raise FisherError(f"--part {given.part}: write I/N, as in 1/4.")
-    return Settings(
+    return FisherSettings(
         choice,
         reduce=given.reduce,
         dtype=given.dtype,
@@ -110,18 +112,19 @@ def _settings(given: Namespace) -> Settings:
 def _estimate(given: Namespace) -> dict[str, Any]:
     from rlmerge.fisher.estimate import estimate_fisher
 
-    began: dict[str, float] = {}
+    began = {"gradients": time.monotonic()}
 
     def tell(step: Progress) -> None:
         if given.quiet:
             return
         now = time.monotonic()
-        since = began.setdefault(step.what, now)
+        since = began["gradients"]
         if step.what == "sampling":
+            began["gradients"] = now
             print(f"sampling: {step.done} of {step.total} sequences from {step.tokens} completions", file=sys.stderr)
         else:
-            rate = f", {step.tokens / (now - since):,.0f} tokens/s" if now > since else ""
-            print(f"gradients: {step.done} of {step.total} units{rate}", file=sys.stderr)
+            rate = f", {(step.done - step.before) / (now - since):.2f} a second" if now > since else ""
+            print(f"gradients: {step.done} of {step.total} sequences{rate}", file=sys.stderr)
 
     settings = _settings(given)
     made = estimate_fisher(

@@ -32,10 +32,10 @@ def declare(parser: Parser) -> None:
 def run(given: Namespace) -> None:
     """Judges, and prints tables."""
     try:
-        from rlmerge.fisher.stats import judge
+        from rlmerge.fisher.stats import judge_fishers
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge fisher-stats", error.name or "torch", "model") from None
-    found = judge(given.folders, given.base, given.model)
+    found = judge_fishers(given.folders, given.base, given.model)
     if given.json:
         json.dump(found, sys.stdout)
         print()

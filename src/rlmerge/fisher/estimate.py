@@ -7,6 +7,7 @@ F = mean over units of (∂ log p(y|x)/∂θ)² at θ, one sequence a unit (desi
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
-from rlmerge.errors import FisherError
+from rlmerge.errors import FisherError, NonFiniteError
 from rlmerge.evaluate.run import TransformersBackend, load_model
 from rlmerge.evaluate.tasks import Task, load_task
 from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
@@ -31,7 +32,7 @@ from .names import as_stored
 from .only import positions_asked, tensors_asked
 from .room import fit
 from .sequences import Unit, make_batches
-from .sources import Choice, Drawn, check_choice, gold, make_units, sample
+from .sources import Drawn, SequenceChoice, check_choice, gold, make_units, sample
 from .store import DTYPES, Course, open_folder, replace_folder, save_tensors, write_fisher
 
 CHUNK = 16
@@ -50,7 +51,7 @@ TOKEN_RULE = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class FisherSettings:
     """How a Fisher is estimated.
 
     reduce     'sum' of the log-probabilities of a completion's tokens, or their 'mean'
@@ -62,7 +63,7 @@ class Settings:
     part       (i, n): the i-th of n shares of the units, for several machines
     """
 
-    choice: Choice = field(default_factory=Choice)
+    choice: SequenceChoice = field(default_factory=SequenceChoice)
     reduce: str = "sum"
     dtype: str = "fp32"
     compute: str = "fp32"
@@ -76,12 +77,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done ('sampling', 'gradients'), how far it is, and tokens so far."""
+    """What is being done ('sampling', 'gradients'), how far it is, tokens (or completions tried) by this call, and how
+    far an earlier call had come.
+    """
 
     what: str
     done: int
     total: int
     tokens: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def estimate_fisher(
     model: Path | str,
     data: Path | str,
     out: Path | str,
-    settings: Settings | None = None,
+    settings: FisherSettings | None = None,
     *,
     base: Path | str | None = None,
     only: Path | str | None = None,
@@ -112,10 +116,10 @@ def estimate_fisher(
     only       a recipe: just the tensors whose Fishers it reads; with `sparse`, just the coordinates
     Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
     """
-    settings = settings or Settings()
+    settings = settings or FisherSettings()
     started = time.monotonic()
     out, data = Path(out), str(data)
-    task = load_task(data)
+    task = _load(data, settings.choice)
     _check(settings, task, data)
     source = _as_source(Path(model), base)
     stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
@@ -164,7 +168,7 @@ class _Run:
     """The sums of one run, on disk from time to time."""
 
     def __init__(
-        self, model: Any, settings: Settings, folder: Path, asked: _Asked, stored: Checkpoint,
+        self, model: Any, settings: FisherSettings, folder: Path, asked: _Asked, stored: Checkpoint,
         checkpointing: bool,
     ) -> None:  # fmt: skip
         self.model = model
@@ -189,8 +193,13 @@ class _Run:
                     self.squares.add(batch)
                     tokens += int(batch.mask.sum())
                 done = start + len(chunk)
+                if not math.isfinite(self.squares.log_probability):
+                    raise NonFiniteError(
+                        f"the log-probability of one of sequences {start + 1} to {done} is infinite or no number: the "
+                        "model's weights are damaged, or a merge has broken it."
+                    )
                 self.course.add(self.squares.total, start // size, done)
-                progress(Progress("gradients", done, len(units), tokens))
+                progress(Progress("gradients", done, len(units), tokens, resumed))
                 if time.monotonic() - saved > max(PATIENCE, 10 * cost) and done < len(units):
                     began = time.monotonic()
                     self._write_state(done)
@@ -221,7 +230,7 @@ class _Run:
         state["log_probability"] = torch.tensor(self.squares.log_probability, dtype=torch.float64)
         state["done"] = torch.tensor(done)
         part = self.folder / "sums.part"
-        save_file(state, part)
+        save_tensors(state, part)
         part.replace(self.folder / "sums.safetensors")
 
     def _read_state(self) -> int:
@@ -267,7 +276,14 @@ class _Asked:
         return state.hexdigest()
 
 
-def _check(settings: Settings, task: Task, data: str) -> None:
+def _load(data: str, choice: SequenceChoice) -> Task:
+    """A file whole; of a generated task as many problems as sequences are wanted, from its training split."""
+    whole = data.endswith(".jsonl") or data.partition(":")[0] in ("file", "humaneval")
+    groups = choice.group if choice.source == "policy" else 1
+    return load_task(data, "train", None if whole else max(1, choice.wanted // groups), choice.seed)
+
+
+def _check(settings: FisherSettings, task: Task, data: str) -> None:
     check_choice(settings.choice, task.problems, data)
     for name, value, known in (
         ("reduce", settings.reduce, ("sum", "mean")),
@@ -340,7 +356,7 @@ def _continue_or_begin(folder: Path, said: dict[str, Any], overwrite: bool) -> N
     note.write_text(json.dumps(said) + "\n")
 
 
-def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, asked: _Asked) -> dict[str, Any]:
+def _identity(model: Any, tokenizer: Any, task: Task, settings: FisherSettings, asked: _Asked) -> dict[str, Any]:
     """Everything that decides the result."""
     choice = asdict(settings.choice)
     if settings.choice.source == "gold":
@@ -361,12 +377,13 @@ def _identity(model: Any, tokenizer: Any, task: Task, settings: Settings, asked:
 
 
 def _draw(
-    model: Any, tokenizer: Any, task: Task, settings: Settings, folder: Path, progress: Callable[[Progress], None]
+    model: Any, tokenizer: Any, task: Task, settings: FisherSettings, folder: Path, progress: Callable[[Progress], None]
 ) -> list[Drawn]:
     choice = settings.choice
     notes = folder / "sequences.jsonl"
     if choice.source == "gold":
-        drawn = gold(tokenizer, task.problems, choice)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        drawn = gold(tokenizer, task.problems, choice, limit)
         notes.write_text("".join(one.to_json() + "\n" for one in drawn), encoding="utf-8")
         return drawn
 

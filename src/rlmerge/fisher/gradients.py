@@ -25,8 +25,9 @@ from .layers import Call, Layer, layers_of, mapped, tensors_in, tied_pairs
 from .products import Splitter, pull_back
 from .sequences import Batch
 
-TILE = 2**18
-"""Gradient entries of a unit that are formed at once: 1 MB in fp32, which stays in a second-level cache."""
+TILE = 2**20
+"""Gradient entries of a unit that are formed at once: 4 MB in fp32, which stay in the third-level cache. With 1 MB,
+calls and threads that start cost a tenth more (docs/fisher.md)."""
 LOGITS = 2**26
 """Logits of a single unit that are made at once."""
 

@@ -95,8 +95,8 @@ def _estimate(
     recipe: Recipe, entry: ModelEntry, model: Path, data: Path | str, folder: Path, tell: Callable[[str], None]
 ) -> None:
     try:
-        from .estimate import Progress, Settings, estimate_fisher
-        from .sources import Choice
+        from .estimate import FisherSettings, Progress, estimate_fisher
+        from .sources import SequenceChoice
     except ModuleNotFoundError as error:
         raise MissingExtraError("`fisher: {data: …}`", error.name or "torch", "model") from None
     assert isinstance(entry.fisher, dict)
@@ -108,7 +108,7 @@ def _estimate(
         tell(f"{entry.key}: {step.what}: {step.done} of {step.total}")
 
     try:
-        estimate_fisher(model, data, folder, Settings(Choice(**request), **outer), base=recipe.base_path,
+        estimate_fisher(model, data, folder, FisherSettings(SequenceChoice(**request), **outer), base=recipe.base_path,
                         progress=progress)  # fmt: skip
     except FisherError as error:
         raise FisherError(f"the Fisher of {entry.key}: {error}") from None

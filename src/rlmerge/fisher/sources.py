@@ -32,7 +32,7 @@ SLAB = 128
 
 
 @dataclass(frozen=True)
-class Choice:
+class SequenceChoice:
     """Which sequences to take; for `gold` only `sequences` matters.
 
     sequences     how many, over all groups under `policy`; None: 256, or all that `gold` has if they are fewer
@@ -77,7 +77,7 @@ class Drawn:
         return Drawn(**{**data, "prompt": tuple(data["prompt"]), "ids": tuple(data["ids"])})
 
 
-def check_choice(choice: Choice, problems: Several[Problem], data: str) -> None:
+def check_choice(choice: SequenceChoice, problems: Several[Problem], data: str) -> None:
     """Raises FisherError for what the data cannot give, before any model is loaded."""
     if choice.source not in SOURCES:
         raise FisherError(f"--source {choice.source}: unknown. There are: {', '.join(SOURCES)}.")
@@ -117,8 +117,8 @@ def check_choice(choice: Choice, problems: Several[Problem], data: str) -> None:
         raise FisherError(f"--temperature {choice.temperature}: sampling needs a temperature above 0.")
 
 
-def gold(tokenizer: Any, problems: Several[Problem], choice: Choice) -> list[Drawn]:
-    """The data's completions, encoded by themselves without special tokens, and the end."""
+def gold(tokenizer: Any, problems: Several[Problem], choice: SequenceChoice, limit: int | None) -> list[Drawn]:
+    """The data's completions, encoded by themselves without special tokens, and an end. `limit`: the model's tokens."""
     found = []
     for place, problem in enumerate(problems[: choice.wanted]):
         assert problem.completion is not None
@@ -128,7 +128,13 @@ def gold(tokenizer: Any, problems: Several[Problem], choice: Choice) -> list[Dra
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not end and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        found.append(Drawn(place, 0, prompt_ids(tokenizer, problem), tuple(ids), text, None))
+        prompt = prompt_ids(tokenizer, problem)
+        if not prompt or (limit and len(prompt) + len(ids) > limit):
+            raise FisherError(
+                f"problem {problem.id}: prompt and completion have {len(prompt)} and {len(ids)} tokens; the model "
+                f"reads up to {limit}, and a prompt of one at least. Leave the problem out."
+            )
+        found.append(Drawn(place, 0, prompt, tuple(ids), text, None))
     return found
 
 
@@ -136,7 +142,7 @@ def sample(
     model: Any,
     tokenizer: Any,
     problems: Several[Problem],
-    choice: Choice,
+    choice: SequenceChoice,
     notes: Path,
     batch: int = 32,
     unsafe: bool = False,
@@ -155,9 +161,10 @@ def sample(
     limit = getattr(model.config, "max_position_embeddings", None)
     prompts = [prompt_ids(tokenizer, problem) for problem in problems]
     for problem, prompt in zip(problems, prompts):
-        if not prompt or (limit and len(prompt) >= limit):
+        if not prompt or (limit and len(prompt) + choice.max_new_tokens > limit):
             raise FisherError(
-                f"problem {problem.id}: its prompt has {len(prompt)} tokens; the model reads 1 to {limit}."
+                f"problem {problem.id}: its prompt has {len(prompt)} tokens, and up to {choice.max_new_tokens} follow; "
+                f"the model reads up to {limit}. Leave it out, or lower --max-new-tokens."
             )
     sampling = Sampling(choice.temperature, choice.max_new_tokens)
     order = _order(choice, len(problems))
@@ -201,7 +208,7 @@ def sample(
     return kept[: choice.wanted]
 
 
-def make_units(drawn: Several[Drawn], choice: Choice) -> tuple[list[Unit], int]:
+def make_units(drawn: Several[Drawn], choice: SequenceChoice) -> tuple[list[Unit], int]:
     """Units with a gradient, and how many there are with those that have none (groups whose rewards are all equal)."""
     if choice.source != "policy":
         return [Unit((Sequence((*one.prompt, *one.ids), len(one.prompt)),)) for one in drawn], len(drawn)
@@ -226,7 +233,7 @@ def make_units(drawn: Several[Drawn], choice: Choice) -> tuple[list[Unit], int]:
     return units, len(groups)
 
 
-def _order(choice: Choice, problems: int) -> Iterator[tuple[int, int]]:
+def _order(choice: SequenceChoice, problems: int) -> Iterator[tuple[int, int]]:
     """(problem, attempt) in the order in which they are tried."""
     if choice.source == "policy":
         groups = choice.wanted // choice.group

@@ -39,7 +39,7 @@ class Judged:
     along: dict[int, Vector]
 
 
-def judge(
+def judge_fishers(
     folders: Sequence[Path | str], base: Path | str | None = None, models: Sequence[Path | str] = ()
 ) -> dict[str, Any]:
     """Statistics of Fisher folders, JSON-able.

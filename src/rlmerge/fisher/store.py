@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlmerge.checkpoint.fisher import COMPACT
-from rlmerge.errors import FisherError
+from rlmerge.errors import FisherError, OutputError
 from rlmerge.small_files import json_lines
 
 SHARD = 5 * 10**9
@@ -117,7 +118,10 @@ def write_parts(
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """A safetensors file that others may read as they may read what else is written here."""
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{file}: cannot be written: {error}. What was done is kept.") from None
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
