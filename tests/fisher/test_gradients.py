@@ -28,7 +28,7 @@ def by_hand(model: Any, units: list[Unit], mean: bool = False) -> dict[str, Any]
     total = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     for unit in units:
         model.zero_grad()
-        value = 0.0
+        value: Any = 0.0
         for row in unit.sequences:
             logs = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             scored = [logs[t - 1, row.ids[t]] for t in range(row.start, len(row.ids))]
@@ -110,7 +110,7 @@ def test_wanted_parameters_only() -> None:
 class Shared(torch.nn.Module):
     """Uses the weight of one layer inside another's forward, and one layer twice: no hook can see the first."""
 
-    def __init__(self, inner: torch.nn.Linear) -> None:
+    def __init__(self, inner: Any) -> None:
         super().__init__()
         self.first = torch.nn.Linear(24, 24, dtype=torch.float64)
         self.inner = inner

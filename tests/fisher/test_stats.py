@@ -47,7 +47,7 @@ def test_a_sample_has_one_place_a_run(size: int, stride: int) -> None:
     found = sample_positions("a.weight", size, stride)
     assert (np.diff(found) > 0).all()
     assert (found // stride == np.arange(len(found))).all()
-    assert found.max() < size
+    assert (found < size).all()
     assert len(found) >= size // stride
     assert stride == 1 or size < 500 or not np.array_equal(found, sample_positions("b.weight", size, stride))
 

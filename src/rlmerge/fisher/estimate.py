@@ -184,6 +184,7 @@ class _Run:
     def measure(self, units: list[Unit], progress: Callable[[Progress], None]) -> int:
         """Adds all units, chunk by chunk. Returns how many an earlier run had added."""
         size = min(CHUNK, max(1, -(-len(units) // 2)))
+        self.squares.check(make_batches(units[:size], self.settings.tokens, self.settings.reduce == "mean")[0])
         first = resumed = self._read_state()
         saved, cost, tokens = time.monotonic(), 0.0, 0
         try:

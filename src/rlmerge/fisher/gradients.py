@@ -30,6 +30,8 @@ TILE = 2**20
 calls and threads that start cost a tenth more (docs/fisher.md)."""
 LOGITS = 2**26
 """Logits of a single unit that are made at once."""
+CHECKED = 64
+"""Tokens of a sequence that the comparison with plain passes looks at."""
 
 
 class SquaredGradients:
@@ -106,8 +108,7 @@ class SquaredGradients:
     def add(self, batch: Batch) -> None:
         """Adds the units of a batch. The first batch also shows which parameters must be done the plain way."""
         if self._unchecked:
-            self._unchecked = False
-            self._check(batch)
+            self.check(batch)
         if len(self._slow) < len(self.total):
             self._add_fast(batch)
         if self._slow:
@@ -176,8 +177,8 @@ class SquaredGradients:
                 _add_square(self.total[bias], of_bias)
         hidden.backward(upstream)
 
-    def _add_slow(self, batch: Batch, names: set[str], total: dict[str, Tensor]) -> None:
-        """A backward pass for each unit, for some parameters."""
+    def _add_slow(self, batch: Batch, names: set[str], total: dict[str, Tensor], factor: float = 1.0) -> None:
+        """A backward pass for each unit, for some parameters; adds `factor` times their squares."""
         wanted = {name: self._parameters[name] for name in sorted(names)}
         parameters = [*wanted.values()]
         if self._checkpointing:  # a layer that is computed again needs an input with a gradient
@@ -202,7 +203,7 @@ class SquaredGradients:
                 self.log_probability += value
             for name, gradient in zip(wanted, found):
                 if gradient is not None:
-                    _add_square(total[name], gradient)
+                    _add_square(total[name], gradient, factor)
 
     def _logits(self, batch: Batch) -> tuple[Tensor, int, int]:
         """Logits [R, last - first, V] of the tokens in columns [first, last), from the positions before them."""
@@ -400,41 +401,61 @@ class SquaredGradients:
 
     # -- the check ------------------------------------------------------------------------------------------------
 
-    def _check(self, batch: Batch) -> None:
-        """Compares with a plain backward pass on two units of the first batch; what differs is done the plain way."""
+    def check(self, batch: Batch) -> None:
+        """Compares with plain backward passes on two units of a batch; what differs is done the plain way from then on.
+
+        `add` does it with its first batch. Whoever goes on with earlier sums calls it first, with the batch that was
+        the first then: it works in `total`, and leaves zeros.
+        """
+        self._unchecked = False
         places = [0, batch.units - 1] if batch.units > 1 else [0]
-        part = units_of(batch, places)
-        saved, before = self.total, self.log_probability
+        part = shortened(units_of(batch, places), CHECKED)
+        before = self.log_probability
         while True:
-            self.total = {name: torch.zeros_like(value) for name, value in saved.items()}
             try:
                 self._add_fast(part)
                 break
             except Unsuitable as found:
+                for value in self.total.values():
+                    value.zero_()
                 if found.layer.rule == "embedding" and not self._explicit_positions:
                     self._explicit_positions = True  # GPT-2 looks one row of positions up for all sequences
                     continue
-                bad = {name for name in found.layer.parameters.values() if name in saved}
+                bad = {name for name in found.layer.parameters.values() if name in self.total}
                 self._note(bad, found.reason)
                 self._slow |= bad
                 self._drop(found.layer)
-        plain = {name: torch.zeros_like(value) for name, value in saved.items()}
-        self._add_slow(part, set(plain), plain)
-        limit = 0.1 if self.compute == "bf16" else 1e-3
-        wrong = {
-            name
-            for name, value in plain.items()
-            if name not in self._slow and float((self.total[name] - value).norm()) > limit * float(value.norm())
-        }
-        self.total, self.log_probability = saved, before
+        wrong = self._differing(part, 0.1 if self.compute == "bf16" else 1e-3)
+        self.log_probability = before
         self._head = self._find_head(batch)
         if wrong:
             self._note(wrong, "used in a way that its layer does not show")
             self._slow |= wrong
             for layer in list(self._layers):
                 if wrong & set(layer.parameters.values()):
-                    self._slow |= {name for name in layer.parameters.values() if name in saved}
+                    self._slow |= {name for name in layer.parameters.values() if name in self.total}
                     self._drop(layer)
+
+    def _differing(self, part: Batch, limit: float) -> set[str]:
+        """Parameters whose squares in `total` are not those of plain passes; `total` is zero afterwards.
+
+        Some parameters at a time, and in place: no second Fisher and no gradient of the whole model.
+        """
+        wrong: set[str] = set()
+        group: list[str] = []
+        most = sum(value.numel() for value in self.total.values()) // 8
+        fast = sorted(self._fast)
+        for place, name in enumerate(fast):
+            group.append(name)
+            if place + 1 < len(fast) and sum(self.total[one].numel() for one in group) < most:
+                continue
+            sizes = {one: float(self.total[one].norm()) for one in group}
+            self._add_slow(part, set(group), self.total, -1.0)
+            wrong |= {one for one in group if not float(self.total[one].norm()) <= limit * sizes[one]}
+            group = []
+        for value in self.total.values():
+            value.zero_()
+        return wrong
 
     def _drop(self, layer: Layer) -> None:
         place = self._layers.index(layer)
@@ -493,13 +514,28 @@ def units_of(batch: Batch, places: list[int]) -> Batch:
     return Batch(batch.ids[rows, :width], batch.mask[rows, :width], batch.factor[rows, :width], len(places), batch.rows)
 
 
+def shortened(batch: Batch, most: int) -> Batch:
+    """The same units with fewer tokens: at most so many, from a window that has scored ones of every row."""
+    width = batch.ids.shape[1]
+    if width <= most:
+        return batch
+    starts = (batch.factor != 0.0).int().argmax(1)
+    rows = [slice(max(0, min(int(start) - most // 2, width - most)), None) for start in starts]
+    cut = [
+        torch.stack([values[row, part][:most] for row, part in enumerate(rows)])
+        for values in (batch.ids, batch.mask, batch.factor)
+    ]
+    cut[2][:, 0] = 0.0  # the first token has nothing before it
+    return Batch(cut[0], cut[1], cut[2], batch.units, batch.rows)
+
+
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype)
 
 
-def _add_square(total: Tensor, gradient: Tensor) -> None:
+def _add_square(total: Tensor, gradient: Tensor, factor: float = 1.0) -> None:
     wide = gradient.to(total.dtype)
-    total.addcmul_(wide, wide)
+    total.addcmul_(wide, wide, value=factor)
 
 
 def _add_outer_squares(total: Tensor, left: Tensor, right: Tensor, left_out: list[Tensor] | None) -> None:

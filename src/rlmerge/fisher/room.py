@@ -8,6 +8,7 @@ from torch import nn
 
 from rlmerge.errors import FisherError
 
+from .gradients import LOGITS
 from .layers import layers_of
 
 AROUND = 700 * 10**6
@@ -37,18 +38,23 @@ def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, b
     weights = sum(parameter.numel() * (parameter.element_size() + 4) for parameter in model.parameters())
     largest = max((_size(layer.module) for layer in layers), default=0)
     free = memory - weights - 4 * largest - AROUND
-    kept = 6 * width + 12 * vocabulary
-    twice = 6 * hidden * blocks + 6 * width // blocks + 12 * vocabulary
-    if free >= longest * kept:
-        return max(1, min(most, int(free // kept))), False
-    if free >= longest * twice:
-        return max(1, min(most, int(free // twice))), True
-    needed = memory - free + longest * twice
+    kept = 6 * width
+    twice = 6 * hidden * blocks + 6 * width // blocks
+    for each, checkpointing in ((kept, False), (twice, True)):
+        if free >= _needed(longest, each, vocabulary):
+            return max(1, min(most, int(free // (each + 12 * vocabulary)))), checkpointing
+    unit = _needed(longest, twice, vocabulary)
+    needed = memory - free + unit
     raise FisherError(
         f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
-        f"{longest:,} tokens {longest * twice / 1e9:.2g} GB even with activations computed twice. Give "
+        f"{longest:,} tokens {unit / 1e9:.2g} GB even with activations computed twice. Give "
         f"{needed / 1e9:.2g} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
     )
+
+
+def _needed(longest: int, each: int, vocabulary: int) -> int:
+    """Bytes for one unit: activations, and three copies of its logits, which are made in pieces."""
+    return longest * each + 12 * min(longest * vocabulary, max(LOGITS, 64 * vocabulary))
 
 
 def _size(module: nn.Module) -> int:

@@ -57,7 +57,7 @@ def record_of(whole: Tensor) -> dict[str, Any]:
     """Sum, count and digest of a tensor that is stored whole."""
     raw = whole.view(-1).view(torch.uint8).numpy()
     return {
-        "sum": float(whole.double().sum()),
+        "sum": float(whole.sum(dtype=torch.float64)),
         "count": whole.numel(),
         "xxh3_128": xxhash.xxh3_128_hexdigest(raw.data),
     }
@@ -72,7 +72,7 @@ def _parts(
         chosen = value.reshape(-1)[torch.from_numpy(positions)].to(DTYPES[dtype])
         first, second = COMPACT["sparse"]
         narrow = positions.astype(np.int32) if value.numel() < 2**31 else positions
-        return {name + first: torch.from_numpy(narrow), name + second: chosen}, float(value.double().sum())
+        return {name + first: torch.from_numpy(narrow), name + second: chosen}, float(value.sum(dtype=torch.float64))
     if storage == "factored" and value.dim() > 1:
         _check(name, value)
         matrix = value.reshape(value.shape[0], -1).double()
