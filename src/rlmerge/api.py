@@ -23,7 +23,7 @@ from rlmerge.execute.journal import Journal
 from rlmerge.execute.local import LocalRun
 from rlmerge.execute.report import collect
 from rlmerge.execute.work import Worker
-from rlmerge.fisher.on_demand import with_estimates
+from rlmerge.fisher.on_demand import with_estimates, without_fishers
 from rlmerge.kernels import Backend, choose, is_compiled, load_kernels
 from rlmerge.plan import Plan, make_plan, without_records
 from rlmerge.recipe import Recipe
@@ -98,6 +98,9 @@ def merge_to_folder(
     started = time.monotonic()
     recipe = as_recipe(recipe)
     check_run(threads, kernels, shard_bytes)
+    if recipe.to_estimate:  # hours, perhaps: first everything that can be known without them
+        with recipe.located():
+            OutputFolder(make_plan(without_fishers(recipe)), Path(out), sweep_names(sweep), overwrite, fsync).check()
     recipe = with_estimates(recipe, lambda text: progress(Step(0, 0, 0, text)))
     variants = make_variants(recipe, sweep)
     names = sweep_names(sweep)

@@ -329,7 +329,9 @@ def _plan_tensor(
     digests = tuple(folder.digests[named] for folder in fishers) if known and named else ()
     if reason is not None:
         base = files.place(info)
-        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats)
+        # a sparse Fisher's sum is written down only; others are added up with what is read
+        own = sums if any(place.kind == "sparse" for place in places) else ()
+        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, own)
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:

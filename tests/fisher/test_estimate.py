@@ -142,6 +142,27 @@ def test_sparse_fishers_merge_to_the_same_bytes(home: Path, tmp_path: Path) -> N
     assert weights[0] == weights[1]
 
 
+def test_sparse_fishers_know_the_scale_of_what_is_not_merged(home: Path, tmp_path: Path) -> None:
+    more = "exclude: ['embed']\nparameters: {agreement: winner}\n"
+    recipes = {}
+    for prefix in ("whole", "sparse"):
+        recipes[prefix] = tmp_path / f"{prefix}.yml"
+        recipes[prefix].write_text(recipe_text(home, tmp_path, prefix, more))
+    for dtype in ("fp32", "bf16"):
+        settings = FisherSettings(SequenceChoice("gold"), dtype=dtype)
+        weights = []
+        for number in (0, 1):
+            model, data = home / f"expert{number}", home / "data.jsonl"
+            estimate_fisher(model, data, tmp_path / f"whole{number}", settings, overwrite=True)
+            estimate_fisher(
+                model, data, tmp_path / f"sparse{number}", settings, only=recipes["sparse"], sparse=True, overwrite=True
+            )
+        for prefix, recipe in recipes.items():
+            succeeded(rlmerge("merge", recipe, tmp_path / f"m-{prefix}", "--quiet", "--overwrite"))
+            weights.append((tmp_path / f"m-{prefix}" / "model.safetensors").read_bytes())
+        assert weights[0] == weights[1], dtype
+
+
 def test_a_sparse_fisher_of_another_recipe_is_refused(home: Path, tmp_path: Path) -> None:
     asked = tmp_path / "asked.yml"
     asked.write_text(recipe_text(home, tmp_path, "s"))
@@ -218,6 +239,30 @@ def test_shares_add_up(home: Path, tmp_path: Path) -> None:
     assert again["combined"] == [[1, 3], [2, 3], [3, 3]]
 
 
+def test_shares_of_groups_add_up(home: Path, answered: Path, tmp_path: Path) -> None:
+    choice = SequenceChoice("policy", sequences=40, group=4, max_new_tokens=1, temperature=0.7)
+    whole = estimate_fisher(home / "expert0", answered, tmp_path / "whole", FisherSettings(choice))
+    for place in (1, 2):
+        estimate_fisher(home / "expert0", answered, tmp_path / f"p{place}", FisherSettings(choice, part=(place, 2)))
+    meta = combine_fishers([tmp_path / "p1", tmp_path / "p2"], tmp_path / "sum")
+    assert meta["units"] == whole.meta["units"] == 10
+    found, expected = (load_file(tmp_path / name / "fisher.safetensors") for name in ("sum", "whole"))
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-12)
+    with pytest.raises(FisherError, match="missing"):
+        combine_fishers([tmp_path / "p1", tmp_path / "p1"][:1] * 1 + [_as_part(tmp_path, 1, 3)], tmp_path / "x")
+
+
+def _as_part(folder: Path, place: int, parts: int) -> Path:
+    """A copy of p2 that says it is another part, so that one is missing."""
+    copy = shutil.copytree(folder / "p2", folder / "odd")
+    meta = json.loads((copy / "fisher.json").read_text())
+    (copy / "fisher.json").write_text(json.dumps(meta | {"part": [place + 1, parts]}))
+    first = json.loads((folder / "p1" / "fisher.json").read_text())
+    (folder / "p1" / "fisher.json").write_text(json.dumps(first | {"part": [1, parts]}))
+    return copy
+
+
 def test_what_cannot_be_combined(home: Path, tmp_path: Path) -> None:
     for place, model in ((1, "expert0"), (2, "expert1")):
         estimate_fisher(home / model, home / "data.jsonl", tmp_path / f"p{place}",
@@ -288,6 +333,65 @@ def test_an_unfinished_run_of_something_else_is_not_continued(home: Path, tmp_pa
     assert (tmp_path / "strange" / "thesis.tex").read_text() == "mine"
 
 
+def test_an_unfinished_run_of_a_changed_model_is_not_continued(home: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(home / "expert0", tmp_path / "model")
+    unfinished = tmp_path / "f.unfinished"
+
+    def stop(step: Any) -> None:
+        if step.what == "gradients":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(model, home / "data.jsonl", tmp_path / "f", GOLD, progress=stop)
+    assert unfinished.exists()
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 0.1}))
+    with pytest.raises(FisherError, match="another model"):
+        estimate_fisher(model, home / "data.jsonl", tmp_path / "f", GOLD)
+    (model / "config.json").write_text(config)
+    # other settings of the same sequences cost nothing that was done, so they may go on
+    made = estimate_fisher(
+        model, home / "data.jsonl", tmp_path / "f", FisherSettings(SequenceChoice("gold"), reduce="mean")
+    )
+    assert made.meta["reduce"] == "mean"
+    assert not unfinished.exists()
+
+
+def test_nothing_of_others_is_deleted(home: Path, tmp_path: Path) -> None:
+    for name in ("f.unfinished", "f.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(FisherError, match="in the way"):
+        estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "f", GOLD, overwrite=True)
+    (tmp_path / "f.replaced" / "model.safetensors").unlink()
+    (tmp_path / "f.replaced").rmdir()
+    with pytest.raises(FisherError, match="in the way"):
+        estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "f", GOLD, overwrite=True)
+    assert (tmp_path / "f.unfinished" / "model.safetensors").read_bytes() == b"mine"
+    (tmp_path / "link").symlink_to(tmp_path / "f.unfinished")
+    with pytest.raises(FisherError, match="is a link"):
+        estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "link", GOLD, overwrite=True)
+
+
+def test_two_processes_do_not_share_a_folder(home: Path, tmp_path: Path) -> None:
+    from rlmerge.fisher.folder import RunFolder
+
+    with RunFolder(tmp_path / "f", False).opened({"draw": {}}), pytest.raises(FisherError, match="another process"):
+        estimate_fisher(home / "expert0", home / "data.jsonl", tmp_path / "f", GOLD)
+
+
+def test_the_merge_is_checked_before_fishers_are_estimated(home: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yml"
+    entries = "".join(
+        f"- {{model: {home}/expert{n}, fisher: {{data: {home}/data.jsonl, source: gold}}}}\n" for n in (0, 1)
+    )
+    recipe.write_text(f"merge_method: sar\nbase_model: {home}/base\nmodels:\n{entries}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    message = refused(rlmerge("merge", recipe, tmp_path / "out"))
+    assert "estimating" not in message
+
+
 @pytest.fixture(scope="module")
 def answered(home: Path) -> Path:
     """Problems of which the model answers some: one greedy word of the model itself is the answer."""
@@ -348,9 +452,9 @@ def test_policy_weights_are_advantages() -> None:
     from rlmerge.fisher.sources import Drawn
 
     drawn = [Drawn(p, a, (1,), (2, 3), "", bool(a == 0 or p == 1)) for p in (0, 1) for a in range(4)]
-    units, counted = make_units(drawn, SequenceChoice("policy", group=4))
-    assert counted == 2
-    assert len(units) == 1  # all right: no advantage
+    units = make_units(drawn, SequenceChoice("policy", group=4))
+    assert units[1] is None  # all right: no advantage, but it counts in the mean
+    assert units[0] is not None
     weights = np.array([sequence.weight for sequence in units[0].sequences])
     reward = np.array([1.0, 0.0, 0.0, 0.0])
     assert np.allclose(weights, (reward - 0.25) / reward.std(ddof=1) / 4)

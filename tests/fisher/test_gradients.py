@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from tests.fisher.tiny_models import CONFIGS, make_model, make_units  # noqa: E402
 
+from rlmerge.errors import FisherError  # noqa: E402
 from rlmerge.fisher.gradients import SquaredGradients  # noqa: E402
 from rlmerge.fisher.sequences import Sequence, Unit, make_batch, make_batches  # noqa: E402
 
@@ -81,6 +82,50 @@ def test_long_sequences_in_pieces(kind: str, options: dict[str, Any]) -> None:
     model, units = make_model(kind), make_units(4)
     found = squares(model, units, 1, **options)
     assert error(found.total, by_hand(model, units)) < (1e-6 if kind == "gemma2" else 1e-10)
+
+
+ODD = {
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=61, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4, dropout=0.3,
+        max_position_embeddings=64, word_embed_proj_dim=24, pad_token_id=1,
+    ),
+    "ctrl": lambda: transformers.CTRLConfig(vocab_size=61, n_embd=24, dff=40, n_layer=2, n_head=4, n_positions=64),
+    "xglm": lambda: transformers.XGLMConfig(
+        vocab_size=61, d_model=24, ffn_dim=40, num_layers=2, attention_heads=4, max_position_embeddings=64, dropout=0.4,
+    ),
+    "neox-japanese": lambda: transformers.GPTNeoXJapaneseConfig(
+        vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_multiple_size=2,
+        max_position_embeddings=64,
+    ),
+}  # fmt: skip
+"""Positions looked up by a mask, changes in place, dropout of a layer's own, a module that gives its bias away."""
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_odd_architectures(kind: str, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(ODD[kind](), dtype=torch.float32).eval()
+    made = [one.sequences[0] for one in make_units(4)]
+    units = [Unit((Sequence(tuple(2 + i for i in one.ids), one.start),)) for one in made]
+    if checkpointing and not model.supports_gradient_checkpointing:
+        with pytest.raises(FisherError, match="checkpointing"):
+            squares(model, units, 30, checkpointing=True)
+        return
+    found, expected = squares(model, units, 30, checkpointing=checkpointing).total, by_hand(model, units)
+    largest = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():  # the bias of keys has no gradient, only rounding
+        assert float((found[name] - value).norm()) < 1e-4 * float(value.norm()) + 1e-11 * largest, name
+    assert not any(module.training for module in model.modules())
+
+
+def test_one_unit_first_and_several_later() -> None:
+    model, units = make_model("gpt2"), make_units(6)
+    found = SquaredGradients(model)
+    found.add(make_batch(units[:1], mean=False))
+    found.add(make_batch(units[1:], mean=False))
+    found.close()
+    assert error(found.total, by_hand(model, units)) < 1e-10
 
 
 def test_mean_over_tokens() -> None:

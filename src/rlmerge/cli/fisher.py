@@ -73,7 +73,8 @@ def run(given: Namespace) -> None:
     try:
         meta = {"data": _estimate, "combine": _combine, "from_adam": _from_adam}[modes[0]](given)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"The same command continues {given.out}.") from None
+        continues = f"The same command continues {given.out}." if given.data else ""
+        raise KeyboardInterrupt(continues) from None
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge fisher", error.name or "torch", "model") from None
     if given.json:
@@ -93,7 +94,7 @@ def _settings(given: Namespace) -> FisherSettings:
         given.source, given.sequences, given.attempts, given.group, given.temperature, given.max_new_tokens, given.seed
     )
     place, slash, parts = given.part.partition("/")
-    if not (slash and place.isdigit() and parts.isdigit()):
+    if not (slash and place.isdecimal() and parts.isdecimal()):
         raise FisherError(f"--part {given.part}: write I/N, as in 1/4.")
     return FisherSettings(
         choice,

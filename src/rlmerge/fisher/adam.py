@@ -18,8 +18,9 @@ from rlmerge.checkpoint.folder import open_checkpoint, read_json_object
 from rlmerge.errors import FisherError
 from rlmerge.version import VERSION
 
+from .folder import RunFolder
 from .names import as_stored
-from .store import begin_folder, replace_folder, write_fisher
+from .store import DTYPES, write_fisher
 
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names that the trainer of transformers 5 puts into the group without weight decay."""
@@ -38,6 +39,9 @@ def fisher_from_adam(
     weight decay) and checked by shape; the pickle is loaded weights-only. Raises FisherError for everything else.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    if dtype not in DTYPES:
+        raise FisherError(f"dtype {dtype!r}: write one of: {', '.join(DTYPES)}.")
+    folder = RunFolder(out, overwrite)
     state = _read_state(checkpoint)
     stored = open_checkpoint(checkpoint)
     model = _empty_model(checkpoint)
@@ -48,7 +52,7 @@ def fisher_from_adam(
     steps = set()
     for place, name in names.items():
         entry = state["state"].get(place)
-        if entry is None:
+        if entry is None or float(entry["step"]) == 0.0:
             continue  # never had a gradient
         step = float(entry["step"])
         steps.add(step)
@@ -67,9 +71,8 @@ def fisher_from_adam(
         "beta2": sorted(set(betas.values())),
         "missing": sorted(set(names.values()) - set(values)),
     }
-    unfinished = begin_folder(out, overwrite)
-    write_fisher(unfinished, as_stored(model, values, stored.tensors), meta, dtype)
-    replace_folder(unfinished, out)
+    with folder.opened() as unfinished:
+        write_fisher(unfinished, as_stored(model, values, stored.tensors), meta, dtype)
     return read_json_object(out / "fisher.json")
 
 
@@ -88,6 +91,14 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
             "never run."
         ) from None
     groups = state.get("param_groups") if isinstance(state, dict) else None
+    entries = state.get("state") if isinstance(state, dict) else None
+    if isinstance(entries, dict) and any(
+        not isinstance(entry, dict) or "exp_avg_sq" not in entry or "step" not in entry for entry in entries.values()
+    ):
+        raise FisherError(
+            f"{file}: its entries have no exp_avg_sq and step: it is of another optimizer than Adam, or of an "
+            "8-bit one, whose moments are quantized."
+        )
     if (
         not isinstance(groups, list)
         or not isinstance(state.get("state"), dict)

@@ -15,9 +15,22 @@ from rlmerge.checkpoint.fisher import COMPACT
 from rlmerge.checkpoint.folder import read_json_object, read_weights
 from rlmerge.errors import FisherError
 
-from .store import begin_folder, record_of, replace_folder, save_tensors, write_parts
+from .folder import RunFolder
+from .store import record_of, save_tensors, write_parts
 
-SAME = ("weights", "source", "data", "choice", "reduce", "compute", "storage", "only", "model", "format")
+SAME = (
+    "weights",
+    "small_files",
+    "source",
+    "sampling",
+    "taken",
+    "reduce",
+    "compute",
+    "storage",
+    "dtype",
+    "only",
+    "format",
+)
 """Keys of fisher.json in which shares must agree."""
 
 
@@ -35,6 +48,8 @@ def combine_fishers(folders: Sequence[Path | str], out: Path | str, *, overwrite
     first, where = found[0]
     for meta, path in found[1:]:
         different = [key for key in SAME if meta.get(key) != first.get(key)]
+        if meta["data"].get("problems") != first["data"].get("problems"):  # its name may be another machine's path
+            different.append("data")
         if different:
             raise FisherError(
                 f"{path} and {where}: differ in {', '.join(different)}, so they are not shares of one Fisher."
@@ -47,8 +62,10 @@ def combine_fishers(folders: Sequence[Path | str], out: Path | str, *, overwrite
         listed = ", ".join(f"{path} is part {meta['part'][0]} of {meta['part'][1]}" for meta, path in found)
         raise FisherError(f"shares of one division are needed, each once: {listed}.")
     missing = sorted(set(range(1, parts[0][1] + 1)) - {place for place, _ in parts})
+    if missing:
+        raise FisherError(f"parts {', '.join(map(str, missing))} of {parts[0][1]} are missing: give all folders.")
     units = [meta["units"] for meta in metas]
-    unfinished = begin_folder(out, overwrite)
+    folder = RunFolder(out, overwrite)
     weights = [count / sum(units) for count in units]
     raw = [_tensor_files(path) for _, path in found]
     if any(part.keys() != raw[0].keys() for part in raw):
@@ -64,15 +81,14 @@ def combine_fishers(folders: Sequence[Path | str], out: Path | str, *, overwrite
     meta = {key: value for key, value in first.items() if key not in ("tensors", "dtype", "log_probability")}
     meta |= {
         "units": sum(units),
-        "part": [1, 1] if not missing else [place for place, _ in parts] + [parts[0][1]],
+        "part": [1, 1],
         "sequences": sum(meta["sequences"] for meta in metas),
         "tokens": sum(meta["tokens"] for meta in metas),
         "combined": [list(part) for part in parts],
-        "notes": [*first["notes"], *([f"parts {missing} of {parts[0][1]} are missing"] if missing else [])],
     }
-    write_parts(unfinished, values, records, {**meta, "dtype": first["dtype"]})
-    _combine_halves([path for _, path in found], unfinished)
-    replace_folder(unfinished, out)
+    with folder.opened() as unfinished:
+        write_parts(unfinished, values, records, {**meta, "dtype": first["dtype"]})
+        _combine_halves([path for _, path in found], unfinished)
     return read_json_object(out / "fisher.json")
 
 
@@ -92,7 +108,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     if not (folder / "fisher.json").exists():
         raise FisherError(f"{folder}: has no fisher.json, which says what a share is worth.")
     meta = read_json_object(folder / "fisher.json")
-    for key in ("units", "part", "tensors", "weights"):
+    for key in ("units", "part", "tensors", "weights", "data", "sequences", "tokens", "dtype"):
         if key not in meta:
             raise FisherError(f"{folder / 'fisher.json'}: has no {key!r}: only what `rlmerge fisher` made is combined.")
     return meta

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,22 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
+from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpoint, read_json_object
 from rlmerge.errors import FisherError, NonFiniteError
 from rlmerge.evaluate.run import TransformersBackend, load_model
-from rlmerge.evaluate.tasks import Task, load_task
+from rlmerge.evaluate.tasks import Task
 from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
 from rlmerge.version import VERSION
 
+from .data import load_data
+from .folder import RunFolder
 from .gradients import SquaredGradients
-from .names import as_stored
+from .names import as_stored, names_in_files
 from .only import positions_asked, tensors_asked
 from .room import fit
 from .sequences import Unit, make_batches
 from .sources import Drawn, SequenceChoice, check_choice, gold, make_units, sample
-from .store import DTYPES, Course, open_folder, replace_folder, save_tensors, write_fisher
+from .store import DTYPES, Course, save_tensors, write_fisher
 
 CHUNK = 16
 """Units that are added before the run may be interrupted without loss; even and odd chunks make the two halves."""
@@ -41,6 +42,16 @@ TOKENS = 1024
 """Padded tokens of a batch, at most: more would be no faster, and logits of a large vocabulary take their room."""
 PATIENCE = 60.0
 """Seconds after which the sums so far are put on disk, if that does not take a tenth of the time."""
+SMALL = (
+    "*config.json",
+    "token*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
+"""Files beside the weights that decide what is computed, and of which tokens."""
 WIDTH = {"fp32": 4, "bf16": 2}
 """Bytes of a stored value."""
 TOKEN_RULE = (
@@ -108,60 +119,63 @@ def estimate_fisher(
     only: Path | str | None = None,
     sparse: bool = False,
     overwrite: bool = False,
+    wait: bool = False,
     progress: Callable[[Progress], None] = lambda step: None,
 ) -> Estimate:
     """Estimates the Fisher of `model` (a folder, or a recipe that is merged in memory) on `data` (.jsonl, or a task).
 
     base       the base of a LoRA folder, where the adapter does not name one that is here
     only       a recipe: just the tensors whose Fishers it reads; with `sparse`, just the coordinates
+    wait       for another process that makes the same, instead of an error
     Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
     """
     settings = settings or FisherSettings()
     started = time.monotonic()
-    out, data = Path(out), str(data)
-    task = _load(data, settings.choice)
-    _check(settings, task, data)
+    data = str(data)
+    choice = settings.choice
+    task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
+    _check(settings, sparse, task, data)
     source = _as_source(Path(model), base)
     stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
     asked = _Asked.by(only, sparse, stored)
-    unfinished = open_folder(out, overwrite)
+    folder = RunFolder(out, overwrite)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     loaded, tokenizer = load_model(source, settings.threads)
-    said = _identity(loaded, tokenizer, task, settings, asked)
-    _continue_or_begin(unfinished, said, overwrite)
-    drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
-    units, counted = make_units(drawn, settings.choice)
-    place, parts = settings.part
-    mine = units[place - 1 :: parts]
-    if not mine:
-        raise FisherError(f"part {place} of {parts} has no unit: there are only {len(units)}.")
-    of_mine = counted if parts == 1 else len(mine)
-    longest = max(unit.length * len(unit.sequences) for unit in mine)
-    tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
-    settings = replace(settings, tokens=tokens)
-    run = _Run(loaded, settings, unfinished, asked, stored, checkpointing)
-    resumed = run.measure(mine, progress)
-    meta = {
-        "format": 1,
-        "rlmerge": VERSION,
-        "model": str(model),
-        **said,
-        "units": of_mine,
-        "part": list(settings.part),
-        "sequences": sum(len(unit.sequences) for unit in mine),
-        "tokens": sum(sequence.scored for unit in mine for sequence in unit.sequences),
-        "accepted": _accepted(unfinished),
-        "log_probability": run.log_probability / len(mine),
-        "token_rule": TOKEN_RULE,
-        "notes": run.notes,
-    }
-    run.write(meta, of_mine, stored)
-    (unfinished / "run.json").unlink()
-    for file in unfinished.glob("sums*.safetensors"):
-        file.unlink()
-    replace_folder(unfinished, out)
-    return Estimate(out, json.loads((out / "fisher.json").read_text()), time.monotonic() - started, resumed)
+    said = _identity(loaded, tokenizer, stored.folder, task, settings, asked)
+    with folder.opened(said, wait) as unfinished:
+        if wait and (Path(out) / "fisher.json").exists():
+            raise FisherError(f"{out}: another process has just made it.")
+        drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
+        place, parts = settings.part
+        mine = make_units(drawn, choice)[place - 1 :: parts]
+        live = [unit for unit in mine if unit is not None]
+        if not live:
+            raise FisherError(
+                f"part {place} of {parts} has no sequence with a gradient ({len(mine)} units): take more sequences, or "
+                "fewer parts; with --source policy some groups must have right and wrong answers."
+            )
+        longest = max(unit.length * len(unit.sequences) for unit in live)
+        tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
+        run = _Run(loaded, replace(settings, tokens=tokens), unfinished, asked, stored, checkpointing)
+        resumed = run.measure(live, progress)
+        meta = {
+            "format": 1,
+            "rlmerge": VERSION,
+            "model": str(model),
+            **{key: value for key, value in said.items() if key != "draw"},
+            **said["draw"],
+            "units": len(mine),
+            "part": list(settings.part),
+            "sequences": sum(len(unit.sequences) for unit in live),
+            "tokens": sum(sequence.scored for unit in live for sequence in unit.sequences),
+            "accepted": _accepted(unfinished),
+            "log_probability": run.log_probability / len(live),
+            "token_rule": TOKEN_RULE,
+            "notes": run.notes,
+        }
+        run.write(meta, len(mine), stored)
+    return Estimate(Path(out), json.loads((Path(out) / "fisher.json").read_text()), time.monotonic() - started, resumed)
 
 
 class _Run:
@@ -177,7 +191,8 @@ class _Run:
         self.asked = asked
         wanted = None if asked.names is None else _loaded_names(model, asked.names, stored)
         self.squares = SquaredGradients(model, wanted, compute=settings.compute, checkpointing=checkpointing)
-        self.course = Course({name: value.numel() for name, value in self.squares.total.items()})
+        self._stored = names_in_files(model, self.squares.total, stored.tensors)
+        self.course = Course({self._stored[name]: value.numel() for name, value in self.squares.total.items()})
         self.notes: list[str] = []
         self.log_probability = 0.0
 
@@ -199,7 +214,8 @@ class _Run:
                         f"the log-probability of one of sequences {start + 1} to {done} is infinite or no number: the "
                         "model's weights are damaged, or a merge has broken it."
                     )
-                self.course.add(self.squares.total, start // size, done)
+                sums = {self._stored[name]: value for name, value in self.squares.total.items()}
+                self.course.add(sums, start // size, done)
                 progress(Progress("gradients", done, len(units), tokens, resumed))
                 if time.monotonic() - saved > max(PATIENCE, 10 * cost) and done < len(units):
                     began = time.monotonic()
@@ -263,7 +279,12 @@ class _Asked:
         missing = sorted(names - set(stored.tensors))
         if missing:
             raise FisherError(f"{recipe}: merges {missing[0]!r}, which {stored.folder} does not have.")
-        return _Asked(names, positions_asked(parsed, plan) if sparse else None)
+        if not sparse:
+            return _Asked(names)
+        # tensors that are not merged count in the scale of a Fisher: their sums are kept, without coordinates
+        positions = positions_asked(parsed, plan)
+        others = {name for name, info in stored.tensors.items() if is_weight_tensor(info)}
+        return _Asked(names | others, {**{name: np.zeros(0, np.int64) for name in others}, **positions})
 
     @property
     def digest(self) -> str | None:
@@ -277,14 +298,7 @@ class _Asked:
         return state.hexdigest()
 
 
-def _load(data: str, choice: SequenceChoice) -> Task:
-    """A file whole; of a generated task as many problems as sequences are wanted, from its training split."""
-    whole = data.endswith(".jsonl") or data.partition(":")[0] in ("file", "humaneval")
-    groups = choice.group if choice.source == "policy" else 1
-    return load_task(data, "train", None if whole else max(1, choice.wanted // groups), choice.seed)
-
-
-def _check(settings: FisherSettings, task: Task, data: str) -> None:
+def _check(settings: FisherSettings, sparse: bool, task: Task, data: str) -> None:
     check_choice(settings.choice, task.problems, data)
     for name, value, known in (
         ("reduce", settings.reduce, ("sum", "mean")),
@@ -294,6 +308,8 @@ def _check(settings: FisherSettings, task: Task, data: str) -> None:
     ):
         if value not in known:
             raise FisherError(f"{name} {value!r}: write one of: {', '.join(known)}.")
+    if sparse and settings.storage != "full":
+        raise FisherError("--sparse keeps single coordinates, and --storage factored sums of rows: choose one.")
     if settings.tokens < 1:
         raise FisherError(f"--batch-tokens {settings.tokens}: at least one is needed.")
     place, parts = settings.part
@@ -334,42 +350,33 @@ def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
     return found
 
 
-def _continue_or_begin(folder: Path, said: dict[str, Any], overwrite: bool) -> None:
-    """Keeps the unfinished run there if it is this one; else begins."""
-    note = folder / "run.json"
-    if note.exists():
-        try:
-            before = json.loads(note.read_text())
-        except ValueError:
-            before = None
-        if before == json.loads(json.dumps(said)):
-            return
-        if not overwrite:
-            raise FisherError(
-                f"{folder}: an unfinished Fisher of another model, other data or other settings. Finish it with its "
-                "own command, or throw it away with --overwrite."
-            )
-    if folder.exists():
-        if not note.exists() and any(folder.iterdir()) and not overwrite:
-            raise FisherError(f"{folder}: is in the way, and is no unfinished Fisher. Move it elsewhere.")
-        shutil.rmtree(folder)
-    folder.mkdir()
-    note.write_text(json.dumps(said) + "\n")
-
-
-def _identity(model: Any, tokenizer: Any, task: Task, settings: FisherSettings, asked: _Asked) -> dict[str, Any]:
-    """Everything that decides the result."""
-    choice = asdict(settings.choice)
-    if settings.choice.source == "gold":
-        choice = {"source": "gold", "sequences": settings.choice.sequences}
-    return {
-        "source": settings.choice.source,
+def _identity(
+    model: Any, tokenizer: Any, folder: Path, task: Task, settings: FisherSettings, asked: _Asked
+) -> dict[str, Any]:
+    """Everything that decides the result; under 'draw' what decides the sequences, but for how many are taken."""
+    choice = settings.choice
+    small = xxhash.xxh3_128()
+    for file in sorted({file for pattern in SMALL for file in folder.glob(pattern)}):
+        small.update(file.name.encode() + b"\0" + file.read_bytes())
+    drawing = ("temperature", "max_new_tokens", "seed")
+    draw = {
+        "version": VERSION,
+        "source": choice.source,
         "weights": TransformersBackend(model, tokenizer).identity,
+        "small_files": small.hexdigest(),
         "data": task.settings,
-        "choice": choice,
+        "sampling": None if choice.source == "gold" else {key: getattr(choice, key) for key in drawing},
+    }
+    taken = {"sequences": choice.sequences}
+    taken |= {"attempts": choice.attempts} if choice.source == "own" else {}
+    taken |= {"group": choice.group} if choice.source == "policy" else {}
+    return {
+        "draw": draw,
+        "taken": taken,
         "reduce": settings.reduce,
         "compute": settings.compute,
         "storage": settings.storage,
+        "stored_dtype": settings.dtype,
         "batch": [settings.tokens, settings.memory],
         "share": list(settings.part),
         "only": asked.digest,
@@ -396,5 +403,7 @@ def _draw(
 
 def _accepted(folder: Path) -> list[int] | None:
     """Right completions, and all that were verified."""
-    verdicts = [json.loads(line)["correct"] for line in (folder / "sequences.jsonl").read_text("utf-8").splitlines()]
+    verdicts = [
+        json.loads(line)["correct"] for line in (folder / "sequences.jsonl").read_text("utf-8").split("\n") if line
+    ]
     return None if all(verdict is None for verdict in verdicts) else [sum(map(bool, verdicts)), len(verdicts)]

@@ -71,8 +71,7 @@ class SquaredGradients:
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._was_training = model.training
         model.eval()
-        if checkpointing:
-            _enable_checkpointing(model)
+        self._dropouts = _enable_checkpointing(model) if checkpointing else []
         self._checkpointing = checkpointing
         self._layers, slow = layers_of(model, names, set(self.total))
         self._slow: set[str] = set(self.total) if plain else slow
@@ -94,6 +93,8 @@ class SquaredGradients:
         self._handles = []
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(self._states[name])
+        for module, name, value in self._dropouts:
+            setattr(module, name, value)
         if self._checkpointing:
             model = self.model
             (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
@@ -110,7 +111,13 @@ class SquaredGradients:
         if self._unchecked:
             self.check(batch)
         if len(self._slow) < len(self.total):
-            self._add_fast(batch)
+            try:
+                self._add_fast(batch)
+            except Unsuitable as found:
+                raise FisherError(
+                    f"layer {found.layer.name}: {found.reason}, in a batch that was no different from those before. "
+                    "Please report it; --batch-tokens 1 does sequences one by one."
+                ) from None
         if self._slow:
             self._add_slow(batch, self._slow, self.total)
 
@@ -184,6 +191,8 @@ class SquaredGradients:
         if self._checkpointing:  # a layer that is computed again needs an input with a gradient
             parameters.append(self.model.get_input_embeddings().weight)
         alone = len(self._slow) == len(self.total)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         for unit in range(batch.units):
             part = units_of(batch, [unit])
             found: list[Tensor | None]
@@ -238,8 +247,11 @@ class SquaredGradients:
             def watched(value: Tensor) -> Tensor:
                 if not value.is_floating_point():
                     return value
+                if isinstance(value, nn.Parameter):
+                    value = value.detach()  # given out as it is: its own gradient must not be touched
                 if not value.requires_grad:
-                    value.requires_grad_(True)  # the first layer of the graph: all parameters are frozen
+                    # the first layer of the graph, as all parameters are frozen; a copy, which may be changed in place
+                    value = value.requires_grad_(True).clone()
                 # where one output is made of another, only an alias tells what comes from outside
                 value = value.view_as(value) if several else value
                 place, call.outputs = call.outputs, call.outputs + 1
@@ -271,6 +283,9 @@ class SquaredGradients:
             try:
                 if not rule[layer.rule](layer, calls):
                     raise Unsuitable(layer, "its input has no dimension for the sequences")
+            except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError) as error:
+                # a layer that is not what its rule takes it for
+                raise Unsuitable(layer, f"its gradient cannot be formed by itself ({type(error).__name__})") from None
             finally:
                 self._finishing = False
 
@@ -408,7 +423,7 @@ class SquaredGradients:
         the first then: it works in `total`, and leaves zeros.
         """
         self._unchecked = False
-        places = [0, batch.units - 1] if batch.units > 1 else [0]
+        places = [0, batch.units - 1]  # of one unit two copies: what cannot tell units apart must be seen now
         part = shortened(units_of(batch, places), CHECKED)
         before = self.log_probability
         while True:
@@ -445,13 +460,15 @@ class SquaredGradients:
         group: list[str] = []
         most = sum(value.numel() for value in self.total.values()) // 8
         fast = sorted(self._fast)
+        noise = 1e-10 * max((float(value.norm()) for value in self.total.values()), default=0.0)
         for place, name in enumerate(fast):
             group.append(name)
             if place + 1 < len(fast) and sum(self.total[one].numel() for one in group) < most:
                 continue
             sizes = {one: float(self.total[one].norm()) for one in group}
             self._add_slow(part, set(group), self.total, -1.0)
-            wrong |= {one for one in group if not float(self.total[one].norm()) <= limit * sizes[one]}
+            # what is zero on paper (the bias of keys, say) is rounding in both
+            wrong |= {one for one in group if not float(self.total[one].norm()) <= limit * sizes[one] + noise}
             group = []
         for value in self.total.values():
             value.zero_()
@@ -476,8 +493,11 @@ class Unsuitable(Exception):
         self.reason = reason
 
 
-def _enable_checkpointing(model: Any) -> None:
-    """Layer by layer, as transformers has it; without dropout, which training mode would switch on in all modules."""
+def _enable_checkpointing(model: Any) -> list[tuple[Any, str, float]]:
+    """Layer by layer, as transformers has it, which wants the layers in training mode; but without their dropout.
+
+    Returns (module, attribute, value) of the rates that were set to 0.
+    """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise FisherError(
             "this model knows no gradient checkpointing, so its activations must fit: give more --memory, or shorter "
@@ -486,9 +506,16 @@ def _enable_checkpointing(model: Any) -> None:
     # renamed in transformers 5
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": True})
+    rates: list[tuple[Any, str, float]] = []
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # of the layer alone, not of what is in it
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float) and value:
+                    rates.append((module, name, value))
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    return rates
 
 
 def log_probability_gradient(logits: Tensor, batch: Batch, first: int, last: int) -> tuple[Tensor, float]:

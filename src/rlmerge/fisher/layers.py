@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,9 @@ def _rule(module: nn.Module) -> str:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "transposed"
     if isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq:
-        return "embedding"
+        # a subclass may scale what it looks up; one that is called with more (a mask, say) is something else
+        takes = list(inspect.signature(type(module).forward).parameters)
+        return "embedding" if takes in (["self", "input"], ["self", "input_ids"]) else "product"
     return "product"
 
 

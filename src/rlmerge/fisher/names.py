@@ -6,7 +6,7 @@ Its own way back is used for the Fisher, too: it only moves numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +31,7 @@ def as_stored(model: Any, values: Mapping[str, Tensor], stored: Mapping[str, Ten
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     tied = _tied_names(model)
     for name, value in found.items():
-        tries = [name, name.removeprefix(prefix), prefix + name, *tied.get(name, ())]
-        place = next((one for one in tries if one in stored), None)
+        place = next((one for one in _tries(name, prefix, tied) if one in stored), None)
         if place is None or place in placed:
             raise FisherError(
                 f"parameter {name!r} of the loaded model is {'stored nowhere' if place is None else 'stored twice'} in "
@@ -46,6 +45,16 @@ def as_stored(model: Any, values: Mapping[str, Tensor], stored: Mapping[str, Ten
             )
         placed[place] = value
     return {name: placed[name] for name in stored if name in placed}
+
+
+def names_in_files(model: Any, names: Iterable[str], stored: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """The name in the files of each parameter that is stored as it is; its own for those that are rearranged."""
+    prefix, tied = f"{getattr(model, 'base_model_prefix', '')}.", _tied_names(model)
+    return {name: next((one for one in _tries(name, prefix, tied) if one in stored), name) for name in names}
+
+
+def _tries(name: str, prefix: str, tied: Mapping[str, list[str]]) -> list[str]:
+    return [name, name.removeprefix(prefix), prefix + name, *tied.get(name, ())]
 
 
 def _tied_names(model: Any) -> dict[str, list[str]]:

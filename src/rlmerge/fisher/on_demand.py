@@ -16,6 +16,9 @@ import xxhash
 
 from rlmerge.errors import FisherError, MissingExtraError
 from rlmerge.recipe import ModelEntry, Recipe
+from rlmerge.version import VERSION
+
+from .data import load_data
 
 CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """Files of a model folder that decide its Fisher."""
@@ -27,15 +30,29 @@ def with_estimates(recipe: Recipe, tell: Callable[[str], None] = lambda text: No
     Raises FisherError for what cannot be estimated, MissingExtraError without the extra `model`.
     """
     found: dict[str, Path] = {}
+    if recipe.to_estimate:
+        check_given(recipe)
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
         model, data = recipe.model_paths[entry.key], _data_of(recipe, entry)
-        folder = kept_at(model, data, entry.fisher)
+        folder = kept_at(model, recipe.base_path, data, entry.fisher)
         if not (folder / "fisher.json").exists():
             tell(f"estimating the Fisher of {entry.key} on {entry.fisher['data']}: once, kept in {folder}")
             _estimate(recipe, entry, model, data, folder, tell)
         found[entry.key] = folder
     return recipe.with_estimates(found) if found else recipe
+
+
+def check_given(recipe: Recipe) -> None:
+    """Raises for Fisher folders that a recipe names and that are not there, before others are estimated."""
+    for entry in recipe.experts:
+        if isinstance(entry.fisher, str):
+            recipe.resolve(entry.fisher)
+        elif entry.fisher is None:
+            raise FisherError(
+                f"model {entry.key!r} has no `fisher:`, the others have one: give all models a Fisher, or set "
+                "`sensitivity: delta2`."
+            )
 
 
 def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -44,9 +61,11 @@ def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
     With some missing, Fishers are left out and sensitivities are those that need none: for who looks at headers.
     """
     found, notes = {}, []
+    if recipe.to_estimate:
+        check_given(recipe)
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
-        folder = kept_at(recipe.model_paths[entry.key], _data_of(recipe, entry), entry.fisher)
+        folder = kept_at(recipe.model_paths[entry.key], recipe.base_path, _data_of(recipe, entry), entry.fisher)
         if (folder / "fisher.json").exists():
             found[entry.key] = folder
         else:
@@ -64,15 +83,20 @@ def without_fishers(recipe: Recipe) -> Recipe:
     return bare.with_settings(settings) if settings else bare
 
 
-def kept_at(model: Path, data: Path | str, request: dict[str, Any]) -> Path:
-    """Where the Fisher of a model folder on some data is kept: named by what is in both, and by the settings."""
-    state = xxhash.xxh3_128()
-    for file in sorted({file for pattern in CONTENT for file in model.glob(pattern)}):
-        state.update(file.name.encode() + b"\0")
-        _add_file(state, file)
-    if isinstance(data, Path):
-        _add_file(state, data)
-    settings = {key: value for key, value in request.items() if key != "data" or isinstance(data, str)}
+def kept_at(model: Path, base: Path | None, data: str, request: dict[str, Any]) -> Path:
+    """Where the Fisher of a model folder on some data is kept: named by what is in both, and by the settings.
+
+    What a LoRA folder makes depends on its base, too.
+    """
+    state = xxhash.xxh3_128(VERSION.encode())
+    adapter = base is not None and (model / "adapter_config.json").exists()
+    for folder in (model, base) if adapter and base is not None else (model,):
+        for file in sorted({file for pattern in CONTENT for file in folder.glob(pattern)}):
+            state.update(file.name.encode() + b"\0")
+            _add_file(state, file)
+    group = request.get("group", 8) if request.get("source") == "policy" else 1
+    task = load_data(data, request.get("sequences", 256), group, request.get("seed", 0))
+    settings = {key: value for key, value in request.items() if key != "data"} | {"problems": task.settings["problems"]}
     state.update(json.dumps(settings, sort_keys=True).encode())
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "rlmerge" / "fishers" / state.hexdigest()
@@ -84,15 +108,17 @@ def _add_file(state: Any, file: Path) -> None:
             state.update(block)
 
 
-def _data_of(recipe: Recipe, entry: ModelEntry) -> Path | str:
+def _data_of(recipe: Recipe, entry: ModelEntry) -> str:
     """The file, looked for where the recipe's other paths are; or the name of a task."""
     assert isinstance(entry.fisher, dict)
     named = entry.fisher["data"]
-    return recipe.resolve(named) if named.endswith(".jsonl") else named
+    if named.startswith("file:"):
+        return f"file:{recipe.resolve(named.removeprefix('file:'))}"
+    return str(recipe.resolve(named)) if named.endswith(".jsonl") else named
 
 
 def _estimate(
-    recipe: Recipe, entry: ModelEntry, model: Path, data: Path | str, folder: Path, tell: Callable[[str], None]
+    recipe: Recipe, entry: ModelEntry, model: Path, data: str, folder: Path, tell: Callable[[str], None]
 ) -> None:
     try:
         from .estimate import FisherSettings, Progress, estimate_fisher
@@ -108,7 +134,11 @@ def _estimate(
         tell(f"{entry.key}: {step.what}: {step.done} of {step.total}")
 
     try:
-        estimate_fisher(model, data, folder, FisherSettings(SequenceChoice(**request), **outer), base=recipe.base_path,
-                        progress=progress)  # fmt: skip
+        estimate_fisher(
+            model, data, folder, FisherSettings(SequenceChoice(**request), **outer), base=recipe.base_path,
+            overwrite=True, wait=True, progress=progress,
+        )  # fmt: skip
     except FisherError as error:
+        if (folder / "fisher.json").exists():
+            return  # another process was faster
         raise FisherError(f"the Fisher of {entry.key}: {error}") from None

@@ -27,7 +27,7 @@ def tensors_asked(path: Path | str) -> tuple[Recipe, Plan, set[str]]:
         raise FisherError(f"{path}: its method {recipe.merge_method!r} reads no Fisher with these parameters.")
     with recipe.located():
         plan = make_plan(without_fishers(recipe))
-    return recipe, plan, {tensor.name for tensor in plan.tensors if tensor.carry is None and not tensor.repeats}
+    return recipe, plan, {tensor.name for tensor in plan.tensors if tensor.carry is None}
 
 
 def positions_asked(recipe: Recipe, plan: Plan) -> dict[str, NDArray[np.int64]]:
@@ -40,7 +40,7 @@ def positions_asked(recipe: Recipe, plan: Plan) -> dict[str, NDArray[np.int64]]:
     space = Space()
     try:
         for number, tensor in enumerate(plan.tensors):
-            if tensor.carry is not None or tensor.repeats:
+            if tensor.carry is not None:
                 continue
             places = []
             for unit in range(len(tensor.units)):

@@ -208,17 +208,18 @@ def sample(
     return kept[: choice.wanted]
 
 
-def make_units(drawn: Several[Drawn], choice: SequenceChoice) -> tuple[list[Unit], int]:
-    """Units with a gradient, and how many there are with those that have none (groups whose rewards are all equal)."""
+def make_units(drawn: Several[Drawn], choice: SequenceChoice) -> list[Unit | None]:
+    """The units in order; None for one without a gradient (a group whose rewards are all equal), which still counts."""
     if choice.source != "policy":
-        return [Unit((Sequence((*one.prompt, *one.ids), len(one.prompt)),)) for one in drawn], len(drawn)
+        return [Unit((Sequence((*one.prompt, *one.ids), len(one.prompt)),)) for one in drawn]
     groups: dict[int, list[Drawn]] = {}
     for one in drawn:
         groups.setdefault(one.problem, []).append(one)
-    units = []
+    units: list[Unit | None] = []
     for group in groups.values():
         reward = np.array([float(bool(one.correct)) for one in group])
         if reward.std() == 0.0:
+            units.append(None)
             continue
         # as GRPO has it (arXiv 2402.03300, section 4.1.2): centred and divided by the group's standard deviation
         advantage = (reward - reward.mean()) / reward.std(ddof=1) / len(group)
@@ -230,7 +231,7 @@ def make_units(drawn: Several[Drawn], choice: SequenceChoice) -> tuple[list[Unit
                 )
             )
         )
-    return units, len(groups)
+    return units
 
 
 def _order(choice: SequenceChoice, problems: int) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -37,6 +38,16 @@ class Judged:
     full: Vector
     halves: Vector | None
     along: dict[int, Vector]
+
+    @property
+    def mean(self) -> float:
+        """Over all entries."""
+        entries = self.meta["tensors"].values()
+        return sum(entry["sum"] for entry in entries) / sum(entry["count"] for entry in entries)
+
+    def scale(self, part: Vector) -> float:
+        """What the mean over all entries would be for another sum at the same sample."""
+        return self.mean * float(part.mean() / self.full.mean())
 
 
 def judge_fishers(
@@ -70,7 +81,7 @@ def judge_fishers(
     if base is not None:
         if models and len(models) != len(paths):
             raise FisherError(f"{len(models)} models for {len(paths)} Fishers: give one for each, in their order.")
-        chosen = [Path(model) for model in models] or [Path(meta["model"]) for meta in metas]
+        chosen = [Path(model) for model in models] or [Path(str(meta.get("model"))) for meta in metas]
         deltas = _deltas(Path(base), chosen, names, stride)
         found["delta"] = {
             str(one.folder): {
@@ -115,7 +126,17 @@ def _meta(folder: Path) -> dict[str, Any]:
     file = folder / "fisher.json"
     if not file.exists():
         raise FisherError(f"{folder}: has no fisher.json: only what `rlmerge fisher` made can be judged.")
-    return read_json_object(file)
+    meta = read_json_object(file)
+    entries = meta.get("tensors")
+    if (
+        not isinstance(entries, dict)
+        or not entries
+        or not all(isinstance(entry, dict) and {"sum", "count"} <= entry.keys() for entry in entries.values())
+    ):
+        raise FisherError(
+            f"{file}: has no sum and count of each tensor: only what `rlmerge fisher` made can be judged."
+        )
+    return meta
 
 
 def _common(paths: Sequence[Path], metas: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -189,15 +210,17 @@ def _deltas(base: Path, models: Sequence[Path], names: Mapping[str, int], stride
         if any(name not in one.tensors for one in opened):
             raise FisherError(f"tensor {name!r} is not in all of {base} and the models: is it their base?")
         place = sample_positions(name, size, stride)
-        old, *new = (_values(one, name)[place] for one in opened)
+        old, *new = (_tensor(one, name)[torch.from_numpy(place)] for one in opened)
         for row, value in zip(found, new):
-            row.append(value - old)
+            # against the base as the expert's dtype has it, or rounding would pass for training (design, section 1)
+            reference = old.to(value.dtype) if value.dtype != torch.float32 else old
+            row.append((value.double() - reference.double()).numpy())
     return [np.concatenate(row) for row in found]
 
 
-def _values(checkpoint: Checkpoint, name: str) -> Vector:
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     with safe_open(checkpoint.tensors[name].file, "pt") as file:
-        return file.get_tensor(name).double().view(-1).numpy()
+        return file.get_tensor(name).view(-1)
 
 
 def _winners(judged: Sequence[Judged], delta: Vector) -> dict[str, Any]:
@@ -206,7 +229,8 @@ def _winners(judged: Sequence[Judged], delta: Vector) -> dict[str, Any]:
     several = (delta != 0.0).sum(axis=0) > 1
     conflict = several & (np.abs(signs.sum(axis=0)) != (delta != 0.0).sum(axis=0))
     delta = delta[:, conflict]
-    full = np.array([one.full[conflict] / one.full.mean() for one in judged])
+    # the unit of F̂ is the mean over all entries, which fisher.json has; of a part of the sequences, that much of it
+    full = np.array([one.full[conflict] / one.mean for one in judged])
     by_fisher, by_size = winners(full * delta**2, delta), winners(delta**2, delta)
     found: dict[str, Any] = {
         "conflicts": int(conflict.sum()),
@@ -218,7 +242,9 @@ def _winners(judged: Sequence[Judged], delta: Vector) -> dict[str, Any]:
     if all(one.halves is not None and one.halves[1].any() for one in judged):
         halves = [
             winners(
-                np.array([one.halves[h][conflict] / one.halves[h].mean() for one in judged if one.halves is not None])
+                np.array(
+                    [one.halves[h][conflict] / one.scale(one.halves[h]) for one in judged if one.halves is not None]
+                )
                 * delta**2,
                 delta,
             )
@@ -229,7 +255,7 @@ def _winners(judged: Sequence[Judged], delta: Vector) -> dict[str, Any]:
     found["after"] = {
         count: _agreement(
             winners(
-                np.array([one.along[count][conflict] / one.along[count].mean() for one in judged]) * delta**2, delta
+                np.array([one.along[count][conflict] / one.scale(one.along[count]) for one in judged]) * delta**2, delta
             ),
             by_fisher,
         )

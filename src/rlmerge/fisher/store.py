@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from rlmerge.small_files import json_lines
 
 SHARD = 5 * 10**9
 """Bytes of a file, at most."""
-FILES = frozenset({"fisher.json", "sequences.jsonl", "course.safetensors", "fisher.safetensors.index.json"})
-"""What a Fisher folder may hold beside weights."""
 SAMPLE = 2**19
 """Coordinates of which the halves and the course of the estimate are kept, about."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,7 +69,9 @@ def _parts(
         chosen = value.reshape(-1)[torch.from_numpy(positions)].to(DTYPES[dtype])
         first, second = COMPACT["sparse"]
         narrow = positions.astype(np.int32) if value.numel() < 2**31 else positions
-        return {name + first: torch.from_numpy(narrow), name + second: chosen}, float(value.sum(dtype=torch.float64))
+        # the sum is that of what a whole Fisher of this dtype would hold, so that both merge alike
+        total = float(value.to(DTYPES[dtype]).sum(dtype=torch.float64))
+        return {name + first: torch.from_numpy(narrow), name + second: chosen}, total
     if storage == "factored" and value.dim() > 1:
         _check(name, value)
         matrix = value.reshape(value.shape[0], -1).double()
@@ -135,36 +134,6 @@ def _check(name: str, stored: Tensor) -> None:
         )
     if bool((stored < 0).any()):
         raise FisherError(f"the Fisher of {name!r} has negative entries, which no mean of squares can have.")
-
-
-def open_folder(out: Path, overwrite: bool) -> Path:
-    """The folder that a run works in, beside its output. Raises FisherError if the output is not to be replaced."""
-    if out.exists():
-        if not out.is_dir():
-            raise FisherError(f"{out}: is a file; a Fisher needs a folder.")
-        strangers = [
-            file.name
-            for file in sorted(out.iterdir())
-            if file.name not in FILES and not (file.name.startswith("fisher") and file.suffix == ".safetensors")
-        ]
-        if strangers:
-            raise FisherError(f"{out}: holds {strangers[0]!r}, which no Fisher has. Name another folder.")
-        if any(out.iterdir()) and not overwrite:
-            raise FisherError(f"{out}: holds a Fisher already. Name another folder, or add --overwrite.")
-    if not out.absolute().parent.is_dir():
-        raise FisherError(f"{out.absolute().parent}: there is no such folder to put {out.name} into.")
-    return out.with_name(f"{out.name}.unfinished")
-
-
-def begin_folder(out: Path, overwrite: bool) -> Path:
-    """As `open_folder`, for runs that cannot be continued: an empty folder."""
-    unfinished = open_folder(out, overwrite)
-    if unfinished.exists():
-        if any(file.suffix not in (".safetensors", ".json", ".jsonl") for file in unfinished.iterdir()):
-            raise FisherError(f"{unfinished}: is in the way, and is no unfinished Fisher. Move it elsewhere.")
-        shutil.rmtree(unfinished)
-    unfinished.mkdir()
-    return unfinished
 
 
 class Course:
@@ -231,15 +200,3 @@ def sample_positions(name: str, size: int, stride: int) -> np.ndarray:
     word ^= word >> np.uint64(32)
     places = starts + (word % np.uint64(stride)).astype(np.int64)
     return places[places < size]
-
-
-def replace_folder(unfinished: Path, out: Path) -> None:
-    """Gives a finished folder its name; an earlier Fisher there goes."""
-    old = out.with_name(f"{out.name}.replaced")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(unfinished, out)
-    if old.exists():
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()

@@ -1,0 +1,147 @@
+"""The folder of a Fisher while it is made: locked, continued or begun, and never somebody else's.
+
+Work goes on in OUT.unfinished, which gets its name at the end. `run.json` in it says what is being made; a folder
+without one is not ours, whatever lies in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlmerge.errors import FisherError, OutputError
+
+NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
+FILES = frozenset({"fisher.json", SEQUENCES, "course.safetensors", "fisher.safetensors.index.json", NOTE, LOCK})
+"""What a Fisher folder may hold beside weights."""
+SUMS = frozenset({"sums.safetensors", "sums.part"})
+ONCE = {"made": "in one go"}
+
+
+class RunFolder:
+    """OUT and OUT.unfinished. Raises FisherError, before anything is made, for an output that is not to be replaced."""
+
+    def __init__(self, out: Path | str, overwrite: bool) -> None:
+        self.out = Path(out).absolute()
+        self.path = self.out.with_name(f"{self.out.name}.unfinished")
+        self.overwrite = overwrite
+        self._old = self.out.with_name(f"{self.out.name}.replaced")
+        self._lock: int | None = None
+        for place in (self.out, self.path, self._old):
+            if place.is_symlink():
+                raise FisherError(f"{place}: is a link; name a folder of its own.")
+        if self.out.exists():
+            self._check_output()
+        if self._old.exists():
+            raise FisherError(f"{self._old}: is in the way. It is what an earlier run replaced: remove it.")
+        if not self.out.parent.is_dir():
+            raise FisherError(f"{self.out.parent}: there is no such folder to put {self.out.name} into.")
+
+    def _check_output(self) -> None:
+        if not self.out.is_dir():
+            raise FisherError(f"{self.out}: is a file; a Fisher needs a folder.")
+        stranger = _stranger(self.out, FILES)
+        if stranger is not None:
+            raise FisherError(f"{self.out}: holds {stranger!r}, which no Fisher has. Name another folder.")
+        if any(self.out.iterdir()) and not self.overwrite:
+            raise FisherError(f"{self.out}: holds a Fisher already. Name another folder, or add --overwrite.")
+
+    @contextlib.contextmanager
+    def opened(self, said: dict[str, Any] | None = None, wait: bool = False) -> Iterator[Path]:
+        """OUT.unfinished, locked: as an earlier run of the same `said` left it, or fresh. Renamed if all goes well.
+
+        said    what is made, with what decides its sequences under 'draw'; None: nothing that could be continued
+        wait    for another process that makes it, instead of an error
+        """
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._take_lock(wait)
+            self._prepare(ONCE if said is None else json.loads(json.dumps(said)))
+        except OSError as error:
+            self._give_up_lock()
+            raise OutputError(f"{self.path}: cannot be made: {error.strerror}.") from None
+        except BaseException:
+            self._give_up_lock()
+            raise
+        try:
+            yield self.path
+            self._finish()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written: {error.strerror or error}. What was done is kept; the same command "
+                "continues."
+            ) from None
+        finally:
+            self._give_up_lock()
+
+    def _take_lock(self, wait: bool) -> None:
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise FisherError(f"{self.path}: another process is working there. Wait for it, or stop it.") from None
+        if not (self.path / LOCK).exists():
+            raise FisherError(f"{self.out}: another process has just made it.")
+
+    def _give_up_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _prepare(self, said: dict[str, Any]) -> None:
+        """Keeps what can be continued, clears what may be thrown away, refuses the rest."""
+        note = self.path / NOTE
+        others = [file.name for file in self.path.iterdir() if file.name != LOCK]
+        if not others:
+            note.write_text(json.dumps(said) + "\n")
+            return
+        stranger = _stranger(self.path, FILES | SUMS)
+        if not note.exists() or stranger is not None:
+            raise FisherError(
+                f"{self.path}: is in the way, and is no unfinished Fisher ({stranger or others[0]}). Move it elsewhere."
+            )
+        try:
+            before = json.loads(note.read_text())
+        except ValueError:
+            before = {}
+        if before == said and said != ONCE:
+            return
+        same_draw = "draw" in said and before.get("draw") == said["draw"]
+        costly = before != ONCE and ((self.path / "sums.safetensors").exists() or not same_draw)
+        if costly and not self.overwrite:
+            raise FisherError(
+                f"{self.path}: an unfinished Fisher of another model, other data or other settings. Finish it with its "
+                "own command, or throw it away with --overwrite."
+            )
+        for file in self.path.iterdir():
+            # sequences that the same model drew from the same data serve other settings, too
+            if file.name != LOCK and not (same_draw and file.name == SEQUENCES):
+                file.unlink()
+        note.write_text(json.dumps(said) + "\n")
+
+    def _finish(self) -> None:
+        for name in SUMS:
+            (self.path / name).unlink(missing_ok=True)
+        if self.out.exists():
+            os.rename(self.out, self._old)
+        os.rename(self.path, self.out)
+        for name in (NOTE, LOCK):
+            (self.out / name).unlink(missing_ok=True)
+        if self._old.exists():
+            for file in self._old.iterdir():
+                file.unlink()
+            self._old.rmdir()
+
+
+def _stranger(folder: Path, known: frozenset[str]) -> str | None:
+    """The name of something in a folder that no Fisher has."""
+    for file in sorted(folder.iterdir()):
+        weights = file.name.startswith("fisher") and file.suffix == ".safetensors"
+        if file.is_dir() or not (weights or file.name in known):
+            return file.name
+    return None
