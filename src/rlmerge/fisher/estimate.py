@@ -155,6 +155,12 @@ def estimate_fisher(
                 f"part {place} of {parts} has no sequence with a gradient ({len(mine)} units): take more sequences, or "
                 "fewer parts; with --source policy some groups must have right and wrong answers."
             )
+        largest = max(max(sequence.ids) for unit in live for sequence in unit.sequences)
+        if largest >= loaded.get_input_embeddings().weight.shape[0]:
+            raise FisherError(
+                f"{model}: its tokenizer made token {largest}, and its embedding has only "
+                f"{loaded.get_input_embeddings().weight.shape[0]} rows: they do not belong together."
+            )
         longest = max(unit.length * len(unit.sequences) for unit in live)
         tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
         run = _Run(loaded, replace(settings, tokens=tokens), unfinished, asked, stored, checkpointing)

@@ -48,7 +48,7 @@ def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, b
     raise FisherError(
         f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
         f"{longest:,} tokens {unit / 1e9:.2g} GB even with activations computed twice. Give "
-        f"{needed / 1e9:.2g} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
+        f"{-(-needed // 10**8) / 10:.1f} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
     )
 
 
