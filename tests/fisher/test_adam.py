@@ -96,3 +96,17 @@ def test_code_in_a_pickle_is_not_run(trained: tuple[Path, dict[str, Any]], tmp_p
 def test_no_optimizer(tmp_path: Path) -> None:
     done = refused(rlmerge("fisher", "--from-adam", tmp_path, "-o", tmp_path / "f"))
     assert "no optimizer.pt" in done
+
+
+@pytest.mark.parametrize("entry", [{"exp_avg": torch.zeros(3)}, {"state1": torch.zeros(3), "step": 1}])
+def test_moments_of_other_optimizers(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    checkpoint, _ = trained
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    torch.save({"state": {0: entry}, "param_groups": [{"params": [0], "betas": (0.9, 0.99)}]}, copy / "optimizer.pt")
+    with pytest.raises(FisherError, match="another optimizer"):
+        fisher_from_adam(copy, tmp_path / "f")
