@@ -301,7 +301,7 @@ MISTAKES = {
     ),
     "fisher mapping": (
         HEAD + "models:\n- model: a\n  fisher: {data: x, source: y}\n",
-        ["r.yml:5: models[0].fisher: a mapping is not supported yet"],
+        ["r.yml:5: models[0].fisher: source: 'y' is not one of: own, gold, sampled, policy"],
     ),
     "twice": (
         HEAD + "models:\n- model: a\n- model: a\n",

@@ -16,7 +16,7 @@ _HOMES = {
     "Outcome": "api",
     "Recipe": "recipe",
     "RlmergeError": "errors",
-    "SequenceChoice": "fisher.sources",
+    "SequenceChoice": "fisher.data",
     "Step": "api",
     "check": "preflight",
     "combine_fishers": "fisher.combine",
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from .errors import RlmergeError
     from .fisher.adam import fisher_from_adam
     from .fisher.combine import combine_fishers
+    from .fisher.data import SequenceChoice
     from .fisher.estimate import FisherSettings, estimate_fisher
-    from .fisher.sources import SequenceChoice
     from .fisher.stats import judge_fishers
     from .methods import get_method, method_names
     from .preflight import check, explain

@@ -530,7 +530,9 @@ def test_bad_descriptions_in_recipes(home: Path, tmp_path: Path, fisher: str, sa
     ],
 )
 def test_mistakes_cost_one_message(home: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
-    done = refused(rlmerge("fisher", home / "expert0", "--data", home / "data.jsonl", "-o", tmp_path / "f", *arguments))
+    done = refused(
+        rlmerge("fisher", home / "expert0", "--data", home / "data.jsonl", "-o", tmp_path / "f", "--quiet", *arguments)
+    )
     assert says in done
     assert not (tmp_path / "f").exists()
 

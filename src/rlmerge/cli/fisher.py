@@ -87,8 +87,8 @@ def run(given: Namespace) -> None:
 
 
 def _settings(given: Namespace) -> FisherSettings:
+    from rlmerge.fisher.data import SequenceChoice
     from rlmerge.fisher.estimate import FisherSettings
-    from rlmerge.fisher.sources import SequenceChoice
 
     choice = SequenceChoice(
         given.source, given.sequences, given.attempts, given.group, given.temperature, given.max_new_tokens, given.seed
@@ -120,11 +120,15 @@ def _estimate(given: Namespace) -> dict[str, Any]:
             return
         now = time.monotonic()
         since = began["gradients"]
-        if step.what == "sampling":
+        if step.what == "loading":
+            print(f"loading {given.model}", file=sys.stderr)
+        elif step.what == "sampling":
             began["gradients"] = now
             print(f"sampling: {step.done} of {step.total} sequences from {step.tokens} completions", file=sys.stderr)
         else:
             rate = f", {(step.done - step.before) / (now - since):.2f} a second" if now > since else ""
+            if step.done == step.before:
+                rate = "" if step.before == 0 else ", continuing an earlier run"
             print(f"gradients: {step.done} of {step.total} sequences{rate}", file=sys.stderr)
 
     settings = _settings(given)

@@ -49,7 +49,10 @@ def _show(found: dict[str, Any]) -> None:
         quantiles = ", ".join(f"{float(q):.1%} {value:.2g}" for q, value in one["quantiles"].items())
         print(f"  quantiles: {quantiles}")
         layers = sorted(one["layers"].items(), key=lambda entry: -entry[1]["share"])[:6]
-        print("  most in: " + ", ".join(f"{key} {entry['share']:.1%}" for key, entry in layers))
+        print(
+            "  most in: "
+            + ", ".join(f"{'layer ' * key.isdecimal()}{key} {entry['share']:.1%}" for key, entry in layers)
+        )
         if one.get("reliability") is not None:
             r, whole = one["split_half_rank_correlation"], one["reliability"]
             print(f"  halves: rank correlation {r:.3f}; of the whole with another such estimate, {whole:.3f} expected")

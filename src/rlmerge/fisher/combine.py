@@ -105,6 +105,9 @@ def _combine_halves(folders: Sequence[Path], out: Path) -> None:
 
 
 def _meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        begun = folder.with_name(f"{folder.name}.unfinished").is_dir()
+        raise FisherError(f"{folder}: there is no such folder{'; it is unfinished' if begun else ''}.")
     if not (folder / "fisher.json").exists():
         raise FisherError(f"{folder}: has no fisher.json, which says what a share is worth.")
     meta = read_json_object(folder / "fisher.json")

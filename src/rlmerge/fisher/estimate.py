@@ -26,14 +26,14 @@ from rlmerge.evaluate.tasks import Task
 from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
 from rlmerge.version import VERSION
 
-from .data import load_data
+from .data import SequenceChoice, check_choice, load_data
 from .folder import RunFolder
 from .gradients import SquaredGradients
 from .names import as_stored, names_in_files
 from .only import positions_asked, tensors_asked
 from .room import fit
 from .sequences import Unit, make_batches
-from .sources import Drawn, SequenceChoice, check_choice, gold, make_units, sample
+from .sources import Drawn, gold, make_units, sample
 from .store import DTYPES, Course, save_tensors, write_fisher
 
 CHUNK = 16
@@ -88,8 +88,8 @@ class FisherSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done ('sampling', 'gradients'), how far it is, tokens (or completions tried) by this call, and how
-    far an earlier call had come.
+    """What is being done ('loading', 'sampling', 'gradients'), how far it is, tokens (or completions tried) by this
+    call, and how far an earlier call had come.
     """
 
     what: str
@@ -134,13 +134,14 @@ def estimate_fisher(
     data = str(data)
     choice = settings.choice
     task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
-    _check(settings, sparse, task, data)
     source = _as_source(Path(model), base)
     stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
+    _check(settings, sparse, task, data)
     asked = _Asked.by(only, sparse, stored)
     folder = RunFolder(out, overwrite)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    progress(Progress("loading", 0, 1))
     loaded, tokenizer = load_model(source, settings.threads)
     said = _identity(loaded, tokenizer, stored.folder, task, settings, asked)
     with folder.opened(said, wait) as unfinished:
@@ -208,6 +209,7 @@ class _Run:
         self.squares.check(make_batches(units[:size], self.settings.tokens, self.settings.reduce == "mean")[0])
         first = resumed = self._read_state()
         saved, cost, tokens = time.monotonic(), 0.0, 0
+        progress(Progress("gradients", first, len(units), 0, resumed))
         try:
             for start in range(first, len(units), size):
                 chunk = units[start : start + size]

@@ -114,9 +114,11 @@ class RunFolder:
         same_draw = "draw" in said and before.get("draw") == said["draw"]
         costly = before != ONCE and ((self.path / "sums.safetensors").exists() or not same_draw)
         if costly and not self.overwrite:
+            pairs = ((before, said), (before.get("draw") or {}, said.get("draw") or {}))
+            keys = {key for old, new in pairs for key in {*old, *new} - {"draw"} if old.get(key) != new.get(key)}
             raise FisherError(
-                f"{self.path}: an unfinished Fisher of another model, other data or other settings. Finish it with its "
-                "own command, or throw it away with --overwrite."
+                f"{self.path}: an unfinished Fisher of another model, other data or other settings (it differs in "
+                f"{', '.join(sorted(keys))}). Finish it with its own command, or throw it away with --overwrite."
             )
         for file in self.path.iterdir():
             # sequences that the same model drew from the same data serve other settings, too

@@ -14,11 +14,11 @@ from typing import Any
 
 import xxhash
 
-from rlmerge.errors import FisherError, MissingExtraError
+from rlmerge.errors import FisherError, MissingExtraError, RecipeError
 from rlmerge.recipe import ModelEntry, Recipe
 from rlmerge.version import VERSION
 
-from .data import load_data
+from .data import SequenceChoice, check_choice, load_data
 
 CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """Files of a model folder that decide its Fisher."""
@@ -31,7 +31,7 @@ def with_estimates(recipe: Recipe, tell: Callable[[str], None] = lambda text: No
     """
     found: dict[str, Path] = {}
     if recipe.to_estimate:
-        check_given(recipe)
+        with_kept(recipe)  # everything that can be known before hours of work
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
         model, data = recipe.model_paths[entry.key], _data_of(recipe, entry)
@@ -69,6 +69,7 @@ def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
         if (folder / "fisher.json").exists():
             found[entry.key] = folder
         else:
+            _check_request(recipe, entry)
             notes.append(f"the Fisher of {entry.key} will be estimated on {entry.fisher['data']} by the merge, first")
     return (without_fishers(recipe), notes) if notes else (recipe.with_estimates(found), [])
 
@@ -102,6 +103,15 @@ def kept_at(model: Path, base: Path | None, data: str, request: dict[str, Any]) 
     return Path(home) / "rlmerge" / "fishers" / state.hexdigest()
 
 
+def _check_request(recipe: Recipe, entry: ModelEntry) -> None:
+    """Raises FisherError for what the data cannot give."""
+    assert isinstance(entry.fisher, dict)
+    request = {key: value for key, value in entry.fisher.items() if key not in ("data", "reduce", "compute")}
+    choice, data = SequenceChoice(**request), _data_of(recipe, entry)
+    task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
+    check_choice(choice, task.problems, entry.fisher["data"])
+
+
 def _add_file(state: Any, file: Path) -> None:
     with file.open("rb", buffering=0) as opened:
         while block := opened.read(1 << 20):
@@ -112,9 +122,12 @@ def _data_of(recipe: Recipe, entry: ModelEntry) -> str:
     """The file, looked for where the recipe's other paths are; or the name of a task."""
     assert isinstance(entry.fisher, dict)
     named = entry.fisher["data"]
-    if named.startswith("file:"):
-        return f"file:{recipe.resolve(named.removeprefix('file:'))}"
-    return str(recipe.resolve(named)) if named.endswith(".jsonl") else named
+    try:
+        if named.startswith("file:"):
+            return f"file:{recipe.resolve(named.removeprefix('file:'))}"
+        return str(recipe.resolve(named)) if named.endswith(".jsonl") else named
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.at(('models', recipe.models.index(entry), 'fisher'))}: data: {error}") from None
 
 
 def _estimate(
@@ -122,7 +135,6 @@ def _estimate(
 ) -> None:
     try:
         from .estimate import FisherSettings, Progress, estimate_fisher
-        from .sources import SequenceChoice
     except ModuleNotFoundError as error:
         raise MissingExtraError("`fisher: {data: …}`", error.name or "torch", "model") from None
     assert isinstance(entry.fisher, dict)

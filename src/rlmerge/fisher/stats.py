@@ -123,6 +123,9 @@ def winners(sensitivity: Vector, delta: Vector) -> NDArray[np.int64]:
 
 
 def _meta(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        begun = folder.with_name(f"{folder.name}.unfinished").is_dir()
+        raise FisherError(f"{folder}: there is no such folder{'; it is unfinished' if begun else ''}.")
     file = folder / "fisher.json"
     if not file.exists():
         raise FisherError(f"{folder}: has no fisher.json: only what `rlmerge fisher` made can be judged.")
