@@ -24,9 +24,9 @@ import torch
 from rlmerge.evaluate.run import load_model
 from rlmerge.evaluate.tasks import load_task
 from rlmerge.fisher.combine import read_tensor
-from rlmerge.fisher.gradients import log_probability_gradient
-from rlmerge.fisher.sequences import make_batches
-from rlmerge.fisher.sources import SequenceChoice, make_units, sample
+from rlmerge.fisher.data import SequenceChoice
+from rlmerge.fisher.sequences import log_probability_gradient, make_batches
+from rlmerge.fisher.sources import make_units, sample
 from rlmerge.fisher.stats import rank_correlation
 
 GROUPS = 16
@@ -106,7 +106,7 @@ def main() -> None:
     task = load_task(str(given.data))
     with tempfile.TemporaryDirectory() as folder:
         drawn = sample(expert.model, expert.tokenizer, task.problems, choice, Path(folder) / "drawn.jsonl")
-    units, _ = make_units(drawn, choice)
+    units = [unit for unit in make_units(drawn, choice) if unit is not None]
     support = expert.support
     rest = expert.loss(units)
     expert.take_back(support)

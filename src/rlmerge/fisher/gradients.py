@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from rlmerge.errors import FisherError
 
+from .checkpointing import enable_checkpointing
 from .layers import Call, Layer, layers_of, mapped, tensors_in, tied_pairs
 from .products import Splitter, pull_back
-from .sequences import Batch
+from .sequences import Batch, log_probability_gradient, shortened, units_of
+from .squares import add_outer_squares, add_square
 
-TILE = 2**20
-"""Gradient entries of a unit that are formed at once: 4 MB in fp32, which stay in the third-level cache. With 1 MB,
-calls and threads that start cost a tenth more (docs/fisher.md)."""
 LOGITS = 2**26
 """Logits of a single unit that are made at once."""
 CHECKED = 64
@@ -71,7 +70,7 @@ class SquaredGradients:
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._was_training = model.training
         model.eval()
-        self._dropouts = _enable_checkpointing(model) if checkpointing else []
+        self._dropouts = enable_checkpointing(model) if checkpointing else []
         self._checkpointing = checkpointing
         self._layers, slow = layers_of(model, names, set(self.total))
         self._slow: set[str] = set(self.total) if plain else slow
@@ -179,9 +178,9 @@ class SquaredGradients:
                 self._own_rows[weight] = [(rows, gradient[rows])]
                 gradient[rows] = 0.0
             if weight in self._fast:
-                _add_square(self.total[weight], gradient)
+                add_square(self.total[weight], gradient)
             if bias is not None and bias in self._fast:
-                _add_square(self.total[bias], of_bias)
+                add_square(self.total[bias], of_bias)
         hidden.backward(upstream)
 
     def _add_slow(self, batch: Batch, names: set[str], total: dict[str, Tensor], factor: float = 1.0) -> None:
@@ -212,7 +211,7 @@ class SquaredGradients:
                 self.log_probability += value
             for name, gradient in zip(wanted, found):
                 if gradient is not None:
-                    _add_square(total[name], gradient, factor)
+                    add_square(total[name], gradient, factor)
 
     def _logits(self, batch: Batch) -> tuple[Tensor, int, int]:
         """Logits [R, last - first, V] of the tokens in columns [first, last), from the positions before them."""
@@ -325,7 +324,7 @@ class SquaredGradients:
             x, g = x.bfloat16(), g.bfloat16()
         own = self._own_of(weight, x, g)
         left, right = (x, g) if layer.rule == "transposed" else (g, x)
-        _add_outer_squares(total, left, right, own)
+        add_outer_squares(total, left, right, own)
         return True
 
     def _own_of(self, weight: str, x: Tensor, g: Tensor) -> list[Tensor] | None:
@@ -398,7 +397,7 @@ class SquaredGradients:
             found = pull_back(layer.module, parameters, calls, splitter)
         for gradient in found or ():
             for local, value in gradient.items():
-                _add_square(self.total[layer.parameters[local]], value)
+                add_square(self.total[layer.parameters[local]], value)
         return found is not None
 
     def _find_head(self, batch: Batch) -> Layer | None:
@@ -493,92 +492,5 @@ class Unsuitable(Exception):
         self.reason = reason
 
 
-def _enable_checkpointing(model: Any) -> list[tuple[Any, str, float]]:
-    """Layer by layer, as transformers has it, which wants the layers in training mode; but without their dropout.
-
-    Returns (module, attribute, value) of the rates that were set to 0.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise FisherError(
-            "this model knows no gradient checkpointing, so its activations must fit: give more --memory, or shorter "
-            "sequences."
-        )
-    # renamed in transformers 5
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": True})
-    rates: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True  # of the layer alone, not of what is in it
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float) and value:
-                    rates.append((module, name, value))
-    for module, name, _ in rates:
-        setattr(module, name, 0.0)
-    return rates
-
-
-def log_probability_gradient(logits: Tensor, batch: Batch, first: int, last: int) -> tuple[Tensor, float]:
-    """∂ Σ factor·log p / ∂ logits, in the dtype of the logits [R, last - first, V], and the sum itself.
-
-    The gradient of log softmax: factor·(one-hot of the token − p).
-    """
-    with torch.no_grad():
-        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        tokens = batch.ids[:, first:last, None]
-        factor = batch.factor[:, first:last, None].to(wide.dtype)
-        chosen = wide.gather(2, tokens)
-        value = float(((chosen - wide.logsumexp(2, keepdim=True)) * factor).double().sum())
-        found = wide.softmax(2).mul_(-factor)
-        found.scatter_add_(2, tokens, factor)
-    return found.to(logits.dtype), value
-
-
-def units_of(batch: Batch, places: list[int]) -> Batch:
-    """Some units of a batch, without the columns that are padding to all of them."""
-    rows = [unit * batch.rows + row for unit in places for row in range(batch.rows)]
-    width = int(batch.mask[rows].sum(1).max())
-    return Batch(batch.ids[rows, :width], batch.mask[rows, :width], batch.factor[rows, :width], len(places), batch.rows)
-
-
-def shortened(batch: Batch, most: int) -> Batch:
-    """The same units with fewer tokens: at most so many, from a window that has scored ones of every row."""
-    width = batch.ids.shape[1]
-    if width <= most:
-        return batch
-    starts = (batch.factor != 0.0).int().argmax(1)
-    rows = [slice(max(0, min(int(start) - most // 2, width - most)), None) for start in starts]
-    cut = [
-        torch.stack([values[row, part][:most] for row, part in enumerate(rows)])
-        for values in (batch.ids, batch.mask, batch.factor)
-    ]
-    cut[2][:, 0] = 0.0  # the first token has nothing before it
-    return Batch(cut[0], cut[1], cut[2], batch.units, batch.rows)
-
-
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype)
-
-
-def _add_square(total: Tensor, gradient: Tensor, factor: float = 1.0) -> None:
-    wide = gradient.to(total.dtype)
-    total.addcmul_(wide, wide, value=factor)
-
-
-def _add_outer_squares(total: Tensor, left: Tensor, right: Tensor, left_out: list[Tensor] | None) -> None:
-    """Adds Σ over units of (left[u]ᵀ·right[u])² to total [a, b], from left [U, M, a] and right [U, M, b], by tiles.
-
-    Rows that `left_out` names for a unit are left out of its sum.
-    """
-    height = max(1, TILE // total.shape[1])
-    buffer = torch.empty((min(height, total.shape[0]), total.shape[1]), dtype=left.dtype)
-    for start in range(0, total.shape[0], height):
-        stop = min(start + height, total.shape[0])
-        tile, some = total[start:stop], buffer[: stop - start]
-        for unit in range(left.shape[0]):
-            torch.mm(left[unit, :, start:stop].T, right[unit], out=some)
-            if left_out is not None:
-                rows = left_out[unit]
-                some[rows[(rows >= start) & (rows < stop)] - start] = 0.0
-            wide = some.to(tile.dtype)
-            tile.addcmul_(wide, wide)

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,41 @@ def make_batches(units: Several[Unit], tokens: int, mean: bool) -> list[Batch]:
             found.append([])
         found[-1].append(unit)
     return [make_batch(part, mean) for part in found]
+
+
+def units_of(batch: Batch, places: list[int]) -> Batch:
+    """Some units of a batch, without the columns that are padding to all of them."""
+    rows = [unit * batch.rows + row for unit in places for row in range(batch.rows)]
+    width = int(batch.mask[rows].sum(1).max())
+    return Batch(batch.ids[rows, :width], batch.mask[rows, :width], batch.factor[rows, :width], len(places), batch.rows)
+
+
+def shortened(batch: Batch, most: int) -> Batch:
+    """The same units with fewer tokens: at most so many, from a window that has scored ones of every row."""
+    width = batch.ids.shape[1]
+    if width <= most:
+        return batch
+    starts = (batch.factor != 0.0).int().argmax(1)
+    rows = [slice(max(0, min(int(start) - most // 2, width - most)), None) for start in starts]
+    cut = [
+        torch.stack([values[row, part][:most] for row, part in enumerate(rows)])
+        for values in (batch.ids, batch.mask, batch.factor)
+    ]
+    cut[2][:, 0] = 0.0  # the first token has nothing before it
+    return Batch(cut[0], cut[1], cut[2], batch.units, batch.rows)
+
+
+def log_probability_gradient(logits: Tensor, batch: Batch, first: int, last: int) -> tuple[Tensor, float]:
+    """∂ Σ factor·log p / ∂ logits, in the dtype of the logits [R, last - first, V], and the sum itself.
+
+    The gradient of log softmax: factor·(one-hot of the token − p).
+    """
+    with torch.no_grad():
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        tokens = batch.ids[:, first:last, None]
+        factor = batch.factor[:, first:last, None].to(wide.dtype)
+        chosen = wide.gather(2, tokens)
+        value = float(((chosen - wide.logsumexp(2, keepdim=True)) * factor).double().sum())
+        found = wide.softmax(2).mul_(-factor)
+        found.scatter_add_(2, tokens, factor)
+    return found.to(logits.dtype), value
