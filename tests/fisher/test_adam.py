@@ -110,3 +110,30 @@ def test_moments_of_other_optimizers(
     torch.save({"state": {0: entry}, "param_groups": [{"params": [0], "betas": (0.9, 0.99)}]}, copy / "optimizer.pt")
     with pytest.raises(FisherError, match="another optimizer"):
         fisher_from_adam(copy, tmp_path / "f")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_trl(tmp_path: Path) -> None:
+    """Three steps of GRPO by TRL on a tiny model."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    write_model(tmp_path / "base", 0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, bf16=False, beta=0.0, per_device_train_batch_size=8,
+        num_generations=4, max_completion_length=6, max_steps=3, save_steps=3, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [len(set(text)) / 6 for text in completions],
+        args=settings,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["one", "two", "three", "four"] * 4}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "base"),
+    )
+    trainer.train()
+    state, beta = trainer.optimizer.state, trainer.optimizer.param_groups[0]["betas"][1]
+    fisher_from_adam(tmp_path / "run" / "checkpoint-3", tmp_path / "f")
+    found = load_file(tmp_path / "f" / "fisher.safetensors")
+    for name, parameter in trainer.model.named_parameters():
+        expected = state[parameter]["exp_avg_sq"] / (1 - beta ** float(state[parameter]["step"]))
+        assert torch.allclose(found[name], expected, rtol=1e-6), name
