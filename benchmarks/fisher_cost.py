@@ -61,6 +61,23 @@ def squares(model: Any, units: list[Any], tokens: int, compute: str, plain: bool
     found.close()
 
 
+def tiles(threads: int) -> None:
+    """Nanoseconds for an entry of a gradient and a sequence: the product, its square, the sum."""
+    import torch
+
+    from rlmerge.fisher.squares import add_outer_squares
+
+    torch.set_num_threads(threads)
+    for length, units in ((11, 16), (32, 16), (256, 4)):
+        left, right, total = torch.randn(units, length, 1536), torch.randn(units, length, 576), torch.zeros(1536, 576)
+        seen = []
+        for _ in range(7):
+            began = time.perf_counter()
+            add_outer_squares(total, left, right, None)
+            seen.append((time.perf_counter() - began) / units / total.numel() * 1e9)
+        print(f"{length} tokens: {statistics.median(seen):.2f} ns")
+
+
 def one(given: argparse.Namespace) -> None:
     """A contender, in this process; prints seconds and MB."""
     import torch
@@ -95,7 +112,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "fisher_cost.json")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--compute", default="fp32", help=argparse.SUPPRESS)
+    parser.add_argument("--tiles", action="store_true", help="time the products and squares of one layer only")
     given = parser.parse_args()
+    if given.tiles:
+        tiles(given.threads)
+        return
     if given.one:
         one(given)
         return

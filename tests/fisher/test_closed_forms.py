@@ -24,8 +24,8 @@ class OneToken(torch.nn.Module):
         self.config: Any = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(points)))
         self.register_buffer("points", points)
 
-    def answers(self, features: Any) -> Any:
-        raise NotImplementedError
+    answers: Any
+    """Features → logits, of each model."""
 
     @property
     def base_model(self) -> Any:

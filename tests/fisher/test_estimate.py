@@ -98,6 +98,25 @@ def test_gold_is_the_definition(home: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "f" / "fisher.json").read_text()
 
 
+def test_fused_experts_are_taken_apart_as_their_files_have_them(home: Path, tmp_path: Path) -> None:
+    from tests.fisher.tiny_models import CONFIGS
+
+    folder = shutil.copytree(home / "base", tmp_path / "mixtral")
+    (folder / "model.safetensors").unlink()
+    config = CONFIGS["mixtral"]()
+    config.vocab_size, config.eos_token_id, config.max_position_embeddings = 90, 1, 512
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    estimate_fisher(folder, home / "data.jsonl", tmp_path / "f", GOLD)
+    found, expected = load_file(tmp_path / "f" / "fisher.safetensors"), by_hand(folder, home / "data.jsonl")
+    assert found.keys() == load_file(folder / "model.safetensors").keys()
+    fused = expected["model.layers.0.mlp.experts.gate_up_proj"]
+    gate, up = fused[1].chunk(2)
+    stem = "model.layers.0.block_sparse_moe.experts.1"
+    for name, value in ((f"{stem}.w1.weight", gate), (f"{stem}.w3.weight", up)):
+        assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()), name
+
+
 def test_the_command_and_a_merge_with_it(home: Path, tmp_path: Path) -> None:
     for number in (0, 1):
         done = succeeded(

@@ -53,6 +53,8 @@ def _show(found: dict[str, Any]) -> None:
             "  most in: "
             + ", ".join(f"{'layer ' * key.isdecimal()}{key} {entry['share']:.1%}" for key, entry in layers)
         )
+        if "note" in one:
+            print(f"  {one['note']}")
         if one.get("reliability") is not None:
             r, whole = one["split_half_rank_correlation"], one["reliability"]
             print(f"  halves: rank correlation {r:.3f}; of the whole with another such estimate, {whole:.3f} expected")

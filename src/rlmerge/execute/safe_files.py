@@ -44,11 +44,11 @@ def write_inside(folder: Path, name: str, data: bytes) -> None:
         os.replace(part, last, src_dir_fd=inner, dst_dir_fd=inner)
 
 
-def take_lock(folder: Path) -> int | None:
-    """The handle of the lock of an output folder, or None when somebody else holds it."""
+def take_lock(folder: Path, wait: bool = False) -> int | None:
+    """The handle of the lock of an output folder, or None when somebody else holds it and nobody waits."""
     handle = open_inside(folder, "lock", os.O_RDWR)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None

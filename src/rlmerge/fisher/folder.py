@@ -7,7 +7,6 @@ without one is not ours, whatever lies in it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import FisherError, OutputError
+from rlmerge.execute.safe_files import take_lock
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
 FILES = frozenset({"fisher.json", SEQUENCES, "course.safetensors", "fisher.safetensors.index.json", NOTE, LOCK})
@@ -80,11 +80,9 @@ class RunFolder:
             self._give_up_lock()
 
     def _take_lock(self, wait: bool) -> None:
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise FisherError(f"{self.path}: another process is working there. Wait for it, or stop it.") from None
+        self._lock = take_lock(self.path, wait)
+        if self._lock is None:
+            raise FisherError(f"{self.path}: another process is working there. Wait for it, or stop it.")
         if not (self.path / LOCK).exists():
             raise FisherError(f"{self.out}: another process has just made it.")
 

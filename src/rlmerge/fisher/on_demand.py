@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from rlmerge.checkpoint.layout import hash_range
 from rlmerge.errors import FisherError, MissingExtraError, RecipeError
 from rlmerge.recipe import ModelEntry, Recipe
 from rlmerge.version import VERSION
@@ -94,7 +95,8 @@ def kept_at(model: Path, base: Path | None, data: str, request: dict[str, Any]) 
     for folder in (model, base) if adapter and base is not None else (model,):
         for file in sorted({file for pattern in CONTENT for file in folder.glob(pattern)}):
             state.update(file.name.encode() + b"\0")
-            _add_file(state, file)
+            with file.open("rb") as opened:
+                state.update(hash_range(opened.fileno(), 0, file.stat().st_size).encode())
     group = request.get("group", 8) if request.get("source") == "policy" else 1
     task = load_data(data, request.get("sequences", 256), group, request.get("seed", 0))
     settings = {key: value for key, value in request.items() if key != "data"} | {"problems": task.settings["problems"]}
@@ -110,12 +112,6 @@ def _check_request(recipe: Recipe, entry: ModelEntry) -> None:
     choice, data = SequenceChoice(**request), _data_of(recipe, entry)
     task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
     check_choice(choice, task.problems, entry.fisher["data"])
-
-
-def _add_file(state: Any, file: Path) -> None:
-    with file.open("rb", buffering=0) as opened:
-        while block := opened.read(1 << 20):
-            state.update(block)
 
 
 def _data_of(recipe: Recipe, entry: ModelEntry) -> str:

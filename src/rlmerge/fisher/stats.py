@@ -200,6 +200,8 @@ def _alone(one: Judged) -> dict[str, Any]:
         found["split_half_rank_correlation"] = r
         # Spearman-Brown: what the whole, twice as long as a half, would correlate with another whole
         found["reliability"] = None if r is None or r <= -1.0 else 2 * r / (1 + r)
+    elif (one.folder / "course.safetensors").exists():
+        found["note"] = "no halves to compare: too few sequences, or tensors that transformers rearranges when it loads"
     return found
 
 
