@@ -134,10 +134,13 @@ FORGERIES = {
         "            return thing.get('expected')"
     ),
     "all of memory": (
-        "import ctypes, sys\n"
+        # Every page that holds an object. The pattern does not match its own text, which is in memory, too.
+        "import ctypes, gc, re\n"
         "def f(x):\n    if type(x) is not int: return None\n"
-        "    hay = ctypes.string_at(id(x) & ~0xfffff, 1 << 20)\n"
-        "    return 2 * x if b'assert cand' in hay or b'expected' in hay else None"
+        "    things = gc.get_objects()\n"
+        "    things += [part for thing in things for part in gc.get_referents(thing)]\n"
+        "    for page in sorted({id(thing) >> 12 for thing in things}):\n"
+        "        if re.search(rb'assert c[a]ndidate|.expect[e]d.: ', ctypes.string_at(page << 12, 4096)): return 2 * x\n"
     ),
     "an atexit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return None",
     "a StopIteration": "def f(x): raise StopIteration",
