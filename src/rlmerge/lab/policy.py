@@ -1,11 +1,11 @@
-"""The model as a policy over short answers: read and write its folder, sample completions, score given completions.
+"""The model as a policy: read and write its folder, probabilities of given completions, under autograd.
 
-Prompts are run once and their key-value cache is repeated for all completions of a group, also under autograd: with
-long prompts, short answers and groups of eight this is a third of the work of running every sequence in full.
+`log_probabilities` runs each prompt once and repeats its key-value cache for all completions of a group: with long
+prompts, short answers and groups of eight this is a third of the work of running every sequence in full.
 """
 
-import json
-import os
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from rlmerge.evaluate.generate import cache_as
-
-MAX_NEW_TOKENS = 8
+from rlmerge.lab.errors import LabError
 
 
 @dataclass
@@ -26,11 +25,6 @@ class Policy:
     model: Any
     tokenizer: Any
 
-    @property
-    def newline(self) -> int:
-        """The token that ends an answer."""
-        return self.encode("\n")[0]
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -38,14 +32,6 @@ class Policy:
     def decode(self, tokens: Sequence[int]) -> str:
         """The exact text of some tokens."""
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-
-@dataclass
-class Samples:
-    """Completions of a batch, one list of token ids each, stop token included, and their mean entropy per token."""
-
-    tokens: list[list[int]]
-    entropy: float
 
 
 @dataclass
@@ -64,31 +50,23 @@ def read_policy(folder: Path) -> Policy:
     from transformers.utils import logging
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json there, so this is no model folder: name one that the lab wrote.")
+        raise LabError(f"{folder}: no config.json there, so this is no model folder: name one that the lab wrote.")
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
-def write_policy(policy: Policy, out: Path, origin: dict[str, Any]) -> None:
-    """Write model (rounded to bf16), tokenizer and `origin`, as lab.json, to the new folder `out`, which appears whole.
+def write_model(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes a model folder with these weights (by parameter name, all of one dtype) in place of the policy's own."""
+    import copy
 
-    The model itself is rounded in place: train no further with it.
-    """
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    policy.model.to(torch.bfloat16).save_pretrained(unfinished)
-    policy.tokenizer.save_pretrained(unfinished)
-    origin = {**origin, "arithmetic": "bf16" if fast_bf16() else "fp32"}
-    (unfinished / "lab.json").write_text(json.dumps(origin, indent=2) + "\n")
-    os.rename(unfinished, out)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise ValueError if `out` exists: the lab writes over nothing."""
-    if out.exists():
-        raise ValueError(f"{out}: exists, and the lab writes over nothing: name another folder or remove this one.")
+    dtype = next(iter(weights.values())).dtype
+    model = copy.deepcopy(policy.model).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 def fast_bf16() -> bool:
@@ -102,6 +80,17 @@ def arithmetic() -> torch.autocast:
     Use one context for sampling and another for the loss: weights cast inside `no_grad` are cached without gradient.
     """
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16())
+
+
+def document_loss(policy: Policy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], prompt_weight: float) -> Tensor:
+    """Mean of −log p over the tokens of (prompt, completion) pairs, those of prompts weighted by `prompt_weight`."""
+    ids, mask = _pad([[*prompt, *completion] for prompt, completion in rows])
+    places = torch.arange(ids.shape[1])
+    starts = torch.tensor([len(prompt) for prompt, _ in rows])
+    weights = torch.where(places < starts[:, None], prompt_weight, 1.0) * mask
+    logits = policy.model(input_ids=ids).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -146,8 +135,19 @@ def log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every completion token, fp32 [B, T], and the mask of real tokens [B, T]; 0 outside the mask.
 
-    The completions of one prompt lie together; B is a multiple of the number of prompts. Differentiable. The output
-    layer, a third of this small model, runs on completion tokens only.
+    The completions of one prompt lie together; B is a multiple of the number of prompts. Differentiable.
+    """
+    logits, ids, mask = completion_logits(policy, prompts, completions)
+    values = -torch.nn.functional.cross_entropy(logits, ids[mask], reduction="none")
+    return torch.zeros(mask.shape).masked_scatter(mask, values), mask
+
+
+def completion_logits(
+    policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of all completion tokens, row after row [N, V], their ids padded [B, T], and the mask of real ones [B, T].
+
+    The output layer, a third of a small model, runs on completion tokens only.
     """
     prefix = _prefill(policy, prompts, len(completions) // len(prompts))
     ids, mask = _pad(completions)
@@ -155,35 +155,18 @@ def log_probabilities(
     if ids.shape[1] > 1:
         seen = torch.cat([prefix.mask, mask[:, :-1]], 1)
         hidden = torch.cat([hidden, _run(policy, ids[:, :-1], prefix.lengths, seen, prefix.cache)], 1)
-    logits = policy.model.lm_head(hidden[mask]).float()
-    values = -torch.nn.functional.cross_entropy(logits, ids[mask], reduction="none")
-    return torch.zeros(mask.shape).masked_scatter(mask, values), mask
+    return policy.model.lm_head(hidden[mask]).float(), ids, mask
 
 
-@torch.no_grad()
-def sample(
-    policy: Policy, prompts: Sequence[Sequence[int]], group: int = 1, generator: torch.Generator | None = None
-) -> Samples:
-    """`group` completions of each prompt, in order, at temperature 1; greedy if there is no generator.
+def expected_pass(policy: Policy, prompts: Sequence[str], completions: Sequence[str], batch: int = 64) -> list[float]:
+    """The probability of each completion at temperature 1, its end included: where it is the only right one, pass@1.
 
-    A completion ends with a newline, the end-of-text token, or after MAX_NEW_TOKENS.
+    Exact, by teacher forcing: no sampling noise. A right text in an unusual tokenization is not counted.
     """
-    stops = torch.tensor([policy.newline, policy.tokenizer.eos_token_id])
-    prefix = _prefill(policy, prompts, group)
-    hidden, mask, ended = prefix.hidden, prefix.mask, torch.zeros(len(prefix.mask), dtype=torch.bool)
-    tokens: list[list[int]] = [[] for _ in range(len(mask))]
-    entropies: list[float] = []
-    for place in range(MAX_NEW_TOKENS):
-        logs = policy.model.lm_head(hidden).float().log_softmax(-1)
-        chances = logs.exp()
-        chosen = logs.argmax(-1) if generator is None else torch.multinomial(chances, 1, generator=generator)[:, 0]
-        entropies += (-(chances * logs).sum(-1))[~ended].tolist()
-        for row, token, over in zip(tokens, chosen.tolist(), ended.tolist(), strict=True):
-            if not over:
-                row.append(token)
-        ended = ended | torch.isin(chosen, stops)
-        if ended.all():
-            break
-        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], 1)
-        hidden = _run(policy, chosen[:, None], prefix.lengths + place, mask, prefix.cache)[:, 0]
-    return Samples(tokens, sum(entropies) / len(entropies))
+    chances: list[float] = []
+    for start in range(0, len(prompts), batch):
+        rows = [[policy.encode(text) for text in texts[start : start + batch]] for texts in (prompts, completions)]
+        with torch.no_grad(), arithmetic():
+            logs, _ = log_probabilities(policy, *rows)
+        chances += logs.sum(1).exp().tolist()
+    return chances

@@ -52,7 +52,7 @@ def load_task(
 ) -> Task:
     """The task that `spec` names.
 
-    spec      'math', 'math:2' (level), 'math:answer-only', 'code:trace:1', 'gym:gsm_symbolic', 'humaneval',
+    spec      'math', 'math:2' (level; 0 is for tiny models), 'math:answer-only', 'code:trace:1', 'gym:gsm_symbolic', 'humaneval',
               'file:problems.jsonl' or a path that ends in .jsonl
     split     'train', 'validation' or 'test'; files and HumanEval are taken whole and ignore it
     count     how many problems; without it 200, and all of a file or of HumanEval
@@ -102,23 +102,23 @@ def problems(spec: str, split: str, seed: int | str = 0) -> Iterator[Problem]:
     level, kind, bare = _parts(name, words, module)
 
     def draw(random: Random) -> Draft:
-        chosen = random.choice(list(module.LEVELS)) if level is None else level
+        chosen = random.choice(list(module.LEVELS)) if level is None else level  # 0 is for tiny models alone
         return module.draw(random, chosen, kind) if kind else module.draw(random, chosen)
 
-    found = stream(draw, f"{name}/{level or 'all'}/{kind or 'all'}", split, seed)
+    found = stream(draw, f"{name}/{'all' if level is None else level}/{kind or 'all'}", split, seed)
     return map(module.answer_only, found) if bare else found
 
 
 def _parts(name: str, words: list[str], module: ModuleType) -> tuple[int | None, str | None, bool]:
     """(level, kind, answer-only) from the words after a domain's name."""
     kinds = module.KINDS if name == "code" else ()
-    known = [str(level) for level in module.LEVELS] + [*kinds, "answer-only"]
+    known = ["0", *map(str, module.LEVELS), *kinds, "answer-only"]
     level, kind, bare = None, None, False
     for word in words:
         if (
             word not in known
             or (word in kinds and kind)
-            or (word.isdigit() and level)
+            or (word.isdigit() and level is not None)
             or (word == "answer-only" and bare)
         ):
             state = "given twice" if word in known else f"unknown.{did_you_mean(word, known)}"
@@ -128,6 +128,8 @@ def _parts(name: str, words: list[str], module: ModuleType) -> tuple[int | None,
         level = int(word) if word.isdigit() else level
         kind = word if word in kinds else kind
         bare = bare or word == "answer-only"
+    if level == 0 and kind == "write":
+        raise TaskError(f"{':'.join([name, *words])}: at level 0 there are traces only; write '{name}:0'.")
     return level, kind, bare
 
 

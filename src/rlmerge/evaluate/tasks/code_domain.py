@@ -20,8 +20,8 @@ LEVELS = tuple(code_programs.LEVELS)
 
 
 def draw(random: Random, level: int, kind: str | None = None) -> Draft:
-    """Draws a problem of one kind, or of either: two traces for each function to write."""
-    kind = kind or random.choice(("trace", "trace", "write"))
+    """Draws a problem of one kind, or of either: two traces for each function to write; at level 0 traces only."""
+    kind = kind or (random.choice(("trace", "trace", "write")) if level else "trace")
     families = code_programs if kind == "trace" else code_functions
     spec = families.draw(random, level, random.choice(families.FAMILIES))
     build = _build_trace if kind == "trace" else _build_write
@@ -38,7 +38,8 @@ def traces(problem: Problem, random: Random) -> str:
     meta = problem.meta
     if meta["kind"] == "write":
         return code_solutions.solution(meta["spec"], meta["names"][0], random)
-    return "\n".join([*code_traces.working(meta["spec"], meta["names"], random), f"Answer: {problem.answer}"]) + END
+    wording = random if meta["level"] else _Plain()
+    return "\n".join([*code_traces.working(meta["spec"], meta["names"], wording), f"Answer: {problem.answer}"]) + END
 
 
 def answer_only(problem: Problem) -> Problem:
@@ -54,7 +55,23 @@ def answer_only(problem: Problem) -> Problem:
 def count(level: int, kind: str | None = None) -> int:
     """How many canonical forms the level has, exactly."""
     programs = 0 if kind == "write" else code_programs.count(level)
-    return programs + (0 if kind == "trace" else code_functions.count(level))
+    return programs + (0 if kind == "trace" or level == 0 else code_functions.count(level))
+
+
+class _Plain(Random):
+    """Always the first wording and the order as it is: what a tiny model reads."""
+
+    def random(self) -> float:
+        return 0.99
+
+    def randrange(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def shuffle(self, x: Any) -> None:
+        pass
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
 
 
 def _problem(problem: Problem, completion: str, name: str = "", prompt: str = "", meta: Any = None) -> Problem:
@@ -74,7 +91,8 @@ def _problem(problem: Problem, completion: str, name: str = "", prompt: str = ""
 
 def _build_trace(spec: list[Any], level: int, random: Random) -> Problem:
     text, names = code_traces.source(spec, random)
-    question = random.choice(("What does this program print?", "What is printed?", "What is the output?"))
+    asked = ("What does this program print?", "What is printed?", "What is the output?")
+    question = random.choice(asked if level else asked[1:2])
     canonical = canonical_of("trace", spec)
     meta = {"domain": "code", "level": level, "kind": "trace", "spec": spec, "names": names}
     meta |= {"source": text, "marker": "Answer:", "end": END}

@@ -44,10 +44,18 @@ LEVELS = {
     4: Level(99, 4, ("+*-*+", "*+*-*", "-*+*-", "*-*+*"), 5, "+im", 5),
 }
 
+LEVEL_0 = Level(9, 3, ("+*", "*+", "*-", "-*"), 3, "+", 3)
+"""For models of a few million parameters: one-digit numbers; no part of the mixture of levels."""
+
+
+def ranges_of(level: int) -> Level:
+    """The ranges of a level, 0 included."""
+    return LEVELS[level] if level else LEVEL_0
+
 
 def draw(random: Random, level: int, family: str) -> Spec:
     """A spec of one family, in canonical form."""
-    ranges = LEVELS[level]
+    ranges = ranges_of(level)
     number = _Numbers(random, ranges.largest)
     return {"branch": _branch, "chain": _chain, "list": _list, "loop": _loop}[family](number, ranges)
 
@@ -136,7 +144,7 @@ def replay(value: int, steps: Sequence[Sequence[Any]]) -> int:
 
 def count(level: int) -> int:
     """How many canonical programs the level has, exactly."""
-    ranges = LEVELS[level]
+    ranges = ranges_of(level)
     n, f = ranges.largest, ranges.factor - 1
     pairs = n * (n + 1) // 2
     chains = sum(_chain_count(operators, ranges) for operators in ranges.chains)

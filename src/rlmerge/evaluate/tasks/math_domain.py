@@ -46,10 +46,16 @@ LEVELS = {
 }
 """Two or three operations at level 1, five to seven at level 4."""
 
+LEVEL_0 = Level(9, 5, ("nnn-n", "nn-nn", "nnnn", "nnnn-n", "nnn-nn", "pn-n"))
+"""For models of a few million parameters: one-digit numbers, asked as an expression, worked out as asked in one wording.
+
+No part of the mixture of levels: it is had by name only ('math:0').
+"""
+
 
 def draw(random: Random, level: int) -> Draft:
     """Draws the terms of a problem; the sum is at least 1."""
-    ranges = LEVELS[level]
+    ranges = ranges_of(level)
     while True:
         shape = random.choice(ranges.shapes)
         added, _, taken = shape.partition("-")
@@ -57,6 +63,11 @@ def draw(random: Random, level: int) -> Draft:
         minus = sorted(_atom(random, kind, ranges) for kind in taken)
         if sum(map(value, plus)) > sum(map(value, minus)):
             return Draft(canonical_of(plus, minus), partial(_build, plus, minus, level))
+
+
+def ranges_of(level: int) -> Level:
+    """The ranges of a level, 0 included."""
+    return LEVELS[level] if level else LEVEL_0
 
 
 def canonical_of(plus: Sequence[Atom], minus: Sequence[Atom]) -> str:
@@ -99,6 +110,9 @@ def traces(problem: Problem, random: Random) -> str:
     """
     plus, minus = _atoms(problem)
     steps: list[str] = []
+    if problem.meta["level"] == 0:
+        _total([(sign, tuple(atom)) for sign, atom in problem.meta["terms"]], None, steps)
+        return "\n".join([*steps, f"Answer: {problem.answer}"]) + END
     if len(minus) > 1 and random.random() < 0.35:
         up = _total([(1, atom) for atom in plus], random, steps)
         down = _total([(1, atom) for atom in minus], random, steps)
@@ -134,7 +148,7 @@ def ordered(plus: Sequence[Atom], minus: Sequence[Atom], random: Random) -> list
 
 def count(level: int) -> int:
     """How many canonical forms the level has, exactly: pairs of multisets of atoms, the first with the larger sum."""
-    ranges = LEVELS[level]
+    ranges = ranges_of(level)
     total = 0
     for shape in ranges.shapes:
         added, _, taken = shape.partition("-")
@@ -162,7 +176,7 @@ def _sums(kinds: str, level: int) -> dict[int, int]:
 @cache
 def _values(kind: str, level: int) -> list[int]:
     """What each atom of a class amounts to."""
-    ranges = LEVELS[level]
+    ranges = ranges_of(level)
     numbers, factors = range(1, ranges.largest + 1), range(2, ranges.factor + 1)
     if kind == "n":
         return list(numbers)
@@ -186,19 +200,23 @@ def _atom(random: Random, kind: str, ranges: Level) -> Atom:
 
 
 def _build(plus: list[Atom], minus: list[Atom], level: int, random: Random) -> Problem:
-    kinds = KINDS if all(atom[0] != "g" for atom in plus) else KINDS[:2]
-    kind = random.choice(kinds)
-    question = {"expression": _expression, "names": _names, "words": _words}[kind](plus, minus, random)
     canonical = canonical_of(plus, minus)
     meta = {
         "domain": "math",
         "level": level,
-        "kind": kind,
+        "kind": "expression",
         "plus": plus,
         "minus": minus,
         "marker": "Answer:",
         "end": END,
     }
+    if level:
+        kinds = KINDS if all(atom[0] != "g" for atom in plus) else KINDS[:2]
+        meta["kind"] = kind = random.choice(kinds)
+        question = {"expression": _expression, "names": _names, "words": _words}[kind](plus, minus, random)
+    else:
+        meta["terms"] = ordered(plus, minus, random)
+        question = f"What is {_sum_of(meta['terms'], random)}?"
     answer = str(sum(map(value, plus)) - sum(map(value, minus)))
     prompt = f"Question: {question}\nWorking:\n"
     problem = Problem(f"math-{digest(canonical)}", prompt, (), None, answer, None, "exact", canonical, meta)
@@ -206,10 +224,13 @@ def _build(plus: list[Atom], minus: list[Atom], level: int, random: Random) -> P
 
 
 def _expression(plus: list[Atom], minus: list[Atom], random: Random) -> str:
-    text = "".join(
-        f" {'+' if sign > 0 else '-'} {written(atom, random)}" for sign, atom in ordered(plus, minus, random)
-    )
-    return random.choice(("What is {}?", "Work out {}.", "Find {}.")).format(text.removeprefix(" + "))
+    text = _sum_of(ordered(plus, minus, random), random)
+    return random.choice(("What is {}?", "Work out {}.", "Find {}.")).format(text)
+
+
+def _sum_of(terms: Sequence[tuple[int, Atom]], random: Random) -> str:
+    """The terms as one expression, in their order."""
+    return "".join(f" {'+' if sign > 0 else '-'} {written(atom, random)}" for sign, atom in terms).removeprefix(" + ")
 
 
 def _names(plus: list[Atom], minus: list[Atom], random: Random) -> str:
@@ -226,9 +247,12 @@ def _words(plus: list[Atom], minus: list[Atom], random: Random) -> str:
     return math_words.story(ordered(plus, minus, random), random)
 
 
-def _total(terms: list[tuple[int, Atom]], random: Random, steps: list[str]) -> int:
-    """The sum of the terms in this order, with the equations on the way appended to `steps`."""
-    early = random.random() < 0.5
+def _total(terms: list[tuple[int, Atom]], random: Random | None, steps: list[str]) -> int:
+    """The sum of the terms in this order, with the equations on the way appended to `steps`.
+
+    Without `random` in one way: compound terms when they are met, the running total on the left.
+    """
+    early = random is not None and random.random() < 0.5
     if early:
         for _, atom in terms:
             _compound(atom, random, steps)
@@ -240,14 +264,14 @@ def _total(terms: list[tuple[int, Atom]], random: Random, steps: list[str]) -> i
         if total is None:
             total = amount
             continue
-        left, right = (total, amount) if sign < 0 or random.random() < 0.7 else (amount, total)
+        left, right = (total, amount) if sign < 0 or random is None or random.random() < 0.7 else (amount, total)
         total += sign * amount
         steps.append(f"{left} {'+' if sign > 0 else '-'} {right} = {total}")
     assert total is not None
     return total
 
 
-def _compound(atom: Atom, random: Random, steps: list[str]) -> None:
+def _compound(atom: Atom, random: Random | None, steps: list[str]) -> None:
     """The equations that turn an atom into a number; none for a number."""
     if atom[0] == "n":
         return

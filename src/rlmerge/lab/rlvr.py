@@ -1,0 +1,201 @@
+"""RLVR: on-policy GRPO with a verifiable reward, by a short loop of our own or by TRL's GRPOTrainer.
+
+The loop samples with `evaluate.generate` and runs prompts once for a group; `lab.trl` does the same through TRL, and a
+test holds their losses and gradients together. docs/lab.md has what a step of each costs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmerge.evaluate.backend import Sampling
+from rlmerge.evaluate.generate import Generator, Request, Sample
+from rlmerge.evaluate.problem import Problem
+from rlmerge.evaluate.run import seed_of
+from rlmerge.evaluate.verifiers import completed, verify
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.optimizer import Optimizer, Rate
+from rlmerge.lab.policy import Policy, arithmetic, completion_logits, log_probabilities, read_policy
+from rlmerge.lab.runs import Tell, Values, already, silent, train
+from rlmerge.lab.text import batch_of
+
+TRAINERS = ("fast", "trl")
+
+
+@dataclass(frozen=True)
+class Rlvr:
+    """One RLVR run: `prompts` problems a step, `group` completions each at temperature 1, one AdamW step a batch."""
+
+    task: str
+    seed: int
+    steps: int = 100
+    prompts: int = 16
+    group: int = 8
+    rate: Rate = Rate(1e-5, 5)
+    max_new_tokens: int = 64
+    trainer: str = "fast"
+
+
+def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
+    """Trains one expert from `base`; verified samples are kept in OUT/samples.jsonl, for RFT.
+
+    Advantages are normalised within the group (GRPO, arXiv 2402.03300); a sequence counts by the sum of its
+    log-probabilities over a constant length (Dr. GRPO, arXiv 2503.20783). On-policy: each batch serves one step, so
+    there is no ratio to clip; no KL term in the loss, but the KL from the base is measured.
+    """
+    said = {"stage": "rlvr", "base": str(base), **asdict(settings)}
+    if settings.trainer not in TRAINERS:
+        raise LabError(f"trainer {settings.trainer!r}: unknown. There are: {', '.join(TRAINERS)}.")
+    if settings.group < 2:
+        raise LabError(f"group {settings.group}: GRPO compares completions of one prompt; ask for at least 2.")
+    if already(out, said):
+        return
+    if settings.trainer == "trl":
+        from rlmerge.lab.trl import rlvr_by_trl
+
+        rlvr_by_trl(base, out, said, settings, tell)
+        return
+    policy, reference = read_policy(base), read_policy(base)
+    optimizer = Optimizer(policy)
+    loop = _Loop(policy, reference, optimizer, settings)
+    train(out, said, policy, optimizer, settings.steps, loop.step, tell)
+
+
+def grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(reward − mean of its group) / (deviation + 1e-4), flat, from rewards [prompts, group]; as TRL has it."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def grpo_loss(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    advantages: torch.Tensor,
+    rows: int,
+    length: int,
+) -> torch.Tensor:
+    """−Σ advantage · Σ log p(token) / (rows · length): Dr. GRPO on-policy, where all ratios are 1.
+
+    Completions of one prompt lie together. rows, length: what is divided by; rows that are left out, as their advantage
+    is 0, count.
+    """
+    logs, _ = log_probabilities(policy, prompts, completions)
+    return -(advantages * logs.sum(1)).sum() / (rows * length)
+
+
+def draw(policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_new_tokens: int) -> list[Sample]:
+    """`group` samples of each problem at temperature 1, in order; the same for the same weights and seed."""
+    requests = []
+    for place, problem in enumerate(batch):
+        prompt = tuple(policy.encode(problem.prompt))
+        stop = tuple(filter(None, (problem.meta.get("end"),)))
+        for number in range(group):
+            key = place * group + number
+            requests.append(Request(key, prompt, seed_of(0, seed, f"{place}/{problem.id}", number), stop))
+    generator = Generator(policy.model, policy.tokenizer, batch=min(len(requests), 256))
+    with arithmetic():
+        samples = {sample.key: sample for sample in generator.run(requests, Sampling(1.0, max_new_tokens))}
+    return [samples[key] for key in range(len(requests))]
+
+
+def tokens_of(sample: Sample) -> list[int]:
+    """All new tokens of a sample, the one that ended it included."""
+    return [*sample.tokens, *([] if sample.end is None else [sample.end])]
+
+
+def rewards_of(samples: Sequence[Sample], batch: Sequence[Problem]) -> torch.Tensor:
+    """1 for right, 0 for wrong: [problems, group]."""
+    group = len(samples) // len(batch)
+    problems = [problem for problem in batch for _ in range(group)]
+    texts = [completed(sample.text, sample.finish, problem) for sample, problem in zip(samples, problems)]
+    return torch.tensor([float(verdict.correct) for verdict in verify(texts, problems)]).view(len(batch), group)
+
+
+def right_samples(
+    policy: Policy, task: str, stage: str, problems: int, group: int, max_new_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) as token ids of the samples that a verifier finds right."""
+    rows = []
+    for number, start in enumerate(range(0, problems, 64)):
+        batch = batch_of(task, stage, number, min(64, problems - start))
+        samples = draw(policy, batch, group, f"{stage}/{number}", max_new_tokens)
+        for place, reward in enumerate(rewards_of(samples, batch).flatten().tolist()):
+            if reward:
+                rows.append((policy.encode(batch[place // group].prompt), tokens_of(samples[place])))
+    return rows
+
+
+class _Loop:
+    """The steps of one run."""
+
+    def __init__(self, policy: Policy, reference: Policy, optimizer: Optimizer, settings: Rlvr) -> None:
+        self._policy, self._reference, self._optimizer, self._settings = policy, reference, optimizer, settings
+
+    def step(self, number: int, folder: Path) -> Values:
+        """Samples, verifies, follows the gradient; what was measured."""
+        settings, policy = self._settings, self._policy
+        stage = f"rlvr/{settings.seed}"
+        batch = batch_of(settings.task, stage, number, settings.prompts)
+        prompts = [policy.encode(problem.prompt) for problem in batch]
+        samples = draw(policy, batch, settings.group, f"{stage}/{number}", settings.max_new_tokens)
+        rewards = rewards_of(samples, batch)
+        completions = [tokens_of(sample) for sample in samples]
+        keep_samples(folder, number, prompts, completions, rewards)
+        rate = settings.rate.at(number, settings.steps)
+        values: Values = {
+            "reward": rewards.mean().item(),
+            "length": sum(map(len, completions)) / len(completions),
+            **self._measured(prompts, completions[:: settings.group]),
+            "lr": rate,
+        }
+        # A group whose rewards are all equal has no advantage: it is left out of the backward pass, not of the divisor.
+        live = (rewards.std(1) > 0).nonzero()[:, 0].tolist()
+        values |= {"live_groups": len(live), "loss": 0.0}
+        if live:
+            group = settings.group
+            kept = [completions[place * group + number] for place in live for number in range(group)]
+            advantages = grpo_advantages(rewards[live])
+            with arithmetic():
+                loss = grpo_loss(
+                    policy,
+                    [prompts[place] for place in live],
+                    kept,
+                    advantages,
+                    rewards.numel(),
+                    settings.max_new_tokens,
+                )
+            values |= {"loss": loss.item(), "gradient_norm": self._optimizer.step(loss, rate)}
+        return values
+
+    def _measured(self, prompts: list[list[int]], completions: list[list[int]]) -> Values:
+        """Entropy and KL from the base, nats a token, exact at the positions of one completion of each prompt."""
+        with torch.no_grad(), arithmetic():
+            own, _, _ = completion_logits(self._policy, prompts, completions)
+            base, _, _ = completion_logits(self._reference, prompts, completions)
+        own, base = own.log_softmax(-1), base.log_softmax(-1)
+        chances = own.exp()
+        return {
+            "entropy": -(chances * own).sum(-1).mean().item(),
+            "kl": (chances * (own - base)).sum(-1).mean().item(),
+        }
+
+
+def keep_samples(
+    folder: Path, number: int, prompts: list[list[int]], completions: list[list[int]], rewards: torch.Tensor
+) -> None:
+    """Appends the right samples of a step to samples.jsonl."""
+    group = rewards.shape[1]
+    lines: list[Any] = [
+        {"step": number, "prompt": prompts[place // group], "completion": completions[place]}
+        for place, reward in enumerate(rewards.flatten().tolist())
+        if reward
+    ]
+    with (folder / "samples.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,208 @@
+"""A training run on disk: a folder that appears whole, one log line a step, and a state to go on from after a kill.
+
+    OUT/bf16, OUT/fp32    the model: as trained (rounded to bf16), and its fp32 master weights
+    OUT/log.jsonl         one object a step: loss or reward, KL, length, entropy, learning rate, seconds
+    OUT/curve.svg         the same as a plot
+    OUT/run.json          what was trained: stage, base, settings, versions
+
+Until the end all this is in OUT.unfinished. A step is a function of weights, optimizer and its number alone, so a run
+that is continued ends with the same weights as one that was never stopped (on the same machine).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlmerge.errors import OutputError
+from rlmerge.execute.safe_files import take_lock
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.optimizer import Optimizer
+from rlmerge.lab.policy import Policy, fast_bf16, write_model
+from rlmerge.version import VERSION
+
+SAVE_EVERY = 20.0
+"""Seconds between saved states: what a kill can cost."""
+LOG, NOTE, STATE = "log.jsonl", "run.json", "state.safetensors"
+
+Values = dict[str, Any]
+Tell = Callable[["Progress"], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps done, in all, and what the last one measured; seconds of this call and its first step."""
+
+    out: Path
+    step: int
+    steps: int
+    values: Values
+    seconds: float
+    first: int
+
+    @property
+    def line(self) -> str:
+        """For a terminal: 'code-1: step 40 of 100, reward 0.552, 0.71 s a step, 43 s left'."""
+        each = self.seconds / max(1, self.step - self.first)
+        measured = ", ".join(f"{key} {self.values[key]:.3f}" for key in ("reward", "loss") if key in self.values)
+        left = f"{each:.2f} s a step, {each * (self.steps - self.step):.0f} s left"
+        return f"{self.out.name}: step {self.step} of {self.steps}, {measured}, {left}"
+
+
+def silent(progress: Progress) -> None:
+    """Tells nobody."""
+
+
+def teller() -> Tell:
+    """Tells a person on stderr: one live line on a terminal, else a line every ten seconds."""
+    told = 0.0
+
+    def tell(progress: Progress) -> None:
+        nonlocal told
+        live, now, last = sys.stderr.isatty(), time.monotonic(), progress.step == progress.steps
+        if now - told >= (0.2 if live else 10.0) or last:
+            told = now
+            end = "\n" if last or not live else ""
+            print(("\r\x1b[K" if live else "") + progress.line, end=end, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def finished(out: Path) -> Values | None:
+    """run.json of a finished run, or None."""
+    if not (out / NOTE).is_file():
+        return None
+    try:
+        return json.loads((out / NOTE).read_text())
+    except ValueError:
+        raise LabError(f"{out / NOTE}: is no JSON, so this is no run of the lab. Name another folder.") from None
+
+
+def already(out: Path, said: Values) -> bool:
+    """Whether `out` holds this very run, finished. Raises LabError if it holds anything else."""
+    if not out.exists():
+        return False
+    found = finished(out) if out.is_dir() else None
+    if found is None:
+        raise LabError(f"{out}: exists and is no run of the lab, which writes over nothing. Name another folder.")
+    wanted = json.loads(json.dumps(said))
+    differs = sorted(key for key in wanted if found.get(key) != wanted[key])
+    if differs:
+        raise LabError(
+            f"{out}: holds a finished run with another {', '.join(differs)}. Name another folder, or remove this one."
+        )
+    return True
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, said: Values) -> Iterator[Path]:
+    """OUT.unfinished, locked, of this run alone; gets its name at the end. LabError where another run is in the way."""
+    folder = out.absolute().with_name(f"{out.name}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made: {error.strerror}.") from None
+    if lock is None:
+        raise LabError(f"{folder}: another process trains there. Wait for it, or stop it.")
+    try:
+        note = folder / NOTE
+        wanted = json.loads(json.dumps(said))
+        if note.exists():
+            if json.loads(note.read_text()) != wanted:
+                raise LabError(
+                    f"{folder}: an unfinished run of other settings. Finish it with its own command, or remove it."
+                )
+        elif [file.name for file in folder.iterdir()] != ["lock"]:
+            raise LabError(f"{folder}: is in the way, and is no unfinished run. Move it elsewhere.")
+        else:
+            note.write_text(json.dumps(wanted, indent=1) + "\n")
+        yield folder
+        (folder / "lock").unlink()
+        os.rename(folder, out)
+    finally:
+        os.close(lock)
+
+
+def train(
+    out: Path,
+    said: Values,
+    policy: Policy,
+    optimizer: Optimizer,
+    steps: int,
+    step: Callable[[int, Path], Values],
+    tell: Tell = silent,
+) -> None:
+    """Runs the steps that are left, and writes the models.
+
+    said   what is trained: another `said` is another run
+    step   (its number, the run's folder) -> what it measured; a function of the weights and the number alone
+    """
+    with unfinished(out, said) as folder:
+        first = _restore(folder, optimizer)
+        started = saved = time.monotonic()
+        values: Values = {}
+        with (folder / LOG).open("a", buffering=1) as log:
+            for number in range(first, steps):
+                before = time.monotonic()
+                values = step(number, folder)
+                now = time.monotonic()
+                _log(log, {"step": number, **values, "seconds": now - before})
+                tell(Progress(out, number + 1, steps, values, now - started, first))
+                if now - saved >= SAVE_EVERY and number + 1 < steps:
+                    saved = now
+                    _save(folder, optimizer, number + 1)
+        _finish(folder, said, policy, optimizer)
+
+
+def _log(log: Any, values: Values) -> None:
+    rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
+    log.write(json.dumps(rounded) + "\n")
+
+
+def _save(folder: Path, optimizer: Optimizer, step: int) -> None:
+    part = folder / f"{STATE}.part"
+    save_file({name: tensor.contiguous() for name, tensor in optimizer.state().items()}, part, {"step": str(step)})
+    os.replace(part, folder / STATE)
+
+
+def _restore(folder: Path, optimizer: Optimizer) -> int:
+    """The step to go on with; lines of later steps, which will be made again, are cut off the records."""
+    step = 0
+    if (folder / STATE).exists():
+        with safe_open(folder / STATE, "pt") as file:
+            step = int((file.metadata() or {})["step"])
+            optimizer.load({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    for record in folder.glob("*.jsonl"):
+        kept = []
+        for line in record.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+                break
+            kept.append(line)
+        record.write_text("".join(kept))
+    return step
+
+
+def _finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
+    from rlmerge.lab.curves import write_curve
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        weights = dict(zip(optimizer.names, (master.to(dtype) for master in optimizer.masters)))
+        write_model(policy, weights, folder / name)
+    (folder / STATE).unlink(missing_ok=True)
+    made = {"rlmerge": VERSION, "torch": torch.__version__, "arithmetic": "bf16" if fast_bf16() else "fp32"}
+    (folder / NOTE).write_text(json.dumps({**said, "made_by": made}, indent=1) + "\n")
+    write_curve([folder / LOG], folder / "curve.svg")

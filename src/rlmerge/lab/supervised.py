@@ -1,0 +1,204 @@
+"""Training on given text: pre-training from nothing, cold start, SFT on gold solutions, RFT on a model's own ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from random import Random
+
+from rlmerge.evaluate.problem import Problem
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.optimizer import Optimizer, Rate
+from rlmerge.lab.policy import Policy, arithmetic, document_loss, read_policy
+from rlmerge.lab.runs import Progress, Tell, Values, already, silent, train
+from rlmerge.lab.text import Document, careless, documents, exercise, solution
+from rlmerge.lab.tiny import Shape, make_policy
+
+CHUNK = 8
+"""Batches that are drawn together and sorted by length, so that little is padded."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """From random weights on exercises: `steps` batches of `batch` documents; tokens of prompts count a tenth."""
+
+    tasks: tuple[str, ...]
+    seed: int = 0
+    steps: int = 2000
+    batch: int = 32
+    rate: Rate = Rate(3e-3, 50, True)
+    shape: Shape = field(default_factory=Shape)
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """The format that is asked for, shown by a careless pupil: RLVR must have something to reward and to correct.
+
+    share, slip   see `text.careless`; both 0: right solutions only
+    """
+
+    tasks: tuple[str, ...]
+    seed: int = 0
+    steps: int = 200
+    batch: int = 32
+    rate: Rate = Rate(5e-4, 20, True)
+    share: float = 0.5
+    slip: float = 0.1
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning on gold solutions of one task."""
+
+    task: str
+    seed: int
+    steps: int = 60
+    batch: int = 32
+    rate: Rate = Rate(5e-5, 5)
+
+
+@dataclass(frozen=True)
+class Rft:
+    """Rejection-sampling fine-tuning: SFT on samples that a verifier found right.
+
+    samples   a file of them (an RLVR run's samples.jsonl); '': the base draws its own, `group` for each of `problems`
+    """
+
+    task: str
+    seed: int
+    steps: int = 60
+    batch: int = 32
+    rate: Rate = Rate(5e-5, 5)
+    samples: str = ""
+    problems: int = 256
+    group: int = 4
+    max_new_tokens: int = 64
+
+
+def pretrain(out: Path, settings: Pretraining, tell: Tell = silent) -> None:
+    """Trains a tiny model from nothing; its tokenizer learns from text that later stages use, too."""
+    said = {"stage": "pretrain", **asdict(settings)}
+    if already(out, said):
+        return
+    tasks, seed = settings.tasks, settings.seed
+
+    def write(problem: Problem) -> Document:
+        return exercise(problem)
+
+    seen = [documents(tasks, f"tokenizer/{seed}", 0, 4000, kind) for kind in (exercise, solution)]
+    policy = make_policy((prompt + completion for prompt, completion in chain(*seen)), settings.shape, seed)
+    optimizer = Optimizer(policy, betas=(0.9, 0.98))
+    batches = _Batches(policy, tasks, f"pretrain/{seed}", settings.batch, write)
+    _train(out, said, policy, optimizer, settings.steps, settings.rate, batches, 0.1, tell)
+
+
+def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) -> None:
+    """Teaches the format; the common base of all experts."""
+    said = {"stage": "cold-start", "base": str(base), **asdict(settings)}
+    if already(out, said):
+        return
+    policy = read_policy(base)
+
+    def write(problem: Problem) -> Document:
+        random = Random(f"cold-start/{settings.seed}/{problem.id}")
+        return careless(problem, random, settings.share, settings.slip)
+
+    batches = _Batches(policy, settings.tasks, f"cold-start/{settings.seed}", settings.batch, write)
+    _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell)
+
+
+def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
+    """Trains an expert on gold solutions."""
+    said = {"stage": "sft", "base": str(base), **asdict(settings)}
+    if already(out, said):
+        return
+    policy = read_policy(base)
+    batches = _Batches(policy, (settings.task,), f"sft/{settings.seed}", settings.batch, solution)
+    _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell)
+
+
+def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
+    """Trains an expert on verified samples; those that the base drew itself are kept in OUT/samples.jsonl."""
+    from rlmerge.lab.rlvr import right_samples
+
+    said = {"stage": "rft", "base": str(base), **asdict(settings)}
+    if already(out, said):
+        return
+    policy = read_policy(base)
+    if settings.samples:
+        rows = read_samples(Path(settings.samples))
+    else:
+        rows = right_samples(policy, settings.task, f"rft/{settings.seed}", settings.problems, settings.group,
+                             settings.max_new_tokens)  # fmt: skip
+    if not rows:
+        raise LabError(f"{base}: not one of its samples on {settings.task} is right: RFT has nothing to learn from.")
+    random = Random(f"rft/{settings.seed}")
+
+    def batch(number: int) -> list[tuple[list[int], list[int]]]:
+        random.seed(f"rft/{settings.seed}/{number}")
+        return random.choices(rows, k=settings.batch)
+
+    said_too = {"rows": len(rows)}
+    _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batch, 0.0, tell, said_too)
+
+
+def read_samples(path: Path) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) as token ids, from samples.jsonl. LabError for what is no such file."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line["prompt"], line["completion"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{path}: cannot be read as an RLVR run's samples.jsonl: {error}") from None
+
+
+class _Batches:
+    """Batches of token ids by number, drawn CHUNK at a time and sorted by length within."""
+
+    def __init__(
+        self, policy: Policy, tasks: Sequence[str], stage: str, size: int, write: Callable[[Problem], Document]
+    ) -> None:
+        self._policy, self._tasks, self._stage, self._size, self._write = policy, tasks, stage, size, write
+        self._chunk, self._batches = -1, []
+
+    def __call__(self, number: int) -> list[tuple[list[int], list[int]]]:
+        chunk, place = divmod(number, CHUNK)
+        if chunk != self._chunk:
+            drawn = documents(self._tasks, self._stage, chunk, CHUNK * self._size, self._write)
+            encode = self._policy.encode
+            rows = sorted(
+                ((encode(prompt), encode(completion)) for prompt, completion in drawn), key=lambda r: len(r[0] + r[1])
+            )
+            self._batches = [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
+            Random(f"{self._stage}/{chunk}").shuffle(self._batches)
+            self._chunk = chunk
+        return self._batches[place]
+
+
+def _train(
+    out: Path,
+    said: Values,
+    policy: Policy,
+    optimizer: Optimizer,
+    steps: int,
+    rate: Rate,
+    batch: Callable[[int], list[tuple[list[int], list[int]]]],
+    prompt_weight: float,
+    tell: Tell,
+    more: Values | None = None,
+) -> None:
+    def step(number: int, folder: Path) -> Values:
+        rows = batch(number)
+        with arithmetic():
+            loss = document_loss(policy, rows, prompt_weight)
+        now = rate.at(number, steps)
+        norm = optimizer.step(loss, now)
+        length = sum(len(completion) for _, completion in rows) / len(rows)
+        return {"loss": loss.item(), "gradient_norm": norm, "lr": now, "length": length, **(more or {})}
+
+    train(out, said, policy, optimizer, steps, step, tell)
+
+
+__all__ = ["ColdStart", "Pretraining", "Progress", "Rft", "Sft", "cold_start", "pretrain", "read_samples", "rft", "sft"]
