@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval]" --group dev
-	test -d .venv/smollm2 || $(BIN)/python -m rlmerge.lab base .venv/smollm2 --keep .venv/smollm2.gguf
+	test -d .venv/smollm2 || $(BIN)/rlmerge lab fetch -o .venv/smollm2 --keep .venv/smollm2.gguf
 	touch $(STAMP)
 
 # Merges the shipped tiny Llama by sar, ties, ram and linear, and prints what each did to every update.

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "Evaluate a model on tasks with verifiable answers.",
     "fisher": "Estimate which parameters a model's answers rest on.",
     "fisher-stats": "Judge Fishers: enough sequences, who wins, by what.",
+    "lab": "Train small RLVR, SFT and RFT experts, and merge them every way.",
     "verify": "Compare every byte of an output with its rlmerge.json.",
 }
 """Each is a module of this package, imported when it is asked for: DESCRIPTION, USAGE, declare(parser), run(given)."""

@@ -22,7 +22,7 @@ from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
 from rlmerge.lab.policy import Policy, arithmetic, completion_logits, log_probabilities, read_policy
-from rlmerge.lab.runs import Tell, Values, already, silent, train
+from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
 from rlmerge.lab.text import batch_of
 
 TRAINERS = ("fast", "trl")
@@ -49,7 +49,7 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
     log-probabilities over a constant length (Dr. GRPO, arXiv 2503.20783). On-policy: each batch serves one step, so
     there is no ratio to clip; no KL term in the loss, but the KL from the base is measured.
     """
-    said = {"stage": "rlvr", "base": str(base), **asdict(settings)}
+    said = {"stage": "rlvr", "base": weights_digest(base), **asdict(settings)}
     if settings.trainer not in TRAINERS:
         raise LabError(f"trainer {settings.trainer!r}: unknown. There are: {', '.join(TRAINERS)}.")
     if settings.group < 2:
@@ -152,7 +152,7 @@ class _Loop:
         values: Values = {
             "reward": rewards.mean().item(),
             "length": sum(map(len, completions)) / len(completions),
-            **self._measured(prompts, completions[:: settings.group]),
+            **grpo_measures(policy, self._reference, prompts, completions[:: settings.group]),
             "lr": rate,
         }
         # A group whose rewards are all equal has no advantage: it is left out of the backward pass, not of the divisor.
@@ -174,26 +174,29 @@ class _Loop:
             values |= {"loss": loss.item(), "gradient_norm": self._optimizer.step(loss, rate)}
         return values
 
-    def _measured(self, prompts: list[list[int]], completions: list[list[int]]) -> Values:
-        """Entropy and KL from the base, nats a token, exact at the positions of one completion of each prompt."""
-        with torch.no_grad(), arithmetic():
-            own, _, _ = completion_logits(self._policy, prompts, completions)
-            base, _, _ = completion_logits(self._reference, prompts, completions)
-        own, base = own.log_softmax(-1), base.log_softmax(-1)
-        chances = own.exp()
-        return {
-            "entropy": -(chances * own).sum(-1).mean().item(),
-            "kl": (chances * (own - base)).sum(-1).mean().item(),
-        }
+
+def grpo_measures(
+    policy: Policy, reference: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> Values:
+    """Entropy and KL from the base, nats a token, exact at the positions of these completions, one a prompt."""
+    with torch.no_grad(), arithmetic():
+        own = completion_logits(policy, prompts, completions)[0].log_softmax(-1)
+        base = completion_logits(reference, prompts, completions)[0].log_softmax(-1)
+    chances = own.exp()
+    return {"entropy": -(chances * own).sum(-1).mean().item(), "kl": (chances * (own - base)).sum(-1).mean().item()}
 
 
 def keep_samples(
-    folder: Path, number: int, prompts: list[list[int]], completions: list[list[int]], rewards: torch.Tensor
+    folder: Path,
+    number: int,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    rewards: torch.Tensor,
 ) -> None:
     """Appends the right samples of a step to samples.jsonl."""
     group = rewards.shape[1]
     lines: list[Any] = [
-        {"step": number, "prompt": prompts[place // group], "completion": completions[place]}
+        {"step": number, "prompt": list(prompts[place // group]), "completion": list(completions[place])}
         for place, reward in enumerate(rewards.flatten().tolist())
         if reward
     ]

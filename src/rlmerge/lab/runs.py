@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -78,6 +79,16 @@ def teller() -> Tell:
             print(("\r\x1b[K" if live else "") + progress.line, end=end, file=sys.stderr, flush=True)
 
     return tell
+
+
+def weights_digest(folder: Path) -> str:
+    """xxh3-128 of a model's weight files: which base a run is of, wherever it lies."""
+    state = xxhash.xxh3_128()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            while piece := opened.read(1 << 20):
+                state.update(piece)
+    return state.hexdigest()
 
 
 def finished(out: Path) -> Values | None:
@@ -159,17 +170,20 @@ def train(
                 before = time.monotonic()
                 values = step(number, folder)
                 now = time.monotonic()
-                _log(log, {"step": number, **values, "seconds": now - before})
+                log.write(log_line({"step": number, **values, "seconds": now - before}))
                 tell(Progress(out, number + 1, steps, values, now - started, first))
                 if now - saved >= SAVE_EVERY and number + 1 < steps:
                     saved = now
                     _save(folder, optimizer, number + 1)
-        _finish(folder, said, policy, optimizer)
+        finish(folder, said, policy, optimizer)
 
 
-def _log(log: Any, values: Values) -> None:
-    rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
-    log.write(json.dumps(rounded) + "\n")
+def log_line(values: Values) -> str:
+    """One line of the log, floats rounded to six digits."""
+    return (
+        json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()})
+        + "\n"
+    )
 
 
 def _save(folder: Path, optimizer: Optimizer, step: int) -> None:
@@ -179,12 +193,18 @@ def _save(folder: Path, optimizer: Optimizer, step: int) -> None:
 
 
 def _restore(folder: Path, optimizer: Optimizer) -> int:
-    """The step to go on with; lines of later steps, which will be made again, are cut off the records."""
+    """The step to go on with."""
     step = 0
     if (folder / STATE).exists():
         with safe_open(folder / STATE, "pt") as file:
             step = int((file.metadata() or {})["step"])
             optimizer.load({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    truncate(folder, step)
+    return step
+
+
+def truncate(folder: Path, step: int) -> None:
+    """Cuts off the records what steps wrote that will be made again: all from this one on."""
     for record in folder.glob("*.jsonl"):
         kept = []
         for line in record.read_text().splitlines(keepends=True):
@@ -192,10 +212,10 @@ def _restore(folder: Path, optimizer: Optimizer) -> int:
                 break
             kept.append(line)
         record.write_text("".join(kept))
-    return step
 
 
-def _finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
+def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
+    """Writes the models, the curve and the note of what made them."""
     from rlmerge.lab.curves import write_curve
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):

@@ -13,7 +13,7 @@ from rlmerge.evaluate.problem import Problem
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
 from rlmerge.lab.policy import Policy, arithmetic, document_loss, read_policy
-from rlmerge.lab.runs import Progress, Tell, Values, already, silent, train
+from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
 from rlmerge.lab.text import Document, careless, documents, exercise, solution
 from rlmerge.lab.tiny import Shape, make_policy
 
@@ -97,7 +97,7 @@ def pretrain(out: Path, settings: Pretraining, tell: Tell = silent) -> None:
 
 def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) -> None:
     """Teaches the format; the common base of all experts."""
-    said = {"stage": "cold-start", "base": str(base), **asdict(settings)}
+    said = {"stage": "cold-start", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
     policy = read_policy(base)
@@ -112,7 +112,7 @@ def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) 
 
 def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
     """Trains an expert on gold solutions."""
-    said = {"stage": "sft", "base": str(base), **asdict(settings)}
+    said = {"stage": "sft", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
     policy = read_policy(base)
@@ -124,7 +124,7 @@ def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
     """Trains an expert on verified samples; those that the base drew itself are kept in OUT/samples.jsonl."""
     from rlmerge.lab.rlvr import right_samples
 
-    said = {"stage": "rft", "base": str(base), **asdict(settings)}
+    said = {"stage": "rft", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
     policy = read_policy(base)
@@ -199,6 +199,3 @@ def _train(
         return {"loss": loss.item(), "gradient_norm": norm, "lr": now, "length": length, **(more or {})}
 
     train(out, said, policy, optimizer, steps, step, tell)
-
-
-__all__ = ["ColdStart", "Pretraining", "Progress", "Rft", "Sft", "cold_start", "pretrain", "read_samples", "rft", "sft"]

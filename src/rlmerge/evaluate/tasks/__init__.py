@@ -52,8 +52,8 @@ def load_task(
 ) -> Task:
     """The task that `spec` names.
 
-    spec      'math', 'math:2' (level; 0 is for tiny models), 'math:answer-only', 'code:trace:1', 'gym:gsm_symbolic', 'humaneval',
-              'file:problems.jsonl' or a path that ends in .jsonl
+    spec      'math', 'math:2' (level; 0 is for tiny models), 'math:answer-only', 'code:trace:1', 'gym:gsm_symbolic',
+              'humaneval', 'file:problems.jsonl' or a path that ends in .jsonl
     split     'train', 'validation' or 'test'; files and HumanEval are taken whole and ignore it
     count     how many problems; without it 200, and all of a file or of HumanEval
     seed      another seed gives other problems (of generated tasks)

