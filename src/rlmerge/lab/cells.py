@@ -201,6 +201,7 @@ def _evaluated(
     from rlmerge.evaluate.tasks import load_task
 
     backend = TransformersBackend(*load_model(model_of(root, name)), batch=preset.eval_batch)
+    about: dict[str, Any]
     if name == "base" or label:
         about = {"role": "merged" if label else "base", "name": label or name}
     else:  # two seeds of one kind and domain are one row of a comparison

@@ -40,8 +40,8 @@ def write_page(root: Path, preset: Preset) -> Path:
         parts += [f"## {_title(group)}", "", *as_markdown(_merges_table(found["groups"][group.name], group)), ""]
     parts += [
         "*Retained*: (merge − base) / (expert − base); of two seeds, their mean is the expert. *Conflict*: share of "
-        "the overlap in which the experts' signs differ. *Survival*: share of the intended updates that the cast to bf16 "
-        "leaves. Intervals: docs/compare.md.",
+        "the overlap in which the experts' signs differ. *Survival*: share of the intended updates that the cast to "
+        "bf16 leaves. Intervals: docs/compare.md.",
         "",
     ]
     page = root / "page.md"
