@@ -81,13 +81,15 @@ def grpo_loss(
     rows: int,
     length: int,
 ) -> torch.Tensor:
-    """−Σ advantage · Σ log p(token) / (rows · length): Dr. GRPO on-policy, where all ratios are 1.
+    """−Σ advantage · Σ p(token) / p(token, held fixed) / (rows · length): Dr. GRPO's surrogate, on-policy.
 
+    All ratios are 1, so there is nothing to clip; the gradient is that of −Σ advantage · Σ log p(token), over the same.
     Completions of one prompt lie together. rows, length: what is divided by; rows that are left out, as their advantage
     is 0, count.
     """
-    logs, _ = log_probabilities(policy, prompts, completions)
-    return -(advantages * logs.sum(1)).sum() / (rows * length)
+    logs, mask = log_probabilities(policy, prompts, completions)
+    ratios = (logs - logs.detach()).exp() * mask
+    return -(advantages * ratios.sum(1)).sum() / (rows * length)
 
 
 def draw(policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_new_tokens: int) -> list[Sample]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, fo
     """
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
+    from transformers.trainer_callback import PrinterCallback
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -61,38 +63,43 @@ def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, fo
     tokenizer = policy.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=fast_bf16(),
-        beta=0.0,
-        loss_type="dr_grpo",
-        scale_rewards="group",
-        temperature=1.0,
-        top_k=0,
-        num_generations=settings.group,
-        per_device_train_batch_size=settings.prompts * settings.group,
-        max_completion_length=settings.max_new_tokens,
-        generation_kwargs={"eos_token_id": sorted(_ends(policy, problems))},
-        learning_rate=settings.rate.lr,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.rate.warmup,
-        adam_beta2=0.999,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        max_steps=settings.steps,
-        shuffle_dataset=False,
-        seed=settings.seed,
-        save_strategy="steps",
-        save_steps=SAVE_STEPS,
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": fast_bf16(),
+        "beta": 0.0,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "group",
+        "temperature": 1.0,
+        "top_k": 0,
+        "num_generations": settings.group,
+        "per_device_train_batch_size": settings.prompts * settings.group,
+        "max_completion_length": settings.max_new_tokens,
+        "generation_kwargs": {"eos_token_id": sorted(_ends(policy, problems))},
+        "learning_rate": settings.rate.lr,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": settings.rate.warmup,
+        "adam_beta2": 0.999,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "max_steps": settings.steps,
+        "shuffle_dataset": False,
+        "seed": settings.seed,
+        "save_strategy": "steps",
+        "save_steps": SAVE_STEPS,
+        "save_total_limit": 1,
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
     rows = [{"prompt": problem.prompt, "place": place} for place, problem in enumerate(problems)]
-    return GRPOTrainer(policy.model, rewards, config, Dataset.from_list(rows), processing_class=tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names that transformers changes between versions
+        config = GRPOConfig(**options)
+        trainer = GRPOTrainer(policy.model, rewards, config, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _ends(policy: Policy, problems: Sequence[Problem]) -> set[int]:

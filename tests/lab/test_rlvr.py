@@ -1,0 +1,96 @@
+"""GRPO: the loss from its definition, and from TRL on the same batch."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlmerge.lab.policy import Policy, log_probabilities
+from rlmerge.lab.rlvr import Rlvr, draw, grpo_advantages, grpo_loss, rewards_of, tokens_of
+from rlmerge.lab.text import batch_of
+
+
+def test_advantages_by_hand() -> None:
+    found = grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert found[:4].tolist() == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3], rel=1e-6)
+    assert found[4:].tolist() == [0.0] * 4
+
+
+def batch_on(policy: Policy) -> tuple[list[Any], list[list[int]], list[list[int]], torch.Tensor]:
+    """Problems, their prompts, samples with made-up rewards (random weights are never right)."""
+    problems = batch_of("math:0", "tests", 0, 3)
+    samples = draw(policy, problems, 4, "tests", 12)
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0]])
+    return problems, [policy.encode(p.prompt) for p in problems], [tokens_of(s) for s in samples], rewards
+
+
+def gradients_of(policy: Policy) -> dict[str, torch.Tensor]:
+    """Takes them off the model."""
+    found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return found
+
+
+def test_samples_are_a_function_of_weights_and_seed(policy: Policy) -> None:
+    problems = batch_of("math:0", "tests", 0, 3)
+    first = draw(policy, problems, 4, "tests", 12)
+    assert first == draw(policy, problems, 4, "tests", 12)
+    assert first != draw(policy, problems, 4, "others", 12)
+    assert rewards_of(first, problems).shape == (3, 4)
+
+
+def test_the_gradient_is_that_of_log_p_and_groups_without_advantage_can_be_left_out(policy: Policy) -> None:
+    _, prompts, completions, rewards = batch_on(policy)
+    logs, _ = log_probabilities(policy, prompts, completions)
+    (-(grpo_advantages(rewards) * logs.sum(1)).sum() / (12 * 12)).backward()
+    expected = gradients_of(policy)
+    live = [0, 2]
+    kept = [completions[4 * place + k] for place in live for k in range(4)]
+    found = grpo_loss(policy, [prompts[k] for k in live], kept, grpo_advantages(rewards[live]), 12, 12)
+    lengths = torch.tensor([len(completion) for completion in completions])
+    assert found.item() == pytest.approx(-float((grpo_advantages(rewards) * lengths).sum()) / 144, rel=1e-4)
+    found.backward()
+    for name, gradient in gradients_of(policy).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-3)
+
+
+def test_trl_computes_the_same_loss_and_gradients(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    from rlmerge.lab import trl
+
+    monkeypatch.setattr(trl, "fast_bf16", lambda: False)
+
+    problems, prompts, completions, rewards = batch_on(policy)
+    advantages = grpo_advantages(rewards)
+    ours = grpo_loss(policy, prompts, completions, advantages, 12, 12)
+    ours.backward()
+    gradients = gradients_of(policy)
+
+    settings = Rlvr("math:0", 1, steps=1, prompts=3, group=4, max_new_tokens=12, trainer="trl")
+    trainer = trl.make_trainer(policy, problems, settings, tmp_path, lambda **_: [0.0] * 12)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    left, right = max(map(len, prompts)), max(map(len, completions))
+    pad = policy.tokenizer.pad_token_id
+    several = [prompt for prompt in prompts for _ in range(4)]
+    inputs = {
+        "prompt_ids": torch.tensor([[pad] * (left - len(p)) + p for p in several]),
+        "prompt_mask": torch.tensor([[0] * (left - len(p)) + [1] * len(p) for p in several]),
+        "completion_ids": torch.tensor([c + [pad] * (right - len(c)) for c in completions]),
+        "completion_mask": torch.tensor([[1] * len(c) + [0] * (right - len(c)) for c in completions]),
+        "advantages": advantages,
+        "num_items_in_batch": torch.tensor(sum(map(len, completions))),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = trainer._compute_loss(trainer.model, inputs)
+        theirs.backward()
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-4, abs=1e-6)
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
