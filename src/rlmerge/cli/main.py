@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "Convert pickled weights to safetensors.",
     "compare": "Compare models on the same problems, from results files.",
     "eval": "Evaluate a model on tasks with verifiable answers.",
+    "demo": "Merge and measure the RL-trained experts that come with rlmerge.",
     "fisher": "Estimate which parameters a model's answers rest on.",
     "fisher-stats": "Judge Fishers: enough sequences, who wins, by what.",
     "lab": "Train small RLVR, SFT and RFT experts, and merge them every way.",

@@ -37,7 +37,7 @@ def write_page(root: Path, preset: Preset) -> Path:
     parts += ["", "## Base and experts", "", *as_markdown(_experts_table(found)), "", "## Learning curves", ""]
     parts += [f"![{kind}: reward, loss, KL, entropy, length by step](curves-{kind}.svg)\n" for kind in KINDS]
     for group in groups(preset):
-        parts += [f"## {_title(group)}", "", *as_markdown(_merges_table(found["groups"][group.name], group)), ""]
+        parts += [f"## {_title(group)}", "", *as_markdown(merges_table(found["groups"][group.name], group)), ""]
     parts += [
         "*Retained*: (merge − base) / (expert − base); of two seeds, their mean is the expert. *Conflict*: share of "
         "the overlap in which the experts' signs differ. *Survival*: share of the intended updates that the cast to "
@@ -55,7 +55,7 @@ def summary(root: Path, preset: Preset) -> dict[str, Any]:
     for domain in DOMAINS:
         names = ["base", *(f"{kind}-{one}-{seed}" for kind in KINDS for one in DOMAINS for seed in preset.seeds)]
         experts[domain] = [_plain(root / "results" / name / f"{domain}.jsonl", name) for name in names]
-    found = {group.name: _group(root, group) for group in groups(preset)}
+    found = {group.name: group_summary(root, group) for group in groups(preset)}
     return {"preset": preset.name, "experts": experts, "groups": found}
 
 
@@ -64,7 +64,8 @@ def _plain(path: Path, name: str) -> dict[str, Any]:
     return {"model": name, "accuracy": asdict(model.accuracy)}
 
 
-def _group(root: Path, group: Group) -> dict[str, Any]:
+def group_summary(root: Path, group: Group) -> dict[str, Any]:
+    """Accuracies and retention of base, experts and merges of a group, and what each merge did."""
     labels = [one.label for one in contenders(len(group.experts))]
     found: dict[str, Any] = {"merges": {}}
     for domain in group.domains:
@@ -102,7 +103,8 @@ def _experts_table(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _merges_table(found: dict[str, Any], group: Group) -> list[list[str]]:
+def merges_table(found: dict[str, Any], group: Group) -> list[list[str]]:
+    """The same as cells under a header."""
     head = [text for domain in group.domains for text in (domain, "retained")]
     table = [["model", *head, "conflict", "survival"]]
     merged = {domain: {row["model"]: row for row in found[domain]} for domain in group.domains}

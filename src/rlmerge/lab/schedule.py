@@ -36,9 +36,10 @@ class Step:
     left: float
 
 
-def plan(root: Path, preset: Preset) -> list[Planned]:
-    """All cells in order."""
-    return [Planned(cell, preset.seconds[cell.kind], is_done(root, cell)) for cell in cells(preset)]
+def plan(root: Path, preset: Preset, wanted: list[Cell] | None = None) -> list[Planned]:
+    """All cells (or those wanted) in order."""
+    found = cells(preset) if wanted is None else wanted
+    return [Planned(cell, preset.seconds[cell.kind], is_done(root, cell)) for cell in found]
 
 
 def seconds_left(planned: list[Planned], workers: int) -> float:
@@ -48,11 +49,18 @@ def seconds_left(planned: list[Planned], workers: int) -> float:
     return sum(one.seconds for one in left if one.cell.threads > 1) + shared / workers
 
 
-def run(root: Path, preset: Preset, workers: int, tell: Callable[[Step], None] = lambda step: None) -> None:
-    """Does all cells that are not done. The first error ends the run, after the cells that are under way."""
+def run(
+    root: Path,
+    preset: Preset,
+    workers: int,
+    tell: Callable[[Step], None] = lambda step: None,
+    wanted: list[Cell] | None = None,
+) -> None:
+    """Does all cells (or those wanted) that are not done. An error ends the run, after what is under way."""
     open_root(root, preset)
-    todo = {cell.name: cell for cell in cells(preset) if not is_done(root, cell)}
-    total, missing = len(cells(preset)), set(todo)
+    wanted = cells(preset) if wanted is None else wanted
+    todo = {cell.name: cell for cell in wanted if not is_done(root, cell)}
+    total, missing = len(wanted), set(todo)
     under_way: dict[Future[dict[str, Any]], Cell] = {}
     environment = os.environ.copy()
     os.environ["OMP_NUM_THREADS"] = "1"  # several processes of several threads would wait for each other
@@ -67,7 +75,7 @@ def run(root: Path, preset: Preset, workers: int, tell: Callable[[Step], None] =
                     cell = under_way.pop(future)
                     measured = future.result()
                     missing.discard(cell.name)
-                    left = seconds_left(plan(root, preset), workers)
+                    left = seconds_left(plan(root, preset, wanted), workers)
                     tell(Step(cell, total - len(missing), total, measured, left))
     finally:
         os.environ.clear()
