@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "FisherSettings": "fisher.estimate",
     "Outcome": "api",
+    "Packed": "packs.write",
+    "Packing": "packs.write",
     "Recipe": "recipe",
     "RlmergeError": "errors",
     "SequenceChoice": "fisher.data",
     "Step": "api",
+    "Unpacked": "packs.restore",
     "check": "preflight",
     "combine_fishers": "fisher.combine",
     "convert": "checkpoint.convert",
@@ -31,18 +34,23 @@ _HOMES = {
     "merge_to": "api",
     "merge_to_folder": "api",
     "method_names": "methods",
+    "pack": "packs.write",
     "parse_recipe": "recipe",
     "recipe_from_parts": "recipe",
+    "unpack": "packs.restore",
     "verify": "verification",
 }
 
 __all__ = [
     "FisherSettings",
     "Outcome",
+    "Packed",
+    "Packing",
     "Recipe",
     "RlmergeError",
     "SequenceChoice",
     "Step",
+    "Unpacked",
     "__version__",
     "check",
     "combine_fishers",
@@ -57,8 +65,10 @@ __all__ = [
     "merge_to",
     "merge_to_folder",
     "method_names",
+    "pack",
     "parse_recipe",
     "recipe_from_parts",
+    "unpack",
     "verify",
 ]
 
@@ -72,6 +82,8 @@ if TYPE_CHECKING:
     from .fisher.estimate import FisherSettings, estimate_fisher
     from .fisher.stats import judge_fishers
     from .methods import get_method, method_names
+    from .packs.restore import Unpacked, unpack
+    from .packs.write import Packed, Packing, pack
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
     from .verification import verify

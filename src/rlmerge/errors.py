@@ -5,7 +5,8 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 ├── CheckpointError             a model folder that cannot be read or trusted
 │   ├── HeaderError             a safetensors header that is truncated, overlapping, oversized, …
 │   ├── AdapterError            a LoRA folder with something that cannot be merged exactly
-│   └── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties
+│   ├── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties, a pack's base
+│   └── PackError               a delta pack that is damaged, or that cannot be made or used like this
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── OutputError                 the output folder: exists, locked, another plan's, disk full
@@ -49,6 +50,10 @@ class AdapterError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """Models that do not fit together."""
+
+
+class PackError(CheckpointError):
+    """A delta pack that is damaged, or that cannot be made or used like this."""
 
 
 class FisherError(RlmergeError):

@@ -17,9 +17,10 @@ import xxhash
 
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
 from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
-from rlmerge.checkpoint.header import TensorInfo
+from rlmerge.checkpoint.header import PackedInfo, TensorInfo
 from rlmerge.checkpoint.layout import WIDTH, OutputFile, plan_files
 from rlmerge.checkpoint.match import Matched, Source, match
+from rlmerge.checkpoint.pack import check_base
 from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.parameters import Resolver, count_layers
 from rlmerge.recipe import Recipe
@@ -38,7 +39,8 @@ HEADER_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class Place:
     """Bytes of one stored tensor: index of the file in the plan, first byte, dtype, number of bytes.
 
-    `kind` is 'dense', or how the two `parts` of a Fisher make a tensor: see `checkpoint.fisher`.
+    `kind` is 'dense', or how the two `parts` of a Fisher make a tensor: see `checkpoint.fisher`; or 'packed': steps
+    from the base's words, with the table of their chunks as the one part, or without any where nothing changed.
     """
 
     file: int
@@ -74,6 +76,7 @@ class TensorPlan:
     fisher_digests  xxh3-128 of each, where every fisher.json records it beside the sum and the tensor is one unit
     repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
                Fishers of that one, so that the copies stay equal
+    base_sum   the weighted sum (hex) that delta packs say the base's words have, or ''
     """
 
     name: str
@@ -88,6 +91,7 @@ class TensorPlan:
     repeats: str = ""
     fisher_sums: tuple[float, ...] = ()
     fisher_digests: tuple[str, ...] = ()
+    base_sum: str = ""
 
     @property
     def size(self) -> int:
@@ -180,7 +184,10 @@ class _Files:
                 self.entries.append(FileEntry(path, header.size, header.digest, model))
 
     def place(self, info: TensorInfo) -> Place:
-        return Place(self._index[info.file], info.start, info.dtype, info.nbytes)
+        found = Place(self._index[info.file], info.start, info.dtype, info.nbytes)
+        if not isinstance(info, PackedInfo) or info.kind == "whole":
+            return found
+        return replace(found, kind="packed", parts=(self.place(info.table),) if info.table else ())
 
     def fisher(self, folder: FisherFolder, name: str) -> Place:
         found = self.place(folder.tensors[name])
@@ -223,6 +230,7 @@ def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int 
                 f"{checkpoint.reference}: a LoRA adapter is an update and not a model. Write the model it was trained "
                 "from as `base_model:`."
             )
+    _check_packs(donor, base, tuple(models.values()))
     if len(keys) > 64:
         raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
     matched = match(donor, list(models.values()), list(recipe.include), list(recipe.exclude), recipe.on_mismatch)
@@ -245,6 +253,23 @@ def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int 
         variants, keys, base is not None, tuple(files.entries), tensors, outputs, layers, notes,
         donor, tuple(models.values()), base, fishers,
     )  # fmt: skip
+
+
+def _check_packs(donor: Checkpoint, base: Checkpoint | None, models: tuple[Checkpoint, ...]) -> None:
+    """Raises for packs in the place of a base, without one, or with another one than theirs."""
+    if base is not None and base.pack is not None:
+        raise MismatchError(
+            f"{base.reference}: a delta pack cannot be the base: it holds what changed in one. Write the model that it "
+            "was made for as `base_model:`, or unpack it (rlmerge unpack) if its expert is to be the base."
+        )
+    for checkpoint in (donor, *models):
+        if checkpoint.pack is not None and base is None:
+            raise RecipeError(
+                f"{checkpoint.reference}: a delta pack is what changed in a model. Write that model as `base_model:`, "
+                "or unpack it first (rlmerge unpack)."
+            )
+        if checkpoint.pack is not None and base is not None:
+            check_base(checkpoint, base)
 
 
 def _written(recipe: Recipe, key: str) -> str:
@@ -339,7 +364,23 @@ def _plan_tensor(
     wanted = HEADER_DTYPE[recipe.output_dtype] if recipe.output_dtype else _promote(stored)
     experts = tuple(files.source(source) for source in sources)
     base = files.place(info) if has_base else None
-    return TensorPlan(info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums, digests)
+    return TensorPlan(
+        info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums, digests,
+        _base_sum(info.name, sources),
+    )  # fmt: skip
+
+
+def _base_sum(name: str, sources: tuple[Source, ...]) -> str:
+    """The sum of the base's words that all packs agree on; '' where none says it."""
+    said = {source.info.base_sum: source.info for source in sources if isinstance(source.info, PackedInfo)}
+    said.pop("", None)
+    if len(said) > 1:
+        one, other = list(said.values())[:2]
+        raise MismatchError(
+            f"{one.file.parent} and {other.file.parent}: these packs were made for bases that differ in tensor "
+            f"{name!r}. Make both from one base."
+        )
+    return next(iter(said), "")
 
 
 def _promote(dtypes: list[str]) -> str:
@@ -396,7 +437,8 @@ def sum_bytes(plan: Plan, fisher_passes: int = 1) -> dict[str, int]:
     for tensor in plan.tensors:
         read += tensor.base.nbytes if tensor.base else 0
         for source in tensor.experts:
-            read += sum(place.nbytes for place in (source.place, source.a, source.b) if place)
+            given = [place for place in (source.place, source.a, source.b) if place]
+            read += sum(place.nbytes + sum(part.nbytes for part in place.parts) for place in given)
         fisher += sum(place.nbytes for place in tensor.fishers)
     written = sum(tensor.size * WIDTH[tensor.dtype] for tensor in plan.tensors)
     return {"read": read, "fisher": fisher * fisher_passes, "written": written}

@@ -10,11 +10,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlmerge.checkpoint.header import Header, TensorInfo, read_header
 from rlmerge.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from rlmerge.checkpoint.pack import Pack
+
+DELTA, NOTE = "delta.safetensors", "pack.json"
+"""The two files of a delta pack, see `checkpoint.pack`."""
 MERGED_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
@@ -35,6 +40,7 @@ class Checkpoint:
     reference  the folder as the recipe writes it
     config     config.json, or {} when there is none
     adapter    a PEFT folder: the tensors are the adapter's, see `rlmerge.checkpoint.adapter`
+    pack       a delta pack: the tensors are those of the expert that it was made of, see `rlmerge.checkpoint.pack`
     """
 
     reference: str
@@ -43,6 +49,7 @@ class Checkpoint:
     headers: tuple[Header, ...]
     config: dict[str, Any]
     adapter: bool
+    pack: Pack | None = None
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A key of config.json, or of the text model inside it when the model also sees or hears."""
@@ -62,6 +69,11 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
     reference = str(folder) if reference is None else reference
     _check_folder(folder, reference)
     config = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if is_pack(folder):
+        from rlmerge.checkpoint.pack import open_pack
+
+        pack = open_pack(folder)
+        return Checkpoint(reference, folder, dict(pack.tensors), (pack.header,), config, False, pack)
     full = _weight_files(folder, "model")
     adapted = (folder / "adapter_config.json").exists() and _has_weights(folder, "adapter_model")
     if adapted and full:
@@ -78,6 +90,11 @@ def open_checkpoint(folder: Path, reference: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{headers[0].file}: holds no tensor at all, so there is nothing to merge.")
     _refuse_quantized(folder, config, tensors)
     return Checkpoint(reference, folder, tensors, headers, config, adapted)
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether a folder is a delta pack, perhaps a damaged one."""
+    return (folder / DELTA).exists() or ((folder / NOTE).exists() and not any(folder.glob("*.safetensors")))
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -52,6 +52,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedInfo(TensorInfo):
+    """A tensor of a delta pack, see `checkpoint.pack`: `start` and `nbytes` are of what the pack holds of it.
+
+    kind      'steps' from the base's tensor of this name, 'same' (none), 'whole' (stored as it is), 'copy' (of `of`)
+    table     where the chunks of the steps lie
+    digest    xxh3-128 (hex) of the expert's own bytes
+    base_sum  weighted sum (hex) of the base's words, where the tensor is made from them
+    changed   coordinates whose words differ from the base's
+    """
+
+    kind: str = "whole"
+    table: TensorInfo | None = None
+    digest: str = ""
+    base_sum: str = ""
+    changed: int = 0
+    of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """A proven header. `digest` is xxh3-128 (hex) of the header's bytes with its length field; tensors by offset."""
 
@@ -67,7 +86,11 @@ def read_header(file: Path) -> Header:
 
     Raises HeaderError, naming the file, for everything that keeps the header from describing exactly its bytes.
     """
-    raw, size = _read_raw(file)
+    return parse_header(file, *_read_raw(file))
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> Header:
+    """The same for a header with its length field that was read elsewhere, of a file of `size` bytes."""
     entries = _parse(file, raw[8:])
     metadata = _metadata(file, entries.pop("__metadata__", {}))
     offset, length = len(raw), size - len(raw)
@@ -81,8 +104,11 @@ def read_header(file: Path) -> Header:
 def equal_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Whether two tensors hold the same bytes: a complete comparison, a mebibyte at a time, ended by a difference.
 
-    Raises CheckpointError when a file cannot be read or has been cut since its header was read.
+    Two tensors of packs are compared by their digests. Raises CheckpointError when a file cannot be read or has been
+    cut since its header was read.
     """
+    if isinstance(first, PackedInfo) and isinstance(second, PackedInfo):
+        return (first.dtype, first.shape, first.digest) == (second.dtype, second.shape, second.digest)
     if first.nbytes != second.nbytes:
         return False
     try:

@@ -23,6 +23,8 @@ COMMANDS = {
     "fisher": "Estimate which parameters a model's answers rest on.",
     "fisher-stats": "Judge Fishers: enough sequences, who wins, by what.",
     "lab": "Train small RLVR, SFT and RFT experts, and merge them every way.",
+    "pack": "Store what training changed in a base, bit for bit.",
+    "unpack": "Make the expert of a delta pack again.",
     "verify": "Compare every byte of an output with its rlmerge.json.",
 }
 """Each is a module of this package, imported when it is asked for: DESCRIPTION, USAGE, declare(parser), run(given)."""

@@ -10,6 +10,7 @@ from rlmerge.figures import as_text, statistics_table
 
 if TYPE_CHECKING:
     from rlmerge.api import Step
+    from rlmerge.packs.write import Packing
 
 
 def size(count: float) -> str:
@@ -35,7 +36,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-class ProgressLine:
+class _Line:
     """One line on a terminal, rewritten; elsewhere a plain line every ten seconds."""
 
     def __init__(self, quiet: bool) -> None:
@@ -45,19 +46,16 @@ class ProgressLine:
         self.last = self.started if not self.live else 0.0
         self.drawn = False
 
-    def __call__(self, step: Step) -> None:
-        """Shows a step; called from worker threads, often."""
-        if self.quiet:
-            return
-        if step.message:
-            print(step.message, file=sys.stderr, flush=True)
-            return
+    def rate(self, count: int) -> str | None:
+        """Bytes per second in words, or None while the last line is fresh."""
         now = time.monotonic()
-        if now - self.last < (0.1 if self.live else 10.0):
-            return
+        if self.quiet or now - self.last < (0.1 if self.live else 10.0):
+            return None
         self.last = now
-        rate = step.bytes_read / max(now - self.started, 1e-9)
-        text = f"{size(step.bytes_read)} read, {size(rate)}/s, {step.units} of {step.total_units} units written"
+        return f"{size(count / max(now - self.started, 1e-9))}/s"
+
+    def draw(self, text: str) -> None:
+        """Shows a line in the place of the last one."""
         if self.live:
             print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
             self.drawn = True
@@ -68,6 +66,26 @@ class ProgressLine:
         """Removes the live line."""
         if self.drawn:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+class ProgressLine(_Line):
+    """How far a merge is."""
+
+    def __call__(self, step: Step) -> None:
+        """Shows a step; called from worker threads, often."""
+        if step.message and not self.quiet:
+            print(step.message, file=sys.stderr, flush=True)
+        elif not step.message and (rate := self.rate(step.bytes_read)) is not None:
+            self.draw(f"{size(step.bytes_read)} read, {rate}, {step.units} of {step.total_units} units written")
+
+
+class PackingLine(_Line):
+    """How far a pack is."""
+
+    def __call__(self, step: Packing) -> None:
+        """Shows a step."""
+        if (rate := self.rate(step.done)) is not None:
+            self.draw(f"{size(step.done)} of {size(step.total)}, {rate}")
 
 
 def show_statistics(title: str, total: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Models that are bf16 throughout are compared as stored words; every other mixtur
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,9 +67,18 @@ class InputBlock(Block):
         if number not in self._read:
             place = self._plan.base if number == 0 else self._plan.experts[number - 1].place
             assert place is not None
-            self._inputs.read_row(place, self.start, rows[number], self._hashes, number)
+            self._inputs.read_row(
+                self._plan, place, self.start, rows[number], self._hashes, number, self._base_of(place)
+            )
             self._read.add(number)
         return rows[number]
+
+    def _base_of(self, place: Place) -> NDArray[Any] | None:
+        """The base's words, where an expert is stored as steps from them."""
+        if place.kind != "packed":
+            return None
+        assert self._plan.base is not None
+        return self.base.view(np.uint32) if self._plan.base.dtype == "F32" else self.words(0)
 
     def _all_words(self) -> NDArray[np.uint16]:
         for number in range(1 + len(self._plan.experts)):
@@ -107,7 +116,8 @@ class InputBlock(Block):
 
     def _decode(self, number: int, place: Place, out: NDArray[np.float32]) -> None:
         if place.dtype == "F32":
-            self._inputs.decode(self._plan, place, self.start, out, self._space, self._hashes, number)
+            base = self._base_of(place)
+            self._inputs.decode(self._plan, place, self.start, out, self._space, self._hashes, number, base)
             return
         decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
         if decode(self.words(number), out) and not self._inputs.allow_nonfinite:

@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.checkpoint.pack_steps import WORDS, add_steps, reference_words
 from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
 from rlmerge.plan import ExpertSource, Place, Plan, TensorPlan
 
@@ -33,6 +34,8 @@ class Hashes:
         self.start = start
         self.sums = np.zeros(fishers)
         """Σ F of what was read of each Fisher."""
+        self.base_sum = 0
+        """Weighted sum, modulo 2⁶⁴, of what was read of the base, where a pack says what it must be."""
         self.states: dict[int, Any] = {}
         self.reached: dict[int, int] = {}
 
@@ -139,12 +142,19 @@ class Inputs:
         space: Space,
         hashes: Hashes | None,
         number: int,
+        base: NDArray[Any] | None = None,
     ) -> None:
-        """Fills out fp32[n] with stored values from coordinate `start`; NonFiniteError unless the recipe allows it."""
+        """Fills out fp32[n] with stored values from coordinate `start`; NonFiniteError unless the recipe allows it.
+
+        base    the base's words there, from which a packed expert is made
+        """
         width = WIDTH[place.dtype]
         if place.dtype == "F32":
             raw = out.view(np.uint8)
-            self.read_into(place, start * width, raw)
+            if base is not None:
+                self.unpack(tensor, place, start, out.view(np.uint32), base)
+            else:
+                self.read_into(place, start * width, raw)
             # bytes that were hashed before were also looked at before; a sum of Fishers shows what is no number
             summed = hashes is not None and place in tensor.fishers[: hashes.sums.size]
             seen = summed or (hashes is not None and hashes.was_read(number, start))
@@ -156,16 +166,52 @@ class Inputs:
             decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
             bad = decode(words, out)
         if hashes is not None:
-            hashes.update(number, start, start + out.shape[0], raw.data)
+            self._note(tensor, hashes, number, start, raw)
         if bad and not self.allow_nonfinite:
             self.refuse(tensor, place, start, out)
 
-    def read_row(self, place: Place, start: int, words: NDArray[np.uint16], hashes: Hashes | None, number: int) -> None:
-        """Fills words uint16[n] with stored words from coordinate `start`."""
+    def read_row(
+        self,
+        tensor: TensorPlan,
+        place: Place,
+        start: int,
+        words: NDArray[np.uint16],
+        hashes: Hashes | None,
+        number: int,
+        base: NDArray[Any] | None = None,
+    ) -> None:
+        """Fills words uint16[n] with stored words from coordinate `start`; `base` as in `decode`."""
         raw = words.view(np.uint8)
-        self.read_into(place, 2 * start, raw)
+        if base is not None:
+            self.unpack(tensor, place, start, words, base)
+        else:
+            self.read_into(place, 2 * start, raw)
         if hashes is not None:
-            hashes.update(number, start, start + words.shape[0], raw.data)
+            self._note(tensor, hashes, number, start, raw)
+
+    def _note(self, tensor: TensorPlan, hashes: Hashes, number: int, start: int, raw: NDArray[np.uint8]) -> None:
+        """Adds an input's bytes to its digest, and those of the base to the sum that packs speak of."""
+        place = tensor.base if number == 0 else None
+        width = WIDTH[place.dtype] if place is not None else 1
+        if place is not None and tensor.base_sum and hashes.is_new(0, start):
+            hashes.base_sum += int(self.kernels.weigh(raw.view(WORDS[place.dtype]), start))
+        hashes.update(number, start, start + raw.shape[0] // width, raw.data)
+
+    def unpack(self, tensor: TensorPlan, place: Place, start: int, words: NDArray[Any], base: NDArray[Any]) -> None:
+        """Fills words[n] with those of a packed expert from coordinate `start`: the base's, and the steps from them."""
+        assert tensor.base is not None
+        words[:] = reference_words(base, tensor.base.dtype, place.dtype, self.kernels)
+        if place.parts:
+            add_steps(
+                words,
+                start,
+                tensor.size,
+                place.nbytes,
+                lambda first, out: self.read_into(place, first, out),
+                lambda first, out: self.read_into(place.parts[0], first, out),
+                self.kernels,
+                f"{self.plan.files[place.file].path}: tensor {tensor.name!r}",
+            )
 
     def add_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32], hashes: Hashes) -> None:
         """Adds a block of Fisher number k to its sum; a negative entry is an error."""

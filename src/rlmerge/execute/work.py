@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
-from rlmerge.errors import FisherError, NonFiniteError
+from rlmerge.errors import FisherError, MismatchError, NonFiniteError
 from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task, Update
 from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, TensorPlan
@@ -36,8 +36,8 @@ Write = Callable[[int, int, int, NDArray[np.uint8]], None]
 
 @dataclass(slots=True)
 class UnitRecord:
-    """What a merged unit leaves behind: digests of written and read bytes, statistics per variant and per group, and
-    the sum of each Fisher where its file records one.
+    """What a merged unit leaves behind: digests of written and read bytes, statistics per variant and per group, the
+    sum of each Fisher where its file records one, and that of the base's words where a pack records it.
     """
 
     tensor: int
@@ -47,6 +47,7 @@ class UnitRecord:
     stats: list[dict[str, list[Any]]]
     census: list[dict[str, list[Any]]]
     fisher_sums: list[float] = field(default_factory=list)
+    base_sum: int = 0
 
 
 class Worker:
@@ -141,11 +142,15 @@ class Worker:
             [entry.to_lists() for entry in stats],
             [entry.to_lists() for entry in census],
             hashes.sums.tolist() if plan.fisher_sums else [],
+            hashes.base_sum,
         )
 
     def check_sums(self, tensor: int, units: Mapping[tuple[int, int], UnitRecord]) -> None:
-        """Raises FisherError where fisher.json recorded another sum than the merge has read from the file."""
+        """Raises FisherError where fisher.json recorded another sum than the merge has read from the file, and
+        MismatchError where a pack did so for the base.
+        """
         plan = self.plan.tensors[tensor]
+        self._check_base(tensor, units)
         if not plan.fisher_sums or plan.carry is not None:
             return
         for k, digest in enumerate(plan.fisher_digests):
@@ -168,6 +173,20 @@ class Worker:
                     "  The file was changed after fisher.json was written: remove fisher.json, or estimate again, and "
                     "merge with --overwrite."
                 )
+
+    def _check_base(self, tensor: int, units: Mapping[tuple[int, int], UnitRecord]) -> None:
+        plan = self.plan.tensors[tensor]
+        if not plan.base_sum:
+            return
+        found = sum(units[tensor, unit].base_sum for unit in range(len(plan.units))) % 2**64
+        if found != int(plan.base_sum, 16):
+            assert plan.base is not None
+            packs = [model.reference for model in self.plan.models if model.pack is not None]
+            raise MismatchError(
+                f"{self.plan.files[plan.base.file].path}: tensor {plan.name!r} is not that of the base for which "
+                f"{', '.join(packs)} {'was' if len(packs) == 1 else 'were'} made: its words add up to {found:016x}, and "
+                f"those of that base to {plan.base_sum}. Nothing was delivered. Write the base that it was made for."
+            )
 
     def _blocks(self, tensor: int, unit: int, space: Space, last: bool) -> Iterator[InputBlock]:
         plan = self.plan.tensors[tensor]

@@ -1,4 +1,4 @@
-"""The compiled kernels, by subject: codec, changes, census, combine, sar, sar_rules, settle, trim."""
+"""The compiled kernels, by subject: codec, changes, census, combine, sar, sar_rules, settle, steps, trim."""
 
 from .census import census, fisher_sums
 from .changes import changes, deltas, patches_bf16, take, take_bf16
@@ -15,6 +15,7 @@ from .combine import linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numba"
@@ -22,6 +23,7 @@ NAME = "numba"
 __all__ = [
     "NAME",
     "add_bf16",
+    "apply_steps",
     "census",
     "changes",
     "coarse",
@@ -35,6 +37,7 @@ __all__ = [
     "encode_bf16",
     "encode_f16",
     "encode_f32",
+    "encode_steps",
     "fine",
     "fine_norms",
     "fisher_sums",
@@ -58,4 +61,5 @@ __all__ = [
     "tie_hashes",
     "ties",
     "trim",
+    "weigh",
 ]

@@ -14,6 +14,7 @@ from .codec import (
 from .combine import linear, ram, task_arithmetic, ties
 from .sar import compose, resolve, resolve_by, scores
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
 NAME = "numpy"
@@ -21,6 +22,7 @@ NAME = "numpy"
 __all__ = [
     "NAME",
     "add_bf16",
+    "apply_steps",
     "census",
     "changes",
     "coarse",
@@ -34,6 +36,7 @@ __all__ = [
     "encode_bf16",
     "encode_f16",
     "encode_f32",
+    "encode_steps",
     "fine",
     "fine_norms",
     "fisher_sums",
@@ -57,4 +60,5 @@ __all__ = [
     "tie_hashes",
     "ties",
     "trim",
+    "weigh",
 ]
