@@ -17,8 +17,8 @@ from .options import Parser, at_least, declare_output
 
 USAGE = "[OPTIONS] MODEL --task TASK -o FOLDER"
 DESCRIPTION = """\
-Evaluate a model folder, or a recipe (.yml) merged in memory, on tasks with
-verifiable answers: math, code, gym:gsm_symbolic, humaneval, problems.jsonl.
+Evaluate a model folder, a delta pack, or a recipe (.yml) merged in memory, on
+tasks with verifiable answers: math, code, gym:gsm_symbolic, humaneval, problems.jsonl.
 
 Every sample is a line of FOLDER/TASK.jsonl; an interrupted run is continued by
 the same command. `rlmerge compare` compares such files.
@@ -31,7 +31,7 @@ its own tasks, or the YAML file of one, in a process of its own."""
 def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, recipe (.yml) to merge in memory, or name at the server")
+    add("model", metavar="MODEL", help="model folder, pack, recipe (.yml), or name at the server")
     add("--task", metavar="TASK", action="append", default=[], help="task; several in a row are fine")
     add("--lm-eval", metavar="TASK", action="append", default=[], help="task of EleutherAI's harness")
     add("-o", "--out", metavar="FOLDER", required=True, help="folder for the results")
@@ -52,6 +52,7 @@ def declare(parser: Parser) -> None:
     add("--model-seed", metavar="N", type=at_least(0), help="training seed, where several models were trained alike")
     add("--backend", metavar="KIND", default="transformers", choices=("transformers", "server"),
         help="transformers (default) or server")  # fmt: skip
+    add("--base", metavar="BASE", help="base of a delta pack, where it is not where the pack says")
     add("--url", metavar="URL", help="address of the server, such as http://localhost:8080/v1")
     add("--parallel", metavar="N", type=at_least(1), default=8, help="requests to the server at once; default 8")
     add("--key-env", metavar="NAME", default="", help="environment variable that holds the server's key")
@@ -84,7 +85,8 @@ def run(given: Namespace) -> None:
 def _refuse_ours(given: Namespace) -> None:
     """The harness has settings of its own: what it would not hear of is an error."""
     standard = {"backend": "transformers", "samples": 1, "temperature": None, "top_p": 1.0, "top_k": 0,
-                "max_new_tokens": 256, "split": "test", "threads": None, "unsafe_exec": False}  # fmt: skip
+                "max_new_tokens": 256, "split": "test", "base": None, "threads": None,
+                "unsafe_exec": False}  # fmt: skip
     for name, value in standard.items():
         if getattr(given, name) != value:
             raise RlmergeError(f"--{name.replace('_', '-')} means nothing to --lm-eval: its task says that, or nobody.")
@@ -148,7 +150,7 @@ def _backend(given: Namespace) -> Any:
 
     if not given.quiet:
         print(f"loading {given.model}", file=sys.stderr)
-    return TransformersBackend(*load_model(given.model, given.threads, given.dtype), given.batch)
+    return TransformersBackend(*load_model(given.model, given.threads, given.dtype, given.base), given.batch)
 
 
 def _by_harness(given: Namespace) -> list[dict[str, Any]]:

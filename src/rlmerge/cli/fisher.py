@@ -21,7 +21,7 @@ DESCRIPTION = """\
 Estimate which parameters a model's answers rest on: the diagonal Fisher
 information, mean over sequences of the squared gradient of log p(answer).
 
-MODEL is a folder, or a recipe (.yml) that is merged in memory. The data are
+MODEL is a folder, a delta pack, or a recipe (.yml) merged in memory. The data are
 prompts, with what verifies an answer (--source own, policy) or with the
 answers (gold); a task such as math:1 will do. An interrupted run is continued
 by the same command.
@@ -34,7 +34,7 @@ by the same command.
 def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="model folder, or recipe (.yml) to merge in memory")
+    add("model", metavar="MODEL", nargs="?", help="model folder, pack, or recipe (.yml)")
     add("--data", metavar="FILE", help="problems as .jsonl, or a task")
     add("-o", "--out", metavar="DIR", required=True, help="folder for the Fisher")
     add("--source", metavar="S", default="own", help="own (default), gold, sampled or policy")
@@ -47,7 +47,7 @@ def declare(parser: Parser) -> None:
     add("--dtype", metavar="D", default="fp32", help="fp32 (default) or bf16, of the stored Fisher")
     add("--compute", metavar="C", default="fp32", help="fp32 (default), or bf16: faster, less exact")
     add("--batch-tokens", metavar="N", type=at_least(1), default=1024, help="padded tokens at once; default 1024")
-    add("--base", metavar="BASE", help="base of a LoRA folder, where the adapter names none that is here")
+    add("--base", metavar="BASE", help="base of a LoRA folder or a pack, if not where they say")
     add("--only", metavar="RECIPE", help="just the tensors whose Fishers this recipe reads")
     add("--sparse", action="store_true", help="with --only: just the coordinates at which it will ask")
     add("--storage", metavar="S", default="full", help="full (default), or factored: row and column sums")

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from rlmerge.checkpoint.folder import is_pack
 from rlmerge.errors import MissingExtraError
 from rlmerge.evaluate.results import Header, ResultsWriter, Sample
 from rlmerge.evaluate.run import EvaluationError
@@ -50,6 +51,10 @@ def evaluate_by_harness(
     """
     if Path(model).suffix in (".yml", ".yaml"):
         raise EvaluationError(f"{model}: the harness loads model folders: merge first (rlmerge merge {model} OUT).")
+    if is_pack(Path(model)):
+        raise EvaluationError(
+            f"{model}: the harness loads model folders: unpack first (rlmerge unpack {model} -o OUT)."
+        )
     if not (Path(model) / "config.json").is_file():
         raise EvaluationError(f"{model}: is no model folder: it has no config.json.")
     out = Path(out)

@@ -1,6 +1,7 @@
 """Evaluates a model on a task: prompts, samples, verdicts, one line of the results file for each; resumable.
 
-A model is a folder, or a recipe: then the merge goes straight into the loaded base, and nothing is written but results.
+A model is a folder, a delta pack, or a recipe, whose merge goes straight into the loaded base: nothing is written but
+results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from rlmerge.checkpoint.folder import is_pack
 from rlmerge.errors import RlmergeError
 from rlmerge.evaluate.backend import Asked, Backend, Completion, Sampling
 from rlmerge.evaluate.problem import Problem
@@ -33,13 +35,19 @@ class EvaluationError(RlmergeError):
     """A model that cannot be evaluated as asked."""
 
 
-def load_model(reference: Path | str | Recipe, threads: int | None = None, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, or of the merge that a recipe (a .yml) describes, in this dtype on the CPU.
+def load_model(
+    reference: Path | str | Recipe,
+    threads: int | None = None,
+    dtype: str = "float32",
+    base: Path | str | None = None,
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, a delta pack, or the merge of a recipe (a .yml), in this dtype on the CPU.
 
-    Raises EvaluationError for what transformers cannot load, and what `rlmerge.merge_to` raises.
+    base    the base of a pack, where it is not where the pack says
+    Raises EvaluationError for what transformers cannot load, PackError or MismatchError for a pack that does not fit,
+    and what `rlmerge.merge_to` raises.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -55,31 +63,47 @@ def load_model(reference: Path | str | Recipe, threads: int | None = None, dtype
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: there is no such model folder.")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise EvaluationError(
-            f"{folder}: has no tokenizer files, so nothing can be asked of it. Copy those of its base."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever transformers, safetensors or a missing package raise, the folder is at fault
-        raise EvaluationError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error}") from None
-    model, loaded = found
-    if loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
-        raise EvaluationError(
-            f"{folder}: has no weights for {missing} …: transformers would fill them with random numbers."
-        )
+    if recipe is None and is_pack(folder):
+        from rlmerge.packs.model import load_packed
+
+        return load_packed(folder, base, lambda home, tensors: _load(home, folder, dtype, tensors))
+    model, tokenizer = _load(folder, folder, dtype)
     if recipe is not None:
         from rlmerge.api import merge_to
 
         merge_to(model, recipe)
+    return model, tokenizer
+
+
+def _load(folder: Path, named: Path, dtype: str, tensors: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder, with its own weights or these; messages speak of `named`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise EvaluationError(
+            f"{named}: has no tokenizer files, so nothing can be asked of it. Copy those of its base."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+        options |= {"local_files_only": True, "output_loading_info": True}
+        if tensors is None:
+            found: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        else:
+            nowhere: Any = None  # transformers takes it, and does not say so in its types
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            found = AutoModelForCausalLM.from_pretrained(nowhere, config=config, state_dict=tensors, **options)
+            if (folder / "generation_config.json").is_file():
+                found[0].generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers, safetensors or a missing package raise, the folder is at fault
+        raise EvaluationError(f"{named}: transformers cannot load it: {type(error).__name__}: {error}") from None
+    model, loaded = found
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise EvaluationError(
+            f"{named}: has no weights for {missing} …: transformers would fill them with random numbers."
+        )
     return model, tokenizer
 
 

@@ -184,8 +184,9 @@ class Worker:
             packs = [model.reference for model in self.plan.models if model.pack is not None]
             raise MismatchError(
                 f"{self.plan.files[plan.base.file].path}: tensor {plan.name!r} is not that of the base for which "
-                f"{', '.join(packs)} {'was' if len(packs) == 1 else 'were'} made: its words add up to {found:016x}, and "
-                f"those of that base to {plan.base_sum}. Nothing was delivered. Write the base that it was made for."
+                f"{', '.join(packs)} {'was' if len(packs) == 1 else 'were'} made: its words add up to {found:016x}, "
+                f"and those of that base to {plan.base_sum}. Nothing was delivered. Write the base that it was made "
+                "for."
             )
 
     def _blocks(self, tensor: int, unit: int, space: Space, last: bool) -> Iterator[InputBlock]:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import xxhash
 from safetensors.torch import load_file
 
 from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpoint, read_json_object
+from rlmerge.checkpoint.pack import find_base
 from rlmerge.errors import FisherError, NonFiniteError
 from rlmerge.evaluate.run import TransformersBackend, load_model
 from rlmerge.evaluate.tasks import Task
+from rlmerge.packs.restore import small_files
 from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
 from rlmerge.version import VERSION
 
@@ -122,9 +125,9 @@ def estimate_fisher(
     wait: bool = False,
     progress: Callable[[Progress], None] = lambda step: None,
 ) -> Estimate:
-    """Estimates the Fisher of `model` (a folder, or a recipe that is merged in memory) on `data` (.jsonl, or a task).
+    """Estimates the Fisher of `model` (a folder, a pack, or a recipe merged in memory) on `data` (.jsonl, or a task).
 
-    base       the base of a LoRA folder, where the adapter does not name one that is here
+    base       the base of a LoRA folder or a pack, where it is not where they say
     only       a recipe: just the tensors whose Fishers it reads; with `sparse`, just the coordinates
     wait       for another process that makes the same, instead of an error
     Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
@@ -142,8 +145,8 @@ def estimate_fisher(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     progress(Progress("loading", 0, 1))
-    loaded, tokenizer = load_model(source, settings.threads)
-    said = _identity(loaded, tokenizer, stored.folder, task, settings, asked)
+    loaded, tokenizer = load_model(source, settings.threads, base=base)
+    said = _identity(loaded, tokenizer, _small_files(stored, base), task, settings, asked)
     with folder.opened(said, wait) as unfinished:
         if wait and (Path(out) / "fisher.json").exists():
             raise FisherError(f"{out}: another process has just made it.")
@@ -358,14 +361,24 @@ def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
     return found
 
 
+def _small_files(stored: Checkpoint, base: Path | str | None) -> dict[str, bytes]:
+    """The files beside the weights that decide what is computed, by name."""
+    if stored.pack is None:
+        found = sorted({file for pattern in SMALL for file in stored.folder.glob(pattern)})
+        return {file.name: file.read_bytes() for file in found}
+    files = dict(small_files(stored.pack, find_base(stored, base)))
+    wanted = (name for name in sorted(files) if any(fnmatch(name, pattern) for pattern in SMALL))
+    return {name: files[name] for name in wanted if "/" not in name}
+
+
 def _identity(
-    model: Any, tokenizer: Any, folder: Path, task: Task, settings: FisherSettings, asked: _Asked
+    model: Any, tokenizer: Any, files: dict[str, bytes], task: Task, settings: FisherSettings, asked: _Asked
 ) -> dict[str, Any]:
     """Everything that decides the result; under 'draw' what decides the sequences, but for how many are taken."""
     choice = settings.choice
     small = xxhash.xxh3_128()
-    for file in sorted({file for pattern in SMALL for file in folder.glob(pattern)}):
-        small.update(file.name.encode() + b"\0" + file.read_bytes())
+    for name, data in files.items():
+        small.update(name.encode() + b"\0" + data)
     drawing = ("temperature", "max_new_tokens", "seed")
     draw = {
         "version": VERSION,

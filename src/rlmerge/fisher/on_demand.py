@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from rlmerge.checkpoint.folder import is_pack
 from rlmerge.checkpoint.layout import hash_range
 from rlmerge.errors import FisherError, MissingExtraError, RecipeError
 from rlmerge.recipe import ModelEntry, Recipe
@@ -88,11 +89,11 @@ def without_fishers(recipe: Recipe) -> Recipe:
 def kept_at(model: Path, base: Path | None, data: str, request: dict[str, Any]) -> Path:
     """Where the Fisher of a model folder on some data is kept: named by what is in both, and by the settings.
 
-    What a LoRA folder makes depends on its base, too.
+    What a LoRA folder or a delta pack makes depends on its base, too.
     """
     state = xxhash.xxh3_128(VERSION.encode())
-    adapter = base is not None and (model / "adapter_config.json").exists()
-    for folder in (model, base) if adapter and base is not None else (model,):
+    update = (model / "adapter_config.json").exists() or is_pack(model)
+    for folder in (model, base) if update and base is not None else (model,):
         for file in sorted({file for pattern in CONTENT for file in folder.glob(pattern)}):
             state.update(file.name.encode() + b"\0")
             with file.open("rb") as opened:

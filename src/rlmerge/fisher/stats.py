@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
+from rlmerge.checkpoint.pack import check_base
 from rlmerge.errors import FisherError
+from rlmerge.packs.model import read_tensors
+from rlmerge.packs.restore import Reader
 
 from .combine import read_tensor
 from .store import sample_positions, sample_stride
@@ -210,12 +213,15 @@ def _deltas(base: Path, models: Sequence[Path], names: Mapping[str, int], stride
         if not model.is_dir():
             raise FisherError(f"{model}: there is no such model folder. Say where the models are: --model, one each.")
     opened = [open_checkpoint(folder) for folder in (base, *models)]
+    for one in opened[1:]:
+        if one.pack is not None:
+            check_base(one, opened[0])
     found: list[list[Vector]] = [[] for _ in models]
     for name, size in names.items():
         if any(name not in one.tensors for one in opened):
             raise FisherError(f"tensor {name!r} is not in all of {base} and the models: is it their base?")
         place = sample_positions(name, size, stride)
-        old, *new = (_tensor(one, name)[torch.from_numpy(place)] for one in opened)
+        old, *new = (_tensor(one, opened[0], name)[torch.from_numpy(place)] for one in opened)
         for row, value in zip(found, new):
             # against the base as the expert's dtype has it, or rounding would pass for training (design, section 1)
             reference = old.to(value.dtype) if value.dtype != torch.float32 else old
@@ -223,7 +229,9 @@ def _deltas(base: Path, models: Sequence[Path], names: Mapping[str, int], stride
     return [np.concatenate(row) for row in found]
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _tensor(checkpoint: Checkpoint, base: Checkpoint, name: str) -> torch.Tensor:
+    if checkpoint.pack is not None:
+        return read_tensors(Reader(checkpoint, base), names=[name])[name].view(-1)
     with safe_open(checkpoint.tensors[name].file, "pt") as file:
         return file.get_tensor(name).view(-1)
 

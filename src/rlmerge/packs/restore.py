@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +111,8 @@ def small_files(pack: Pack, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
             data = path.read_bytes()
         except OSError as error:
             raise PackError(
-                f"{path}: cannot be read ({error.strerror or error}), and the pack says that the expert had it. Restore "
-                "it."
+                f"{path}: cannot be read ({error.strerror or error}), and the pack says that the expert had it. "
+                "Restore it."
             ) from error
         if xxhash.xxh3_128_hexdigest(data) != said.digest:
             whose = "the base's file was changed since the pack was made" if said.of_base else "the pack is damaged"
@@ -130,15 +130,15 @@ class Reader:
         self.base = base
         self._kernels: ModuleType = load_kernels(kernels, 2 * sum(info.size for info in packed.tensors.values()))
 
-    def stretches(self, threads: int) -> Iterator[Stretch]:
-        """All tensors in the order of the expert's files, in pieces, read by threads; a few pieces in memory.
+    def stretches(self, threads: int, names: Iterable[str] | None = None) -> Iterator[Stretch]:
+        """Tensors (all in the order of the expert's files, or some), in pieces, read by threads; few are in memory.
 
         Raises PackError or MismatchError at the end of a tensor whose digest is not that of the expert's.
         """
         waiting: deque[tuple[str, int, int, bool, Future[tuple[NDArray[np.uint8], int]]]] = deque()
         state, total = xxhash.xxh3_128(), 0
         with ThreadPoolExecutor(threads) as pool:
-            jobs = self._jobs()
+            jobs = self._jobs(self.pack.tensors if names is None else names)
             try:
                 while True:
                     while len(waiting) <= threads and (job := next(jobs, None)) is not None:
@@ -157,11 +157,12 @@ class Reader:
                 for *_, made in waiting:
                     made.cancel()
 
-    def _jobs(self) -> Iterator[tuple[str, int, int, bool]]:
-        for name, info in self.pack.tensors.items():
-            ranges = range(0, max(info.size, 1), PIECE)
+    def _jobs(self, names: Iterable[str]) -> Iterator[tuple[str, int, int, bool]]:
+        for name in names:
+            size = self.pack.tensors[name].size
+            ranges = range(0, max(size, 1), PIECE)
             for start in ranges:
-                yield name, start, min(start + PIECE, info.size), start == ranges[-1]
+                yield name, start, min(start + PIECE, size), start == ranges[-1]
 
     def _read(self, name: str, start: int, stop: int) -> tuple[NDArray[np.uint8], int]:
         """The bytes of [start, stop) of a tensor, and the weighted sum of the base's words there."""
@@ -193,8 +194,8 @@ class Reader:
         if info.base_sum and total != int(info.base_sum, 16):
             raise MismatchError(
                 f"{self.base.tensors[name].file}: tensor {name!r} is not that of the base for which {self.reference} "
-                f"was made: its words add up to {total:016x}, and those of that base to {info.base_sum}. Write the base "
-                "that it was made for."
+                f"was made: its words add up to {total:016x}, and those of that base to {info.base_sum}. Write the "
+                "base that it was made for."
             )
         raise PackError(
             f"{self.pack.folder}: tensor {name!r} comes out with digest {digest}, and the expert's had "
