@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,10 @@ def merged(home: Path, keys: list[str], method: str, parameters: Any, out: Path,
     """Merges folders or packs, named e0 … in either case; the weights' digests and the provenance."""
     own = needed_weights(method, keys)
     recipe = make_recipe(home, method, keys, parameters, own, **top)
-    models = tuple(
-        rlmerge_entry(entry, f"e{n}") for n, entry in enumerate(sorted(recipe.models, key=lambda entry: entry.model))
-    )
-    from dataclasses import replace
-
+    ordered = sorted(recipe.models, key=lambda entry: entry.model)
+    models = tuple(replace(entry, name=f"e{n}") for n, entry in enumerate(ordered))
     rlmerge.merge_to_folder(replace(recipe, models=models), out, threads=2)
     return {"weights": (out / "model.safetensors").read_bytes(), "said": json.loads((out / "rlmerge.json").read_text())}
-
-
-def rlmerge_entry(entry: Any, name: str) -> Any:
-    from dataclasses import replace
-
-    return replace(entry, name=name)
 
 
 METHODS = [
@@ -332,7 +324,7 @@ def test_packs_of_bases_that_differ_do_not_merge(tmp_path):
     alter(tmp_path / "base2" / "model.safetensors", 8 + 160 + 140_000)
     rlmerge.pack(tmp_path / "e0", tmp_path / "base2", tmp_path / "p1")
     recipe = make_recipe(tmp_path, "linear", ["p0", "p1"], {}, needed_weights("linear", ["p0", "p1"]))
-    with pytest.raises(MismatchError, match="made for bases that differ in tensor 'a.weight'"):
+    with pytest.raises(MismatchError, match=r"made for bases that differ in tensor 'a.weight'"):
         rlmerge.check(recipe)
 
 
@@ -341,13 +333,13 @@ def test_a_pack_is_no_base_and_needs_one(home):
     with pytest.raises(MismatchError, match="p0: a delta pack cannot be the base"):
         rlmerge.check(make_recipe(home, "linear", keys, {}, needed_weights("linear", keys), base="p0"))
     keys = ["p0", "e1"]
-    with pytest.raises(RecipeError, match="what changed in a model. Write that model as `base_model:`"):
+    with pytest.raises(RecipeError, match=r"what changed in a model. Write that model as `base_model:`"):
         rlmerge.check(make_recipe(home, "linear", keys, {}, needed_weights("linear", keys), base=None))
 
 
 def test_the_base_is_found_from_the_pack_or_said(home, tmp_path, monkeypatch):
     shutil.copytree(home / "p0", tmp_path / "far" / "p0")
-    with pytest.raises(PackError, match="its base is not at .* Say where it is: --base FOLDER"):
+    with pytest.raises(PackError, match=r"its base is not at .* Say where it is: --base FOLDER"):
         rlmerge.unpack(tmp_path / "far" / "p0", tmp_path / "back")
     rlmerge.unpack(tmp_path / "far" / "p0", tmp_path / "back", base=home / "base")
     assert sha256s(tmp_path / "back") == sha256s(home / "e0")
@@ -417,5 +409,5 @@ def test_a_failed_pack_leaves_nothing(home, tmp_path):
 def test_small_files_of_a_base_that_changed(home, tmp_path):
     shutil.copytree(home, tmp_path / "home")
     (tmp_path / "home" / "base" / "config.json").write_text("{}")
-    with pytest.raises(PackError, match="config.json: is not what the expert had: the base's file was changed"):
+    with pytest.raises(PackError, match=r"config.json: is not what the expert had: the base's file was changed"):
         rlmerge.unpack(tmp_path / "home" / "p0", tmp_path / "back")

@@ -78,7 +78,13 @@ def load_model(
 def _load(folder: Path, named: Path, dtype: str, tensors: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a folder, with its own weights or these; messages speak of `named`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+    )
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise EvaluationError(
@@ -91,11 +97,13 @@ def _load(folder: Path, named: Path, dtype: str, tensors: dict[str, Any] | None 
         if tensors is None:
             found: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
-            nowhere: Any = None  # transformers takes it, and does not say so in its types
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            found = AutoModelForCausalLM.from_pretrained(nowhere, config=config, state_dict=tensors, **options)
+            # the class itself takes None for "only these tensors"; AutoModelForCausalLM would look for adapters there
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            found = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
             if (folder / "generation_config.json").is_file():
-                found[0].generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+                settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
+                found[0].generation_config = settings
     except Exception as error:  # whatever transformers, safetensors or a missing package raise, the folder is at fault
         raise EvaluationError(f"{named}: transformers cannot load it: {type(error).__name__}: {error}") from None
     model, loaded = found

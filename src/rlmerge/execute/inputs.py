@@ -166,7 +166,7 @@ class Inputs:
             decode = self.kernels.decode_bf16 if place.dtype == "BF16" else self.kernels.decode_f16
             bad = decode(words, out)
         if hashes is not None:
-            self._note(tensor, hashes, number, start, raw)
+            self._note(tensor, hashes, number, start, start + out.shape[0], raw)
         if bad and not self.allow_nonfinite:
             self.refuse(tensor, place, start, out)
 
@@ -187,15 +187,15 @@ class Inputs:
         else:
             self.read_into(place, 2 * start, raw)
         if hashes is not None:
-            self._note(tensor, hashes, number, start, raw)
+            self._note(tensor, hashes, number, start, start + words.shape[0], raw)
 
-    def _note(self, tensor: TensorPlan, hashes: Hashes, number: int, start: int, raw: NDArray[np.uint8]) -> None:
+    def _note(
+        self, tensor: TensorPlan, hashes: Hashes, number: int, start: int, stop: int, raw: NDArray[np.uint8]
+    ) -> None:
         """Adds an input's bytes to its digest, and those of the base to the sum that packs speak of."""
-        place = tensor.base if number == 0 else None
-        width = WIDTH[place.dtype] if place is not None else 1
-        if place is not None and tensor.base_sum and hashes.is_new(0, start):
-            hashes.base_sum += int(self.kernels.weigh(raw.view(WORDS[place.dtype]), start))
-        hashes.update(number, start, start + raw.shape[0] // width, raw.data)
+        if number == 0 and tensor.base is not None and tensor.base_sum and hashes.is_new(0, start):
+            hashes.base_sum += int(self.kernels.weigh(raw.view(WORDS[tensor.base.dtype]), start))
+        hashes.update(number, start, stop, raw.data)
 
     def unpack(self, tensor: TensorPlan, place: Place, start: int, words: NDArray[Any], base: NDArray[Any]) -> None:
         """Fills words[n] with those of a packed expert from coordinate `start`: the base's, and the steps from them."""
