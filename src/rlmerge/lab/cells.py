@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.contenders import contenders, recipe_of
+from rlmerge.lab.contenders import contenders, write_recipe
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS, KINDS, Preset
 
@@ -175,15 +175,17 @@ def _fisher(root: Path, preset: Preset, name: str) -> None:
 
 
 def _merged(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
-    """Merges to a folder, which is small here, evaluates it, and keeps what the merge did."""
+    """Merges by a recipe to a folder, which is small here, evaluates it, and keeps what the merge did."""
     from rlmerge.api import merge_to_folder
 
     group = next(one for one in groups(preset) if cell.name.startswith(f"merge-{one.name}-"))
     label = cell.name.removeprefix(f"merge-{group.name}-")
     contender = next(one for one in contenders(len(group.experts)) if one.label == label)
-    experts = [model_of(root, name) for name in group.experts]
-    recipe = recipe_of(contender, model_of(root, "base"), experts, [root / "fishers" / name for name in group.experts])
     name = f"{group.name}-{label}"
+    recipe = root / "recipes" / f"{name}.yml"
+    experts = {expert: model_of(root, expert) for expert in group.experts}
+    fishers = {expert: root / "fishers" / expert for expert in group.experts}
+    write_recipe(contender, model_of(root, "base"), experts, fishers, recipe)
     out = model_of(root, name)
     out.parent.mkdir(parents=True, exist_ok=True)
     outcome = merge_to_folder(recipe, out, overwrite=True, threads=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlmerge.methods import get_method, method_names
-from rlmerge.recipe import Recipe, recipe_from_parts
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,23 @@ def contenders(experts: int) -> list[Contender]:
     return [*found, Contender("sar-delta2", "sar", {"sensitivity": "delta2"})]
 
 
-def recipe_of(contender: Contender, base: Path, experts: Sequence[Path], fishers: Sequence[Path]) -> Recipe:
-    """The recipe of one merge."""
-    given = [str(path) for path in fishers] if contender.fishers else []
-    return recipe_from_parts(
-        str(base), [str(path) for path in experts], contender.method, contender.settings, fishers=given
-    )
+def write_recipe(
+    contender: Contender, base: Path, experts: dict[str, Path], fishers: dict[str, Path], out: Path
+) -> None:
+    """Writes the recipe of one merge, as a user would write it; experts and their Fishers by name.
+
+    Paths are relative to the recipe's folder.
+    """
+
+    def shown(path: Path) -> str:
+        return os.path.relpath(path, out.parent)
+
+    models = []
+    for name, path in experts.items():
+        fisher = {"fisher": shown(fishers[name])} if contender.fishers else {}
+        models.append({"model": shown(path), "name": name, **fisher})
+    recipe: dict[str, Any] = {"merge_method": contender.method, "base_model": shown(base), "models": models}
+    if contender.settings:
+        recipe["parameters"] = contender.settings
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.evaluate.compare import Interval, Model, compare
-from rlmerge.figures import as_markdown
+from rlmerge.figures import as_markdown, percent
 from rlmerge.lab.cells import Group, groups
 from rlmerge.lab.contenders import contenders
 from rlmerge.lab.curves import write_curve
@@ -32,7 +32,7 @@ def write_page(root: Path, preset: Preset) -> Path:
         parts += [
             "",
             "**This run supports no scientific claim.** A model of a million parameters, trained for minutes on "
-            "one-digit arithmetic shows that the parts work together, and no more.",
+            "one-digit arithmetic, shows that the parts work together, and no more.",
         ]
     parts += ["", "## Base and experts", "", *as_markdown(_experts_table(found)), "", "## Learning curves", ""]
     parts += [f"![{kind}: reward, loss, KL, entropy, length by step](curves-{kind}.svg)\n" for kind in KINDS]
@@ -108,7 +108,9 @@ def merges_table(found: dict[str, Any], group: Group) -> list[list[str]]:
     head = [text for domain in group.domains for text in (domain, "retained")]
     table = [["model", *head, "conflict", "survival"]]
     merged = {domain: {row["model"]: row for row in found[domain]} for domain in group.domains}
-    labels = list(dict.fromkeys(row["model"] for domain in group.domains for row in found[domain]))
+    rows = [row for domain in group.domains for row in found[domain]]
+    labels = list(dict.fromkeys(row["model"] for row in rows if row["role"] != "merged"))
+    labels += list(dict.fromkeys(row["model"] for row in rows if row["role"] == "merged"))
     for label in labels:
         cells = []
         for domain in group.domains:
@@ -116,7 +118,7 @@ def merges_table(found: dict[str, Any], group: Group) -> list[list[str]]:
             kept = row["retention"] if row else None
             cells += [shown(Interval(**row["accuracy"])) if row else "", shown(Interval(**kept)) if kept else ""]
         done = found["merges"].get(label, {}).get("statistics", {})
-        cells += [f"{100 * done[key]:.1f}" if key in done else "" for key in ("conflict", "survival")]
+        cells += [percent(done[key]) if key in done else "" for key in ("conflict", "survival")]
         table.append([label, *cells])
     return table
 
