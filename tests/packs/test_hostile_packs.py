@@ -139,6 +139,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "changed −1": (edit_note(lambda n: of(n).update(changed=-1)), "has -1 changed coordinates"),
     "changed huge": (edit_note(lambda n: of(n).update(changed=10**30)), "changed coordinates"),
     "a copy of itself": (edit_note(lambda n: of(n).update(kind="copy", of=NAME)), "is a copy of"),
+    "a copy beside the base's": (
+        edit_note(lambda n: n["tensors"].update({"model.layers.1.q_proj.weight": {
+            "kind": "copy", "of": "model.layers.0.q_proj.weight"}})), "the base has one of its own"),
     "whole, and is not": (edit_note(lambda n: of(n).update(kind="whole")), "as it was in the expert"),
     "files a list": (edit_note(lambda n: n.update(files=[])), "'files' is not an object"),
     "a file elsewhere": (

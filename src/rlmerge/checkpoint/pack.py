@@ -101,6 +101,8 @@ def check_base(packed: Checkpoint, base: Checkpoint) -> None:
         )
     for name, info in pack.tensors.items():
         twin = base.tensors.get(name)
+        if info.kind == "copy" and twin is not None:
+            raise _broken(pack.folder / NOTE, f"tensor {name!r} is a copy, and the base has one of its own")
         if info.kind in ("steps", "same"):
             fits = twin is not None and twin.shape == info.shape
             known = fits and info.dtype in MERGED_DTYPES and twin is not None and twin.dtype in MERGED_DTYPES
