@@ -41,7 +41,7 @@ def run_demo(
 
     problems   of each domain. Raises LabError if `out` holds something else.
     """
-    preset = replace(TINY, name="demo", problems=problems)
+    preset = replace(TINY, name="demo", problems=problems, kinds=("rlvr",))
     open_root(out, preset)
     copy_models(out)
     run(out, preset, workers, tell, demo_cells(preset))
@@ -89,7 +89,7 @@ def make_report(out: Path, preset: Preset) -> Report:
     table, rows = _experts(out)
     lines += [as_text(table), ""]
     data: dict[str, Any] = {"problems": preset.problems, "models": rows, "groups": {}}
-    for group in groups(preset, ("rlvr",)):
+    for group in groups(preset):
         if group.name in SHOWN:
             more, found = _group(out, group)
             lines += more

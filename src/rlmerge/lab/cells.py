@@ -17,7 +17,7 @@ from typing import Any
 
 from rlmerge.lab.contenders import contenders, write_recipe
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.presets import DOMAINS, KINDS, Preset
+from rlmerge.lab.presets import DOMAINS, Preset
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Group:
     domains: tuple[str, ...]
 
 
-def groups(preset: Preset, kinds: tuple[str, ...] = KINDS) -> list[Group]:
+def groups(preset: Preset) -> list[Group]:
     """Fusion of the domains for each seed, and of the seeds of each domain."""
     found = []
-    for kind in kinds:
+    for kind in preset.kinds:
         for seed in preset.seeds:
             experts = tuple(f"{kind}-{domain}-{seed}" for domain in DOMAINS)
             found.append(Group(f"{kind}-fusion-{seed}", kind, experts, DOMAINS))
-        for domain in DOMAINS:
+        for domain in DOMAINS if len(preset.seeds) > 1 else ():
             experts = tuple(f"{kind}-{domain}-{seed}" for seed in preset.seeds)
             found.append(Group(f"{kind}-seeds-{domain}", kind, experts, (domain,)))
     return found
@@ -56,7 +56,7 @@ def groups(preset: Preset, kinds: tuple[str, ...] = KINDS) -> list[Group]:
 def cells(preset: Preset) -> list[Cell]:
     """All cells, each after those it needs."""
     found = [Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",))]
-    experts = [f"{kind}-{domain}-{seed}" for kind in KINDS for seed in preset.seeds for domain in DOMAINS]
+    experts = [f"{kind}-{domain}-{seed}" for kind in preset.kinds for seed in preset.seeds for domain in DOMAINS]
     found += [Cell(name, name.split("-")[0], ("base",)) for name in experts]
     found += [Cell(f"fisher-{name}", "fisher", (name,)) for name in experts]
     found += [Cell(f"eval-{name}", "eval", (name,)) for name in ("base", *experts)]

@@ -12,14 +12,14 @@ from rlmerge.figures import as_markdown, percent
 from rlmerge.lab.cells import Group, groups
 from rlmerge.lab.contenders import contenders
 from rlmerge.lab.curves import write_curve
-from rlmerge.lab.presets import DOMAINS, KINDS, Preset
+from rlmerge.lab.presets import DOMAINS, Preset
 
 
 def write_page(root: Path, preset: Preset) -> Path:
     """Writes ROOT/page.md, its plots and ROOT/summary.json, from what the cells left."""
     found = summary(root, preset)
     (root / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    runs = {kind: [f"{kind}-{domain}-{seed}" for domain in DOMAINS for seed in preset.seeds] for kind in KINDS}
+    runs = {kind: [f"{kind}-{domain}-{seed}" for domain in DOMAINS for seed in preset.seeds] for kind in preset.kinds}
     for kind, names in runs.items():
         write_curve([root / "models" / name / "log.jsonl" for name in names], root / f"curves-{kind}.svg", names)
     parts = [
@@ -35,7 +35,7 @@ def write_page(root: Path, preset: Preset) -> Path:
             "one-digit arithmetic, shows that the parts work together, and no more.",
         ]
     parts += ["", "## Base and experts", "", *as_markdown(_experts_table(found)), "", "## Learning curves", ""]
-    parts += [f"![{kind}: reward, loss, KL, entropy, length by step](curves-{kind}.svg)\n" for kind in KINDS]
+    parts += [f"![{kind}: reward, loss, KL, entropy, length by step](curves-{kind}.svg)\n" for kind in preset.kinds]
     for group in groups(preset):
         parts += [f"## {_title(group)}", "", *as_markdown(merges_table(found["groups"][group.name], group)), ""]
     parts += [
@@ -53,7 +53,7 @@ def summary(root: Path, preset: Preset) -> dict[str, Any]:
     """All numbers of the page: {'experts': {domain: [row, …]}, 'groups': {group: {domain: [row, …]}}}."""
     experts = {}
     for domain in DOMAINS:
-        names = ["base", *(f"{kind}-{one}-{seed}" for kind in KINDS for one in DOMAINS for seed in preset.seeds)]
+        names = ["base", *(f"{kind}-{one}-{seed}" for kind in preset.kinds for one in DOMAINS for seed in preset.seeds)]
         experts[domain] = [_plain(root / "results" / name / f"{domain}.jsonl", name) for name in names]
     found = {group.name: group_summary(root, group) for group in groups(preset)}
     return {"preset": preset.name, "experts": experts, "groups": found}

@@ -41,6 +41,7 @@ class Preset:
     problems: int
     eval_batch: int
     seconds: dict[str, float]
+    kinds: tuple[str, ...] = KINDS
 
 
 TINY = Preset(

@@ -1,0 +1,66 @@
+"""`rlmerge lab` and `rlmerge demo`: what they print and refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+
+def rlmerge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlmerge", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def test_the_plan_lists_cells_and_hours(tmp_path: Path) -> None:
+    done = rlmerge("lab", "plan", "tiny", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "rlvr-math-1" in done.stdout
+    assert "hours on 2 processes" in done.stdout
+    found = json.loads(rlmerge("lab", "plan", "tiny", "--json", cwd=tmp_path).stdout)
+    assert found["cells"][0] == {"cell": "pretrain", "seconds": found["cells"][0]["seconds"], "done": False}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan",), "of which preset"),
+        (("plan", "tinny"), "Did you mean 'tiny'?"),
+        (("rlvr", "--task", "math:0"), "where to?"),
+        (("rlvr", "-o", "out", "--task", "math:0"), "of which base?"),
+        (("rlvr", "nothing", "-o", "out"), "Write one --task"),
+        (("rlvr", "nothing", "-o", "out", "--task", "math:0"), "no config.json"),
+        (("sft", "nothing", "-o", "out", "--task", "maths:0"), "no config.json"),
+        (("pretrain", "base", "-o", "out"), "leave 'base' out"),
+        (("fly",), "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "nothing").mkdir()
+    done = rlmerge("lab", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_copies_its_models(tmp_path: Path) -> None:
+    done = rlmerge("demo", "--models", "-o", "play", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "rlvr-code-2" in done.stdout
+    assert (tmp_path / "play" / "models" / "base" / "bf16" / "model.safetensors").exists()
+    assert (tmp_path / "play" / "models" / "rlvr-math-1" / "bf16" / "pack.json").exists()
+
+
+def test_demo_leaves_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "one.txt").write_text("mine")
+    done = rlmerge("demo", "-o", "thesis", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Name another folder" in done.stderr
