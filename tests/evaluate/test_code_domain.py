@@ -143,6 +143,17 @@ def test_counts_are_what_the_docs_say() -> None:
     assert [count(level, "trace") for level in LEVELS] == [1_093_978, 15_775_767, 123_522_860, 200_203_584_306]
     assert [count(level, "write") for level in LEVELS] == [48_142, 299_714, 3_924_854, 1_360_487_798]
     assert all(count(level) == count(level, "trace") + count(level, "write") for level in LEVELS)
+    assert count(0) == count(0, "trace") == 50_850
+
+
+def test_level_0_has_traces_in_one_wording() -> None:
+    random = Random(0)
+    for _ in range(500):
+        problem = draw(random, 0).build(random)
+        assert problem.meta["kind"] == "trace"
+        assert problem.prompt.startswith("Question: What is printed?\n")
+        assert traces(problem, random) == problem.completion
+        assert printed(problem.meta["source"]) == problem.answer
 
 
 def test_few_draws_repeat() -> None:

@@ -105,6 +105,24 @@ def test_count_is_exact_for_a_space_that_can_be_listed(monkeypatch: pytest.Monke
 
 def test_counts_are_what_the_docs_say() -> None:
     assert [count(level) for level in LEVELS] == [78_539, 2_621_434, 51_990_195, 33_911_108_503]
+    assert count(0) == 13_693
+
+
+def test_level_0_is_asked_and_worked_out_in_one_way() -> None:
+    random = Random(0)
+    forms = set()
+    for _ in range(4000):
+        draft = draw(random, 0)
+        problem = draft.build(random)
+        forms.add(draft.canonical)
+        assert re.fullmatch(r"Question: What is [0-9 +*-]+\?\nWorking:\n", problem.prompt)
+        expression = problem.prompt.removeprefix("Question: What is ").split("?")[0]
+        assert str(eval(expression)) == problem.answer
+        assert traces(problem, random) == problem.completion  # there is one
+        for line in (problem.completion or "").split("\n")[:-3]:
+            left, right = line.split(" = ")
+            assert eval(left) == int(right)
+    assert len(forms) > 2500
 
 
 def test_draws_reach_every_form_of_a_space(monkeypatch: pytest.MonkeyPatch) -> None:

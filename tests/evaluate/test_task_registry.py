@@ -233,3 +233,14 @@ def test_task_settings_say_what_was_asked() -> None:
         "seed": 7,
         "count": 30,
     }
+
+
+def test_level_0_is_had_by_name_only() -> None:
+    assert {problem.meta["level"] for problem in load_task("math", count=200).problems} == {1, 2, 3, 4}
+    for spec in ("math:0", "code:0", "code:trace:0", "math:0:answer-only", "code:answer-only:0"):
+        found = load_task(spec, count=20)
+        assert {problem.meta["level"] for problem in found.problems} == {0}
+        assert found.verifiers == ("exact",)
+    for spec in ("code:write:0", "code:0:write", "math:0:0", "math:0:1"):
+        with pytest.raises(TaskError):
+            load_task(spec)

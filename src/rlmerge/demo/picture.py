@@ -30,7 +30,7 @@ def write_picture(data: dict[str, Any], out: Path) -> bool:
     axes.axvline(2.5, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 100)
-    axes.legend(ncols=2, loc="lower right", fontsize=8)
+    axes.legend(ncols=2, loc="upper left", fontsize=8)
     axes.set_title("Base, experts, and merges of the two experts", fontsize=10)
     figure.patch.set_facecolor("white")
     with mpl.rc_context({"svg.hashsalt": "rlmerge"}):
