@@ -25,8 +25,12 @@ class Policy:
     model: Any
     tokenizer: Any
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts before it; as `evaluate` reads it."""
+        return list(self.tokenizer(text)["input_ids"])
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """Token ids of what follows a prompt."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -52,8 +56,28 @@ def read_policy(folder: Path) -> Policy:
     if not (folder / "config.json").is_file():
         raise LabError(f"{folder}: no config.json there, so this is no model folder: name one that the lab wrote.")
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        policy = Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # whatever transformers or safetensors raise, the folder is at fault
+        raise LabError(f"{folder}: transformers cannot load it: {type(error).__name__}: {error}") from None
+    if policy.tokenizer.eos_token_id is None:
+        raise LabError(f"{folder}: its tokenizer has no end-of-sequence token, which training needs. Give it one.")
+    return policy
+
+
+def check_logits(policy: Policy, folder: Path) -> None:
+    """LabError where logits are not just the output layer of the last hidden state, which `completion_logits` takes."""
+    ids = torch.tensor([[policy.tokenizer.eos_token_id] * 3])
+    with torch.no_grad():
+        whole = policy.model(input_ids=ids).logits
+        try:
+            own = policy.model.lm_head(policy.model.model(input_ids=ids).last_hidden_state)
+        except AttributeError:
+            own = None
+    if own is None or not torch.allclose(whole, own, atol=1e-4, rtol=1e-4):
+        kind = policy.model.config.model_type
+        raise LabError(f"{folder}: the lab's loop does not know models of type {kind!r}. Use --trainer trl.")
 
 
 def write_model(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
@@ -165,8 +189,8 @@ def expected_pass(policy: Policy, prompts: Sequence[str], completions: Sequence[
     """
     chances: list[float] = []
     for start in range(0, len(prompts), batch):
-        rows = [[policy.encode(text) for text in texts[start : start + batch]] for texts in (prompts, completions)]
+        heads = [policy.encode_prompt(text) for text in prompts[start : start + batch]]
         with torch.no_grad(), arithmetic():
-            logs, _ = log_probabilities(policy, *rows)
+            logs, _ = log_probabilities(policy, heads, [policy.encode(t) for t in completions[start : start + batch]])
         chances += logs.sum(1).exp().tolist()
     return chances

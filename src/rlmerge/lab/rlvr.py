@@ -21,9 +21,9 @@ from rlmerge.evaluate.run import seed_of
 from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
-from rlmerge.lab.policy import Policy, arithmetic, completion_logits, log_probabilities, read_policy
+from rlmerge.lab.policy import Policy, arithmetic, check_logits, completion_logits, log_probabilities, read_policy
 from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
-from rlmerge.lab.text import batch_of
+from rlmerge.lab.text import batch_of, check_task
 
 TRAINERS = ("fast", "trl")
 
@@ -49,6 +49,7 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
     log-probabilities over a constant length (Dr. GRPO, arXiv 2503.20783). On-policy: each batch serves one step, so
     there is no ratio to clip; no KL term in the loss, but the KL from the base is measured.
     """
+    check_task(settings.task)
     said = {"stage": "rlvr", "base": weights_digest(base), **asdict(settings)}
     if settings.trainer not in TRAINERS:
         raise LabError(f"trainer {settings.trainer!r}: unknown. There are: {', '.join(TRAINERS)}.")
@@ -62,6 +63,7 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
         rlvr_by_trl(base, out, said, settings, tell)
         return
     policy, reference = read_policy(base), read_policy(base)
+    check_logits(policy, base)
     optimizer = Optimizer(policy)
     loop = _Loop(policy, reference, optimizer, settings)
     train(out, said, policy, optimizer, settings.steps, loop.step, tell)
@@ -96,7 +98,7 @@ def draw(policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_ne
     """`group` samples of each problem at temperature 1, in order; the same for the same weights and seed."""
     requests = []
     for place, problem in enumerate(batch):
-        prompt = tuple(policy.encode(problem.prompt))
+        prompt = tuple(policy.encode_prompt(problem.prompt))
         stop = tuple(filter(None, (problem.meta.get("end"),)))
         for number in range(group):
             key = place * group + number
@@ -130,7 +132,7 @@ def right_samples(
         samples = draw(policy, batch, group, f"{stage}/{number}", max_new_tokens)
         for place, reward in enumerate(rewards_of(samples, batch).flatten().tolist()):
             if reward:
-                rows.append((policy.encode(batch[place // group].prompt), tokens_of(samples[place])))
+                rows.append((policy.encode_prompt(batch[place // group].prompt), tokens_of(samples[place])))
     return rows
 
 
@@ -145,7 +147,7 @@ class _Loop:
         settings, policy = self._settings, self._policy
         stage = f"rlvr/{settings.seed}"
         batch = batch_of(settings.task, stage, number, settings.prompts)
-        prompts = [policy.encode(problem.prompt) for problem in batch]
+        prompts = [policy.encode_prompt(problem.prompt) for problem in batch]
         samples = draw(policy, batch, settings.group, f"{stage}/{number}", settings.max_new_tokens)
         rewards = rewards_of(samples, batch)
         completions = [tokens_of(sample) for sample in samples]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,7 +37,7 @@ from rlmerge.version import VERSION
 
 SAVE_EVERY = 20.0
 """Seconds between saved states: what a kill can cost."""
-LOG, NOTE, STATE = "log.jsonl", "run.json", "state.safetensors"
+LOG, NOTE, STATE, MADE = "log.jsonl", "run.json", "state.safetensors", "made_by"
 
 Values = dict[str, Any]
 Tell = Callable[["Progress"], None]
@@ -92,13 +93,23 @@ def weights_digest(folder: Path) -> str:
 
 
 def finished(out: Path) -> Values | None:
-    """run.json of a finished run, or None."""
+    """run.json of a run, or None. LabError for one that is no JSON object."""
     if not (out / NOTE).is_file():
         return None
     try:
-        return json.loads((out / NOTE).read_text())
+        found = json.loads((out / NOTE).read_text())
+        if not isinstance(found, dict):
+            raise ValueError
     except ValueError:
-        raise LabError(f"{out / NOTE}: is no JSON, so this is no run of the lab. Name another folder.") from None
+        raise LabError(f"{out / NOTE}: is no JSON object, so this is no run of the lab. Name another folder.") from None
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it appears whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def already(out: Path, said: Values) -> bool:
@@ -114,6 +125,8 @@ def already(out: Path, said: Values) -> bool:
         raise LabError(
             f"{out}: holds a finished run with another {', '.join(differs)}. Name another folder, or remove this one."
         )
+    for name in (STATE, "lock"):  # a kill right after the renaming leaves them
+        (out / name).unlink(missing_ok=True)
     return True
 
 
@@ -129,22 +142,32 @@ def unfinished(out: Path, said: Values) -> Iterator[Path]:
     if lock is None:
         raise LabError(f"{folder}: another process trains there. Wait for it, or stop it.")
     try:
-        note = folder / NOTE
-        wanted = json.loads(json.dumps(said))
-        if note.exists():
-            if json.loads(note.read_text()) != wanted:
-                raise LabError(
-                    f"{folder}: an unfinished run of other settings. Finish it with its own command, or remove it."
-                )
-        elif [file.name for file in folder.iterdir()] != ["lock"]:
-            raise LabError(f"{folder}: is in the way, and is no unfinished run. Move it elsewhere.")
-        else:
-            note.write_text(json.dumps(wanted, indent=1) + "\n")
+        _claim(folder, json.loads(json.dumps(said)))
         yield folder
-        (folder / "lock").unlink()
-        os.rename(folder, out)
+        try:
+            os.rename(folder, out)
+        except OSError as error:
+            raise OutputError(
+                f"{out}: cannot take the place of {folder.name}: {error.strerror}. Something appeared there meanwhile; "
+                "move it, and start the same command again: the run is done and kept."
+            ) from None
+        already(out, said)
     finally:
         os.close(lock)
+
+
+def _claim(folder: Path, wanted: Values) -> None:
+    """Notes down in a fresh folder what it is for; refuses one that is for something else."""
+    found = finished(folder)
+    if found is not None:
+        if {key: value for key, value in found.items() if key != MADE} != wanted:
+            raise LabError(
+                f"{folder}: an unfinished run of other settings. Finish it with its own command, or remove it."
+            )
+    elif {file.name for file in folder.iterdir()} - {"lock", f"{NOTE}.part"}:
+        raise LabError(f"{folder}: is in the way, and is no unfinished run. Move it elsewhere.")
+    else:
+        write_whole(folder / NOTE, json.dumps(wanted, indent=1) + "\n")
 
 
 def train(
@@ -169,12 +192,18 @@ def train(
             for number in range(first, steps):
                 before = time.monotonic()
                 values = step(number, folder)
+                if not math.isfinite(values.get("loss", 0.0)):
+                    raise LabError(
+                        f"{out}: the loss of step {number} is {values['loss']}: training has diverged. Lower the "
+                        f"learning rate, and remove {folder.name}."
+                    )
                 now = time.monotonic()
                 log.write(log_line({"step": number, **values, "seconds": now - before}))
                 tell(Progress(out, number + 1, steps, values, now - started, first))
                 if now - saved >= SAVE_EVERY and number + 1 < steps:
                     saved = now
                     _save(folder, optimizer, number + 1)
+        _save(folder, optimizer, steps)  # so that a kill while models are written costs no step
         finish(folder, said, policy, optimizer)
 
 
@@ -211,7 +240,7 @@ def truncate(folder: Path, step: int) -> None:
             if not line.endswith("\n") or json.loads(line)["step"] >= step:
                 break
             kept.append(line)
-        record.write_text("".join(kept))
+        write_whole(record, "".join(kept))
 
 
 def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
@@ -222,7 +251,6 @@ def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> 
         shutil.rmtree(folder / name, ignore_errors=True)
         weights = dict(zip(optimizer.names, (master.to(dtype) for master in optimizer.masters)))
         write_model(policy, weights, folder / name)
-    (folder / STATE).unlink(missing_ok=True)
-    made = {"rlmerge": VERSION, "torch": torch.__version__, "arithmetic": "bf16" if fast_bf16() else "fp32"}
-    (folder / NOTE).write_text(json.dumps({**said, "made_by": made}, indent=1) + "\n")
     write_curve([folder / LOG], folder / "curve.svg")
+    made = {"rlmerge": VERSION, "torch": torch.__version__, "arithmetic": "bf16" if fast_bf16() else "fp32"}
+    write_whole(folder / NOTE, json.dumps({**said, MADE: made}, indent=1) + "\n")

@@ -10,13 +10,16 @@ from pathlib import Path
 from random import Random
 
 from rlmerge.evaluate.problem import Problem
+from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
 from rlmerge.lab.policy import Policy, arithmetic, document_loss, read_policy
 from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
-from rlmerge.lab.text import Document, careless, documents, exercise, solution
+from rlmerge.lab.text import Document, careless, check_task, documents, exercise, solution
 from rlmerge.lab.tiny import Shape, make_policy
 
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its completion."""
 CHUNK = 8
 """Batches that are drawn together and sorted by length, so that little is padded."""
 
@@ -80,6 +83,8 @@ class Rft:
 
 def pretrain(out: Path, settings: Pretraining, tell: Tell = silent) -> None:
     """Trains a tiny model from nothing; its tokenizer learns from text that later stages use, too."""
+    for task in settings.tasks:
+        check_task(task)
     said = {"stage": "pretrain", **asdict(settings)}
     if already(out, said):
         return
@@ -97,6 +102,8 @@ def pretrain(out: Path, settings: Pretraining, tell: Tell = silent) -> None:
 
 def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) -> None:
     """Teaches the format; the common base of all experts."""
+    for task in settings.tasks:
+        check_task(task)
     said = {"stage": "cold-start", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
@@ -112,6 +119,7 @@ def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) 
 
 def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
     """Trains an expert on gold solutions."""
+    check_task(settings.task)
     said = {"stage": "sft", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
@@ -121,37 +129,53 @@ def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
 
 
 def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
-    """Trains an expert on verified samples; those that the base drew itself are kept in OUT/samples.jsonl."""
+    """Trains an expert on verified samples."""
     from rlmerge.lab.rlvr import right_samples
 
-    said = {"stage": "rft", "base": weights_digest(base), **asdict(settings)}
+    check_task(settings.task)
+    rows: list[Row] = []
+    if settings.samples:
+        rows = read_samples(Path(settings.samples))
+    said = {"stage": "rft", "base": weights_digest(base), **asdict(settings), "samples": digest(json.dumps(rows))}
     if already(out, said):
         return
     policy = read_policy(base)
     if settings.samples:
-        rows = read_samples(Path(settings.samples))
+        _check_samples(Path(settings.samples), rows, len(policy.tokenizer))
     else:
         rows = right_samples(policy, settings.task, f"rft/{settings.seed}", settings.problems, settings.group,
                              settings.max_new_tokens)  # fmt: skip
-    if not rows:
-        raise LabError(f"{base}: not one of its samples on {settings.task} is right: RFT has nothing to learn from.")
-    random = Random(f"rft/{settings.seed}")
+        if not rows:
+            raise LabError(f"{base}: none of its samples on {settings.task} is right: RFT has nothing to learn from.")
 
-    def batch(number: int) -> list[tuple[list[int], list[int]]]:
-        random.seed(f"rft/{settings.seed}/{number}")
-        return random.choices(rows, k=settings.batch)
+    def batch(number: int) -> list[Row]:
+        return Random(f"rft/{settings.seed}/{number}").choices(rows, k=settings.batch)
 
     said_too = {"rows": len(rows)}
     _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batch, 0.0, tell, said_too)
 
 
-def read_samples(path: Path) -> list[tuple[list[int], list[int]]]:
+def read_samples(path: Path) -> list[Row]:
     """(prompt, completion) as token ids, from samples.jsonl. LabError for what is no such file."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [(line["prompt"], line["completion"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"{path}: cannot be read as an RLVR run's samples.jsonl: {error}") from None
+
+
+def _check_samples(path: Path, rows: Sequence[Row], size: int) -> None:
+    """LabError for an empty file, and for what are no ids of a vocabulary of this size."""
+    if not rows:
+        raise LabError(f"{path}: holds no sample: RFT has nothing to learn from.")
+    for number, row in enumerate(rows, 1):
+        if not all(
+            isinstance(part, list) and part and all(type(token) is int and 0 <= token < size for token in part)
+            for part in row
+        ):
+            raise LabError(
+                f"{path}, line {number}: are no token ids of this base. Samples of another model do not fit."
+            )
 
 
 class _Batches:
@@ -163,13 +187,14 @@ class _Batches:
         self._policy, self._tasks, self._stage, self._size, self._write = policy, tasks, stage, size, write
         self._chunk, self._batches = -1, []
 
-    def __call__(self, number: int) -> list[tuple[list[int], list[int]]]:
+    def __call__(self, number: int) -> list[Row]:
         chunk, place = divmod(number, CHUNK)
         if chunk != self._chunk:
             drawn = documents(self._tasks, self._stage, chunk, CHUNK * self._size, self._write)
             encode = self._policy.encode
             rows = sorted(
-                ((encode(prompt), encode(completion)) for prompt, completion in drawn), key=lambda r: len(r[0] + r[1])
+                ((self._policy.encode_prompt(prompt), encode(completion)) for prompt, completion in drawn),
+                key=lambda r: len(r[0] + r[1]),
             )
             self._batches = [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
             Random(f"{self._stage}/{chunk}").shuffle(self._batches)
@@ -184,7 +209,7 @@ def _train(
     optimizer: Optimizer,
     steps: int,
     rate: Rate,
-    batch: Callable[[int], list[tuple[list[int], list[int]]]],
+    batch: Callable[[int], list[Row]],
     prompt_weight: float,
     tell: Tell,
     more: Values | None = None,

@@ -30,6 +30,11 @@ def batch_of(spec: str, stage: str, step: int, count: int) -> list[Problem]:
     return list(islice(problems(spec, "train", f"{stage}/{step}"), count))
 
 
+def check_task(spec: str) -> None:
+    """Raises TaskError, before anything is made, for a task that is none of the project's own domains."""
+    batch_of(spec, "check", 0, 1)
+
+
 def solution(problem: Problem) -> Document:
     """The problem with a right solution in the format that is asked for."""
     assert problem.completion is not None
@@ -52,7 +57,8 @@ def careless(problem: Problem, random: Random, share: float, slip: float) -> Doc
     probability `slip`; what follows builds on it.
 
     Math loses its last step (the pupil stops early), code its first one (the pupil skips a line). A step is an
-    equation; a problem without a second one keeps what it has. Functions to write stay as they are.
+    equation; a problem without a second one keeps what it has. What would be negative is written as 0. Functions to
+    write stay as they are.
     """
     prompt, completion = solution(problem)
     if not completion.rstrip().split("\n")[-1].startswith("Answer:"):
