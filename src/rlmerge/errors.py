@@ -73,6 +73,10 @@ class MissingExtraError(RlmergeError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}, which is not installed. Run: pip install 'rlmerge[{extra}]'")
+        self._arguments = what, package, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), self._arguments  # so that it can leave a process
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -36,13 +36,21 @@ def test_the_plan_lists_cells_and_hours(tmp_path: Path) -> None:
         (("rlvr", "-o", "out", "--task", "math:0"), "of which base?"),
         (("rlvr", "nothing", "-o", "out"), "Write one --task"),
         (("rlvr", "nothing", "-o", "out", "--task", "math:0"), "no config.json"),
-        (("sft", "nothing", "-o", "out", "--task", "maths:0"), "no config.json"),
+        (("sft", "nothing", "-o", "out", "--task", "maths:0"), "Did you mean 'math'?"),
+        (("sft", "nothing", "-o", "out", "--task", "gym:chain_sum"), "unknown"),
+        (("sft", "nothing", "-o", "out", "--task", "math:0", "--lr", "0"), "is no rate"),
+        (("sft", "nothing", "-o", "out", "--task", "math:0", "--lr", "nan"), "is no rate"),
+        (("cold-start", "nothing", "-o", "out", "--slip", "-3"), "is no share"),
+        (("sft", "nothing", "-o", "out", "--task", "math:0", "--group", "4"), "--group means nothing"),
+        (("plan", "tiny", "--steps", "5"), "--steps means nothing"),
+        (("run", "tiny", "-o", "nothing/../file"), "cannot be a folder"),
         (("pretrain", "base", "-o", "out"), "leave 'base' out"),
         (("fly",), "invalid choice"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "file").write_text("")
     done = rlmerge("lab", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
@@ -56,6 +64,11 @@ def test_demo_copies_its_models(tmp_path: Path) -> None:
     assert "rlvr-code-2" in done.stdout
     assert (tmp_path / "play" / "models" / "base" / "bf16" / "model.safetensors").exists()
     assert (tmp_path / "play" / "models" / "rlvr-math-1" / "bf16" / "pack.json").exists()
+    (tmp_path / "other" / "models" / "mine").mkdir(parents=True)
+    done = rlmerge("demo", "--models", "-o", "other", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "does not hold the demo's models" in done.stderr
+    assert list((tmp_path / "other" / "models").iterdir()) == [tmp_path / "other" / "models" / "mine"]
 
 
 def test_demo_leaves_a_folder_of_somebody_else(tmp_path: Path) -> None:

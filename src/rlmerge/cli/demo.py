@@ -40,15 +40,16 @@ def run(given: Namespace) -> None:
 
         def tell(step: Step) -> None:
             if not given.quiet:
-                scores = [f"{key} {value:.1%}" for key, value in step.measured.items()
-                          if isinstance(value, float) and key != "seconds"]  # fmt: skip
-                print(f"{step.done:>3} of {step.total}  {step.cell.name}  {', '.join(scores)}", file=sys.stderr)
+                print(step.line, file=sys.stderr, flush=True)
 
         out = Path(given.out).resolve()
         if given.models:
-            out.mkdir(parents=True, exist_ok=True)
             copy_models(out)
-            print(f"{given.out}/models: {', '.join(sorted(path.name for path in (out / 'models').iterdir()))}")
+            names = sorted(path.name for path in (out / "models").iterdir())
+            if given.json:
+                print(json.dumps({"folder": str(out / "models"), "models": names}))
+            elif not given.quiet:
+                print(f"{given.out}/models: {', '.join(names)}")
             return
         report = run_demo(out, given.problems, given.workers, tell)
         picture = write_picture(report.data, out / "demo.svg")

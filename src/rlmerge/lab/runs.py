@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlmerge.errors import OutputError
-from rlmerge.execute.safe_files import take_lock
+from rlmerge.execute.safe_files import take_lock, write_inside
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer
 from rlmerge.lab.policy import Policy, fast_bf16, write_model
@@ -105,13 +105,6 @@ def finished(out: Path) -> Values | None:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that it appears whole."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def already(out: Path, said: Values) -> bool:
     """Whether `out` holds this very run, finished. Raises LabError if it holds anything else."""
     if not out.exists():
@@ -167,7 +160,7 @@ def _claim(folder: Path, wanted: Values) -> None:
     elif {file.name for file in folder.iterdir()} - {"lock", f"{NOTE}.part"}:
         raise LabError(f"{folder}: is in the way, and is no unfinished run. Move it elsewhere.")
     else:
-        write_whole(folder / NOTE, json.dumps(wanted, indent=1) + "\n")
+        write_inside(folder, NOTE, json.dumps(wanted, indent=1).encode())
 
 
 def train(
@@ -240,7 +233,7 @@ def truncate(folder: Path, step: int) -> None:
             if not line.endswith("\n") or json.loads(line)["step"] >= step:
                 break
             kept.append(line)
-        write_whole(record, "".join(kept))
+        write_inside(folder, record.name, "".join(kept).encode())
 
 
 def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
@@ -253,4 +246,4 @@ def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> 
         write_model(policy, weights, folder / name)
     write_curve([folder / LOG], folder / "curve.svg")
     made = {"rlmerge": VERSION, "torch": torch.__version__, "arithmetic": "bf16" if fast_bf16() else "fp32"}
-    write_whole(folder / NOTE, json.dumps({**said, MADE: made}, indent=1) + "\n")
+    write_inside(folder, NOTE, json.dumps({**said, MADE: made}, indent=1).encode())

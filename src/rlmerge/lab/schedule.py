@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.cells import Cell, cells, is_done, open_root, run_cell
-from rlmerge.lab.presets import Preset
+from rlmerge.lab.cells import Cell, cells, is_done, run_cell
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.presets import DOMAINS, Preset
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Step:
     total: int
     measured: dict[str, Any]
     left: float
+
+    @property
+    def line(self) -> str:
+        """For a terminal: ' 12 of 111  eval-base: math 54.0%, code 29.8%, 4 s; about 5 min left'."""
+        scores = [f"{key} {value:.1%}" for key, value in self.measured.items() if key in DOMAINS]
+        shown = ", ".join([*scores, f"{self.measured['seconds']:.0f} s"])
+        return f"{self.done:>4} of {self.total}  {self.cell.name}: {shown}; about {self.left / 60:.0f} min left"
 
 
 def plan(root: Path, preset: Preset, wanted: list[Cell] | None = None) -> list[Planned]:
@@ -56,13 +65,14 @@ def run(
     tell: Callable[[Step], None] = lambda step: None,
     wanted: list[Cell] | None = None,
 ) -> None:
-    """Does all cells (or those wanted) that are not done. An error ends the run, after what is under way."""
-    open_root(root, preset)
+    """Does all cells (or those wanted) that are not done, in a root that is opened. The first error ends the run, after
+    what is under way; LabError for a process that the system has killed.
+    """
     wanted = cells(preset) if wanted is None else wanted
     todo = {cell.name: cell for cell in wanted if not is_done(root, cell)}
     total, missing = len(wanted), set(todo)
     under_way: dict[Future[dict[str, Any]], Cell] = {}
-    environment = os.environ.copy()
+    threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # several processes of several threads would wait for each other
     try:
         context = get_context("spawn")
@@ -70,16 +80,25 @@ def run(
             while missing:
                 for cell in [cell for cell in todo.values() if not missing.intersection(cell.needs)]:
                     if len(under_way) < workers:  # no more: on an error nothing else shall begin
-                        under_way[pool.submit(run_cell, root, preset, todo.pop(cell.name), cell.threads)] = cell
+                        threads_of = min(cell.threads, workers, os.cpu_count() or 1)
+                        under_way[pool.submit(run_cell, root, preset, todo.pop(cell.name), threads_of)] = cell
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     cell = under_way.pop(future)
                     measured = future.result()
                     missing.discard(cell.name)
                     left = seconds_left(plan(root, preset, wanted), workers)
                     tell(Step(cell, total - len(missing), total, measured, left))
+    except BrokenProcessPool:
+        names = ", ".join(cell.name for cell in under_way.values())
+        raise LabError(
+            f"a process was killed while it worked on {names}: perhaps memory ran out. The same command goes on; "
+            "--workers 1 takes half the memory."
+        ) from None
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _prepare(parent: int) -> None:

@@ -1,8 +1,8 @@
 """The same RLVR run by TRL's GRPOTrainer: same problems, rewards, advantages and loss; its own sampler and loop.
 
-fp32 weights under bf16 autocast where the processor has it. A run is continued from TRL's own checkpoints, which it
-leaves in OUT.unfinished every `SAVE_STEPS` steps; random numbers of its sampler are its own, so the two trainers draw
-other samples.
+fp32 weights under bf16 autocast where the processor has it: its bf16 checkpoint is these weights rounded, where that of
+the lab's own loop is what it trained. A run is continued from TRL's own checkpoints, which it leaves in OUT.unfinished
+every `SAVE_STEPS` steps; random numbers of its sampler are its own, so the two trainers draw other samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.verifiers import completed, verify
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer
 from rlmerge.lab.policy import Policy, fast_bf16, read_policy
 from rlmerge.lab.rlvr import Rlvr, grpo_measures, keep_samples
@@ -40,12 +41,20 @@ def rlvr_by_trl(base: Path, out: Path, said: Values, settings: Rlvr, tell: Tell)
         record = _Record(out, folder, policy, reference, settings, tell)
         trainer = make_trainer(policy, problems, settings, folder / CHECKPOINTS, record.rewards)
         trainer.add_callback(record.callback())
-        saved = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        record.first = int(saved[-1].name.split("-")[1]) if saved else 0
+        saved, record.first = _last_checkpoint(folder / CHECKPOINTS)
         truncate(folder, record.first)
-        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        trainer.train(resume_from_checkpoint=saved)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         finish(folder, said, policy, Optimizer(policy))
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, int]:
+    """The newest whole checkpoint and its step; what a kill left half written is removed."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    for path in set(folder.glob("checkpoint-*")) - set(found):
+        shutil.rmtree(path)
+    steps = {int(path.name.split("-")[1]): str(path) for path in found}
+    return (steps[max(steps)], max(steps)) if steps else (None, 0)
 
 
 def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, folder: Path, rewards: Any) -> Any:
@@ -76,11 +85,6 @@ def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, fo
         "per_device_train_batch_size": settings.prompts * settings.group,
         "max_completion_length": settings.max_new_tokens,
         "generation_kwargs": {"eos_token_id": sorted(_ends(policy, problems))},
-        "learning_rate": settings.rate.lr,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": settings.rate.warmup,
-        "adam_beta2": 0.999,
-        "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "max_steps": settings.steps,
         "shuffle_dataset": False,
@@ -88,7 +92,8 @@ def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, fo
         "save_strategy": "steps",
         "save_steps": SAVE_STEPS,
         "save_total_limit": 1,
-        "logging_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
         "report_to": [],
         "disable_tqdm": True,
         "gradient_checkpointing": False,
@@ -97,17 +102,30 @@ def make_trainer(policy: Policy, problems: Sequence[Problem], settings: Rlvr, fo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names that transformers changes between versions
         config = GRPOConfig(**options)
-        trainer = GRPOTrainer(policy.model, rewards, config, Dataset.from_list(rows), processing_class=tokenizer)
+        adam = torch.optim.AdamW(policy.model.parameters(), lr=settings.rate.lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: settings.rate.at(step, settings.steps) / settings.rate.lr
+        )
+        trainer = GRPOTrainer(
+            policy.model,
+            rewards,
+            config,
+            Dataset.from_list(rows),
+            processing_class=tokenizer,
+            optimizers=(adam, schedule),
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def _ends(policy: Policy, problems: Sequence[Problem]) -> set[int]:
-    """Tokens that end a completion: end of sequence, and the end string of the problems where that is one token."""
+    """Tokens that end a completion: end of sequence, and the end string of the problems, which must be one token."""
     ends = {policy.tokenizer.eos_token_id}
-    for text in {problem.meta.get("end", "") for problem in problems} - {""}:
+    for text in sorted({problem.meta.get("end", "") for problem in problems} - {""}):
         ids = policy.encode(text)
-        ends |= set(ids) if len(ids) == 1 else set()
+        if len(ids) != 1:
+            raise LabError(f"{text!r} ends the answers and is no token of this model: TRL cannot stop there. Use fast.")
+        ends.add(ids[0])
     return ends
 
 
@@ -131,10 +149,10 @@ class _Record:
         texts = []
         for ids, problem in zip(completion_ids, problems):
             stopped = bool(ids) and ids[-1] in ends
-            text = policy.decode(ids[:-1] if stopped else ids)
+            text = policy.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
             texts.append(completed(text, "stop" if stopped else "length", problem))
         found = [float(verdict.correct) for verdict in verify(texts, problems)]
-        encoded = [policy.encode(problem.prompt) for problem in problems[:: settings.group]]
+        encoded = [policy.encode_prompt(problem.prompt) for problem in problems[:: settings.group]]
         rewards = torch.tensor(found).view(-1, settings.group)
         keep_samples(self._folder, step, encoded, completion_ids, rewards)
         self._values = {
@@ -147,21 +165,23 @@ class _Record:
         return found
 
     def callback(self) -> Any:
-        """Writes the line at the end of a step."""
+        """Writes the line of a step when TRL reports its loss."""
         from transformers import TrainerCallback
 
         record = self
 
         class Callback(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                record.step_done(state.global_step)
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if logs and "loss" in logs:  # the summary at the end has none
+                    record.step_done(state.global_step, float(logs["loss"]), float(logs["grad_norm"]))
 
         return Callback()
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, loss: float, gradient_norm: float) -> None:
         """One line of the log."""
         now = time.monotonic()
-        values, self._last = {**self._values, "seconds": now - self._last}, now
+        values = {**self._values, "loss": loss, "gradient_norm": gradient_norm, "seconds": now - self._last}
+        self._last = now
         with (self._folder / LOG).open("a") as log:
             log.write(log_line({"step": step - 1, **values}))
         self._tell(Progress(self._out, step, self._settings.steps, values, now - self._started, self.first))
