@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.lab.smallest import SMALLEST, TASKS
+from tests.lab.smallest import SMALLEST, TASKS, smallest_policy
 
+from rlmerge.evaluate.tasks import TaskError
 from rlmerge.lab import runs
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Rate
@@ -133,3 +136,64 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
 def test_progress_is_one_line() -> None:
     line = Progress(Path("code-1"), 40, 100, {"reward": 0.5}, 20.0, 20).line
     assert line == "code-1: step 40 of 100, reward 0.500, 1.00 s a step, 60 s left"
+
+
+@pytest.mark.parametrize("place", ["write_curve", "write_inside", "rename"])
+def test_a_kill_while_models_are_written_costs_no_step(
+    place: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is saved before the end begins, and goes last."""
+    sft(base, tmp_path / "whole", SFT)
+    inside, rename = runs.write_inside, os.rename
+
+    def die(*arguments: Any) -> None:
+        if place != "write_inside" or b"made_by" in arguments[2]:
+            raise Interrupted
+        inside(*arguments)
+
+    with monkeypatch.context() as patch:
+        if place == "write_curve":
+            patch.setattr("rlmerge.lab.curves.write_curve", die)
+        elif place == "write_inside":
+            patch.setattr(runs, "write_inside", die)
+        else:
+            patch.setattr(os, "rename", lambda a, b: die(a, b) if Path(a).name.endswith("unfinished") else rename(a, b))
+        with pytest.raises(Interrupted):
+            sft(base, tmp_path / "cut", SFT)
+    told: list[int] = []
+    sft(base, tmp_path / "cut", SFT, lambda progress: told.append(progress.step))
+    assert told == []
+    one, other = (tmp_path / name / "bf16" / "model.safetensors" for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+    assert len(lines_of(tmp_path / "cut")) == STEPS
+    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == sorted(
+        file.name for file in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_a_wrong_task_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    for task in ("maths:0", "math:9", "gym:chain_sum", "humaneval"):
+        with pytest.raises(TaskError):
+            sft(base, tmp_path / "out", replace(SFT, task=task))
+        with pytest.raises(TaskError):
+            rlvr(base, tmp_path / "out", replace(RLVR, task=task))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_that_diverges_stops(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="diverged"):
+        sft(base, tmp_path / "out", replace(SFT, rate=Rate(1e30, 1)))
+
+
+def test_a_model_that_the_loop_does_not_know_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    made = smallest_policy()
+    config = GPT2Config(
+        vocab_size=len(made.tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    made.tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(LabError, match="type 'gpt2'"):
+        rlvr(tmp_path / "gpt2", tmp_path / "out", RLVR)
+    assert not list(tmp_path.glob("out*"))

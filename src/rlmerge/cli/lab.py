@@ -162,12 +162,11 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
+    known = "measured" if preset.name == "tiny" else "estimated from single steps"
     print(
-        f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes (by the machine that"
+        f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known} on two cores)."
     )
-    print(
-        "the preset was measured on). Each cell is kept when it is done; a killed run is continued by the same command."
-    )
+    print("Each cell is kept when it is done; a killed run is continued by the same command.")
 
 
 def _run_all(given: Namespace, root: Path, preset: Preset) -> None:

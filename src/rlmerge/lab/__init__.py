@@ -1,8 +1,8 @@
-"""The lab: trains small, real RLVR experts on an ordinary machine, so that merges can be studied without a GPU.
+"""The lab: trains small, real experts on an ordinary machine, so that merges can be studied without a GPU.
 
-A base (SmolLM2-135M-Instruct, dequantized from Q4_1) gets a cold start on two answer-only domains, math and code
-(`tasks`), then one expert per domain and seed is trained from it by on-policy GRPO (`train`). `measure` scores model
-folders on held-out problems without sampling noise. Start each with `python -m rlmerge.lab --help`.
+A base (a Llama of a million parameters from nothing, or SmolLM2-135M) gets a cold start on verifiable tasks; experts
+are trained from it by RLVR (`rlvr`, `trl`) or on text (`supervised`: SFT, RFT). `cells` are the pieces of a whole run, with
+Fishers, merges and evaluations; `schedule` runs them, `page` shows what came out. The command is `rlmerge lab`.
 
 The modules import torch and transformers only where they need them; importing this package loads neither.
 """

@@ -20,7 +20,9 @@ class Preset:
     prompts    problems of an RLVR step; group: completions of each; batch: documents of the other kinds
     fisher     sequences of a Fisher
     problems   of each domain, to evaluate on
-    seconds    what a cell of a kind took here, for `rlmerge lab plan`: on one thread ('pretrain': on two)
+    seconds    what a cell of a kind takes, for `rlmerge lab plan`, on one thread ('pretrain': on two); measured for
+               tiny, estimated for small from single steps
+    kinds      of experts
     """
 
     name: str
