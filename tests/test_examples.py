@@ -77,6 +77,12 @@ def test_readme_quotes_the_accuracies_of_the_shipped_models():
             assert f"{100 * made['accuracies'][domain][model]['value']:.1f} [" in line
 
 
+def test_readme_quotes_what_the_report_says_of_noise(demo):
+    """Sentences of the same shape, for the same references; their numbers are those of 400 problems."""
+    shape = re.compile(r"^(?:math|code), against (?:the base|the \w+ expert|sar):", re.MULTILINE)
+    assert shape.findall(demo[0]) == shape.findall(README)
+
+
 def test_the_demo_runs_from_a_wheel_in_any_folder(tmp_path):
     """The wheel in an environment of its own; what it depends on is borrowed from this one."""
     pytest.importorskip("torch")

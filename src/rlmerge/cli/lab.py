@@ -164,7 +164,7 @@ def _preset(given: Namespace) -> None:
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
     known = "measured" if preset.name == "tiny" else "estimated from single steps"
     print(
-        f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known} on two cores)."
+        f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
     )
     print("Each cell is kept when it is done; a killed run is continued by the same command.")
 

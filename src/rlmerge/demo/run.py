@@ -168,7 +168,9 @@ def _judged(domain: str, reference: str, models: Sequence[Model]) -> list[str]:
             alike.append(model.label)
     parts = [f"{word} {', '.join(found)}" for word, found in beyond.items() if found]
     parts += [f"within noise {', '.join(alike)}"] if alike else []
-    return textwrap.wrap(f"{domain}, against {reference}: {'; '.join(parts)}.", 118, subsequent_indent="    ")
+    return textwrap.wrap(
+        f"{domain}, against {reference}: {'; '.join(parts)}.", 118, subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 def _results(out: Path, name: str, domain: str) -> Path:
