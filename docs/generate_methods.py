@@ -15,7 +15,47 @@ from rlmerge.parameters import expected
 
 FOLDER = Path(__file__).resolve().parent / "methods"
 
+DARE = """
+Each coordinate of a delta is kept with the chance `density` and divided by it, so the expected delta is the expert's.
+`density: 1`, the default, cuts nothing. RLVR updates are sparse already and often one bf16 step large: dropping
+more of them takes capability away, and dividing by a density below 1 makes steps that no expert has seen.
+
+`rescale: l1` gives each tensor its l1 norm back instead, as mergekit does (its `rescale: true`; `false` is `none`). In
+large tensors the two agree; in small ones the factor depends on whether a large entry was dropped.
+
+The random number of a coordinate is a hash of (`seed`, method, expert, tensor, coordinate). So a mask is the same on
+any machine, and no other model in the recipe changes it.
+"""
+
+DELLA = """
+A coordinate is kept with a chance that grows with the rank of its magnitude in its row, from `density` − `epsilon` for
+the smallest to `density` + `epsilon` for the largest, and divided by that chance. Both ends must lie strictly between 0
+and 1; a negative `epsilon` prefers small updates. `density: 1`, the default, cuts nothing.
+
+A row runs along the second dimension; a vector is one row. Equal magnitudes, frequent between bf16 numbers, share the
+middle of their ranks. Unchanged coordinates have the lowest ranks, as published: where experts changed few, the changed
+ones are kept more often than `density` says. `density_of: support` ranks the changed ones alone.
+
+`rescale: l1` gives each tensor its l1 norm back instead, as mergekit does (its `rescale: true`; `false` is `none`).
+"""
+
 WHEN = {
+    "dare_linear": f"""
+Use it to ask how many updates of an expert can be left out.
+{DARE}""",
+    "dare_ties": f"""
+Use it where dense experts contradict each other: dropping by chance thins out what meets before signs are elected.
+{DARE}
+With `normalize: false`, the default as in mergekit, those who agree are added up; with `true` they are averaged. Where
+weighted deltas cancel exactly, the base stays (`cancelled`).
+""",
+    "della": f"""
+Use it as `dare_ties`, where large updates should survive more often than small ones. Those who agree with the elected
+sign are averaged (`normalize: false` adds them up). Where weighted deltas cancel exactly, the base stays (`cancelled`).
+{DELLA}""",
+    "della_linear": f"""
+Use it as `dare_linear`, where large updates should survive more often than small ones.
+{DELLA}""",
     "linear": """
 Use it as the baseline that every other method must beat.
 
@@ -147,6 +187,8 @@ def page(method: Method) -> str:
 def row(spec: Parameter) -> str:
     """One parameter as a row of the table."""
     words = ", ".join(f"`{choice}`" for choice in spec.choices) if spec.kind == "choice" else expected(spec)
+    if spec.flags:
+        words += f"; `true` is `{spec.flags[0]}`, `false` `{spec.flags[1]}`"
     default = {None: "required", True: "`true`", False: "`false`"}.get(spec.default, f"`{spec.default}`")  # type: ignore[arg-type]
     if isinstance(spec.default, (int, float)) and not isinstance(spec.default, bool):
         default = f"`{spec.default:g}`"

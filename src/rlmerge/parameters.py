@@ -116,6 +116,8 @@ def _check_scalar(spec: Parameter, value: Any) -> Any:
             raise ValueError(f"expected true or false, found {show(value)}")
         return value
     if spec.kind == "choice":
+        if spec.flags and isinstance(value, bool):
+            return spec.flags[not value]
         if value not in spec.choices:
             hint = did_you_mean(value, spec.choices) if isinstance(value, str) else ""
             raise ValueError(f"{show(value)} is not one of: {', '.join(spec.choices)}.{hint}")

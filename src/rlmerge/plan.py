@@ -22,6 +22,7 @@ from rlmerge.checkpoint.layout import WIDTH, OutputFile, plan_files
 from rlmerge.checkpoint.match import Matched, Source, match
 from rlmerge.checkpoint.pack import check_base
 from rlmerge.errors import FisherError, MismatchError, RecipeError
+from rlmerge.methods.base import Grain
 from rlmerge.parameters import Resolver, count_layers
 from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
@@ -336,8 +337,8 @@ def _plan_tensor(
     has_base: bool,
 ) -> TensorPlan:
     reason = matched.carried.get(info.name)
-    block = _block_size(info.shape, len(matched.merged.get(info.name, ())))
-    units = tuple(_ranges(info.size, UNIT // block * block))
+    block = _block_size(info.shape, len(matched.merged.get(info.name, ())), recipe.method.grain)
+    units = tuple(_ranges(info.size, max(1, UNIT // block) * block))
     repeats = matched.tied.get(info.name, "")
     # a Fisher has a tied tensor once, under the name that its file has
     copies = {info.name, repeats, *(name for name, first in matched.tied.items() if first in (info.name, repeats))}
@@ -389,10 +390,16 @@ def _promote(dtypes: list[str]) -> str:
     return distinct.pop() if len(distinct) == 1 else "F32"
 
 
-def _block_size(shape: tuple[int, ...], experts: int) -> int:
-    """Whole rows where they fit in a block, else a block of coordinates; buffers grow with the number of experts."""
+def _block_size(shape: tuple[int, ...], experts: int, grain: Grain = "element") -> int:
+    """Whole rows where they fit in a block, else a block of coordinates; buffers grow with the number of experts.
+
+    A method of grain `row` sees whole rows, however long; a vector is one row.
+    """
     most = max(1, BLOCK * 4 // max(4, experts + 1))
     row = prod(shape[1:]) if len(shape) > 1 else 1
+    if grain == "row":
+        row = row if len(shape) > 1 else prod(shape)
+        most = max(most, row)
     return max(1, most // row) * row if 0 < row <= most else most
 
 

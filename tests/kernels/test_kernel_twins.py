@@ -477,6 +477,29 @@ def test_kept_norms(given_, order, data):
     agree("kept_norms", values=cut_some(delta, data), order=order, total=np.full(len(delta), 0.1))
 
 
+# -- random cuts -----------------------------------------------------------------------------------------------------
+
+
+@given(conflicts(), st.data(), START, st.booleans(), st.booleans())
+def test_draw(given_, data, start, inverse, shared):
+    where, delta = given_[:2]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    chance = rng.choice([0.0, 0.1, 0.5, 1.0], (len(delta), 1 if shared else where.size))
+    keys, kept = data.draw(words(len(delta))), np.ones(len(delta), np.int64)
+    found = agree("draw", values=delta, chance=chance, keys=keys, start=start, where=where, inverse=inverse, kept=kept)
+    assert (found["kept"] - 1).tolist() == np.count_nonzero(found["values"], axis=1).tolist()
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.data())
+def test_row_ranks(length, stride, slices, of_support, data):
+    size = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 0.5, 1e-300]), min_size=slices * stride *
+                                       length, max_size=slices * stride * length)), np.float64)  # fmt: skip
+    out = np.full(size.size, 7.0)
+    found = agree("row_ranks", size=size, length=length, stride=stride, of_support=of_support, out=out)["out"]
+    for row in found.reshape(slices, length, stride).swapaxes(1, 2).reshape(-1, length):
+        assert ((row >= 0) & (row <= 1)).all()
+
+
 # -- hash ------------------------------------------------------------------------------------------------------------
 
 

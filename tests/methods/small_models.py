@@ -91,6 +91,12 @@ def needed_weights(method: str, keys: list[str], weight: float = 1.0) -> dict[st
     return {key: dict.fromkeys(names, weight) for key in keys}
 
 
+def needed_globals(method: str, value: float = 1.0) -> dict[str, float]:
+    """`value` for every global parameter that a method requires."""
+    specs = rlmerge.get_method(method).parameters
+    return {spec.name: value for spec in specs if not spec.per_model and spec.default is None}
+
+
 def merge_values(recipe: rlmerge.Recipe, **options: Any) -> Tensors:
     """The merged tensors, without a folder."""
     return dict(rlmerge.merge(recipe, threads=1, **options))

@@ -1,4 +1,4 @@
-"""The merges that are compared: every method that there is, at its defaults, and SAR without Fishers."""
+"""The merges that are compared: every method that there is, at its defaults where they cut, and SAR without Fishers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 
 from rlmerge.methods import get_method, method_names
+
+HALVES = ("breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear")
+"""Methods whose default density cuts nothing, which makes them others that are listed already: they keep half."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ def contenders(experts: int) -> list[Contender]:
         most = method.arity.maximum
         if method.arity.minimum <= experts and (most is None or experts <= most):
             required = {parameter.name: 1.0 for parameter in method.parameters if parameter.default is None}
-            found.append(Contender(name, name, required, fishers=name == "sar"))
+            cut = {"density": 0.5} if name in HALVES else {}
+            found.append(Contender(name, name, required | cut, fishers=name == "sar"))
     return [*found, Contender("sar-delta2", "sar", {"sensitivity": "delta2"})]
 
 

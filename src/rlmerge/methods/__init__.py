@@ -13,6 +13,10 @@ from rlmerge.errors import RecipeError, did_you_mean
 from .base import Arity, Block, Merged, Method, Parameter, Stage, Task
 
 METHODS: dict[str, str] = {
+    "dare_linear": "dare:DareLinear",
+    "dare_ties": "dare:DareTies",
+    "della": "della:Della",
+    "della_linear": "della:DellaLinear",
     "linear": "linear:Linear",
     "ram": "ram:Ram",
     "sar": "sar:Sar",

@@ -44,6 +44,8 @@ class Parameter:
     maximum: float | None = None
     above: float | None = None
     """An exclusive lower bound."""
+    flags: tuple[str, str] | None = None
+    """What `true` and `false` mean for a choice that mergekit has as a flag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +277,7 @@ class Method(ABC):
     parameters: tuple[Parameter, ...] = ()
     arity: Arity = Arity()
     grain: Grain = "element"
+    """`row`: blocks hold whole rows (a row is what one index of the first dimension has; a vector is one row)."""
     laws: frozenset[Law] = frozenset()
     deterministic: bool = True
     symmetric: bool = True

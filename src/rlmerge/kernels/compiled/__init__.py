@@ -1,4 +1,4 @@
-"""The compiled kernels, by subject: codec, changes, census, combine, sar, sar_rules, settle, steps, trim."""
+"""The compiled kernels, by subject: codec, changes, census, combine, draw, sar, sar_rules, settle, steps, trim."""
 
 from .census import census, fisher_sums
 from .changes import changes, deltas, patches_bf16, take, take_bf16
@@ -12,6 +12,7 @@ from .codec import (
     round_stochastically,
 )
 from .combine import linear, ram, task_arithmetic, ties
+from .draw import draw, row_ranks
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
@@ -34,6 +35,7 @@ __all__ = [
     "decode_bf16",
     "decode_f16",
     "deltas",
+    "draw",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -50,6 +52,7 @@ __all__ = [
     "resolve",
     "resolve_by",
     "round_stochastically",
+    "row_ranks",
     "scores",
     "settle_bf16",
     "settle_f16",

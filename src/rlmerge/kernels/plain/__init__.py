@@ -12,6 +12,7 @@ from .codec import (
     round_stochastically,
 )
 from .combine import linear, ram, task_arithmetic, ties
+from .draw import draw, row_ranks
 from .sar import compose, resolve, resolve_by, scores
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
 from .steps import apply_steps, encode_steps, weigh
@@ -33,6 +34,7 @@ __all__ = [
     "decode_bf16",
     "decode_f16",
     "deltas",
+    "draw",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -49,6 +51,7 @@ __all__ = [
     "resolve",
     "resolve_by",
     "round_stochastically",
+    "row_ranks",
     "scores",
     "settle_bf16",
     "settle_f16",

@@ -1,0 +1,113 @@
+"""DELLA: drop small updates of each row more often than large ones, rescale; then add or join.
+
+Ranks come from whole rows: blocks of these methods hold them (grain `row`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Block, Parameter, Result, Task
+from .sparsified import CANCELLED, DENSITY, DENSITY_OF, Left, Sparsified, normalize, rescale
+from .task_arithmetic import LAMBDA, WEIGHT
+
+EPSILON = Parameter("epsilon", "number", 0.15, "chances run from density − ε (smallest |δ|) to density + ε", True)
+
+
+class DellaLinear(Sparsified):
+    """Source: DELLA-Merging (arXiv 2406.11617), MAGPRUNE with task arithmetic; row and ε as mergekit's.
+
+    A row is what one index of the other dimensions leaves along the second one; a vector is one row. An update whose
+    magnitude has the rank r in its row, 0 for the smallest and 1 for the largest, is kept with the chance
+    density − ε + 2ε·r. Equal magnitudes share their middle rank; a row of one coordinate has the rank 1/2.
+    Cost: the updates of each row are sorted, twice with `rescale: l1`.
+    """
+
+    name = "della_linear"
+    summary = "drop updates by chance, small ones of a row more often, rescale the rest, add"
+    formula = "θ = θ0 + λ·Σ wi·mi·δi/pi, mi ~ Bernoulli(pi), pi = ρi − εi + 2εi·rank(|δi|)"
+    source = "DELLA-Merging (arXiv 2406.11617)"
+    parameters = (
+        WEIGHT,
+        DENSITY,
+        EPSILON,
+        LAMBDA,
+        normalize(False),
+        rescale("inverse_probability", "l1", "none"),
+        DENSITY_OF,
+    )
+    deterministic = False
+    grain = "row"
+    consensus = "sum"
+
+    def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
+        """Chances lie in (0, 1), both ends excluded as in mergekit; densities 0 and 1 draw nothing."""
+        problems = super().check(values, per_model)
+        for density, epsilon in sorted(set(zip(per_model["density"].tolist(), per_model["epsilon"].tolist()))):
+            low, high = density - abs(epsilon), density + abs(epsilon)
+            if 0.0 < density < 1.0 and not 0.0 < low <= high < 1.0:
+                most = min(density, 1.0 - density)
+                problems.append(
+                    f"density {density:g} ± epsilon {epsilon:g} gives chances from {low:.4g} to {high:.4g}, which must "
+                    f"lie between 0 and 1: write an epsilon below {most:.4g}, or another density"
+                )
+        return problems
+
+    def left(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
+        """Every update stays with the chance that its rank gives it."""
+        inverse = task.values["rescale"] == "inverse_probability"
+        density, epsilon = task.per_model["density"], task.per_model["epsilon"]
+        ranks = {k: self._ranks(block, task, k) for k in range(len(density)) if 0.0 < density[k] < 1.0 and epsilon[k]}
+        found = []
+        for patch in block.patches:
+            chance = np.empty(patch.delta.shape)
+            for row, k in enumerate(patch.experts.tolist()):
+                chance[row] = density[k]
+                if k in ranks:
+                    chance[row] = (density[k] - epsilon[k]) + (2.0 * epsilon[k]) * ranks[k][patch.where]
+            part = Left(patch.experts, patch.where, patch.delta.copy(), np.zeros(len(patch.experts), np.int64))
+            keys = task.keys[patch.experts]
+            block.kernels.draw(part.values, chance, keys, block.start, part.where, inverse, part.kept)
+            found.append(part)
+        return found
+
+    def _ranks(self, block: Block, task: Task, expert: int) -> NDArray[np.float64]:
+        """The rank of |δ| in its row, fp64[n], where the expert changed something."""
+        size, out = np.zeros(block.size), np.zeros(block.size)
+        for patch in block.patches:
+            for row in np.flatnonzero(patch.experts == expert):
+                size[patch.where] = np.abs(patch.delta[row])
+        length, stride = row_of(task.shape)
+        block.kernels.row_ranks(size, length, stride, task.values["density_of"] == "support", out)
+        return out
+
+
+def row_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Coordinates of a row, and the distance between its neighbours: along the second dimension, or the only one."""
+    if len(shape) < 2:
+        return (shape[0] if shape else 1), 1
+    return shape[1], int(np.prod(shape[2:], dtype=np.int64))
+
+
+class Della(DellaLinear):
+    """Source: DELLA-Merging (arXiv 2406.11617) with steps 2 and 3 of TIES (arXiv 2306.01708); see `DellaLinear`."""
+
+    name = "della"
+    summary = "drop updates by chance, small ones of a row more often, rescale, elect one sign, join those who agree"
+    formula = "θ = θ0 + λ·Σ_{sgn(wi·di) = γ} wi·di / Σ_{same} wi, di = mi·δi/pi, γ = sgn Σ wi·di, mi as in della_linear"
+    source = "DELLA-Merging (arXiv 2406.11617)"
+    parameters = (
+        WEIGHT,
+        DENSITY,
+        EPSILON,
+        LAMBDA,
+        normalize(True, "the weights of those who agree"),
+        rescale("inverse_probability", "l1", "none"),
+        DENSITY_OF,
+        CANCELLED,
+    )
+    consensus = "sign"
