@@ -156,18 +156,18 @@ def _group(out: Path, group: Group) -> tuple[list[str], dict[str, Any]]:
 
 def _judged(domain: str, reference: str, models: Sequence[Model]) -> list[str]:
     """Which merges differ from the reference by more than chance, after Holm's correction over the merges."""
-    beyond: dict[str, list[str]] = {"above": [], "below": []}
+    beyond: dict[str, list[str]] = {"better": [], "worse": []}
     alike = []
     for model in models:
         gap = model.difference
         assert gap is not None
         points = shown(Interval(abs(gap.interval.value), None, None, None))
         if gap.p_holm < 0.05:
-            beyond["above" if gap.interval.value > 0 else "below"].append(f"{model.label} by {points}")
+            beyond["better" if gap.interval.value > 0 else "worse"].append(f"{model.label} by {points}")
         else:
             alike.append(model.label)
-    parts = [f"{word} {', '.join(found)}" for word, found in beyond.items() if found]
-    parts += [f"within noise {', '.join(alike)}"] if alike else []
+    parts = [f"{word} are {', '.join(found)}" for word, found in beyond.items() if found]
+    parts += [f"within noise are {', '.join(alike)}"] if alike else []
     return textwrap.wrap(
         f"{domain}, against {reference}: {'; '.join(parts)}.", 118, subsequent_indent="    ", break_on_hyphens=False
     )
