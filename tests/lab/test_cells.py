@@ -22,7 +22,17 @@ from rlmerge.lab.presets import PRESETS, SMALL, TINY
 from rlmerge.lab.schedule import plan, run, seconds_left
 
 SMOKE = replace(
-    TINY, name="smoke", seeds=(1,), kinds=("rlvr",), steps=3, prompts=4, group=4, fisher=8, problems=20, eval_batch=20
+    TINY,
+    name="smoke",
+    seeds=(1,),
+    kinds=("rlvr",),
+    steps=3,
+    prompts=4,
+    group=4,
+    fisher=8,
+    problems=20,
+    eval_batch=20,
+    methods=("linear", "ram", "sar", "ties"),
 )
 
 

@@ -27,6 +27,8 @@ from rlmerge.lab.schedule import Step, run
 
 SHOWN = ("rlvr-fusion-1", "rlvr-seeds-math")
 """The merges of the demo: math and code in one model, and two seeds of math."""
+METHODS = ("linear", "ram", "sar", "task_arithmetic", "ties", "sar-delta2")
+"""What is compared in the demo: SAR, and those that people know; `rlmerge lab run tiny` takes every method."""
 TITLES = {
     "rlvr-fusion-1": "Math and code in one model",
     "rlvr-seeds-math": "Two runs of one task (math) in one model",
@@ -48,7 +50,7 @@ def run_demo(
 
     problems   of each domain. Raises LabError if `out` holds something else.
     """
-    preset = replace(TINY, name="demo", problems=problems, kinds=("rlvr",))
+    preset = replace(TINY, name="demo", problems=problems, kinds=("rlvr",), methods=METHODS)
     with opened_root(out, preset, _models(), {"models"}):
         copy_models(out)
         run(out, preset, workers, tell, demo_cells(preset))
@@ -115,7 +117,7 @@ def make_report(out: Path, preset: Preset) -> Report:
     data: dict[str, Any] = {"problems": preset.problems, "models": rows, "groups": {}}
     for group in groups(preset):
         if group.name in SHOWN:
-            more, found = _group(out, group)
+            more, found = _group(out, preset, group)
             lines += more
             data["groups"][group.name] = found
     return Report(tuple(lines), data)
@@ -130,14 +132,16 @@ def _experts(out: Path) -> tuple[list[list[str]], list[dict[str, Any]]]:
     return table, rows
 
 
-def _group(out: Path, group: Group) -> tuple[list[str], dict[str, Any]]:
-    found = group_summary(out, group)
+def _group(out: Path, preset: Preset, group: Group) -> tuple[list[str], dict[str, Any]]:
+    found = group_summary(out, preset, group)
     total = found["merges"]["sar"]["statistics"]
     lines = [f"{TITLES[group.name]} ({', '.join(group.experts)})", ""]
     lines += [as_text(merges_table(found, group)), "", "What SAR decided:", "", as_text(statistics_table(total)), ""]
     found["beyond_noise"] = {}
     for domain in group.domains:
-        merges = [_results(out, f"{group.name}-{one.label}", domain) for one in contenders(len(group.experts))]
+        merges = [
+            _results(out, f"{group.name}-{one.label}", domain) for one in contenders(len(group.experts), preset.methods)
+        ]
         own = [name for name in group.experts if name.split("-")[1] == domain]
         others = {"the base": _results(out, "base", domain)}
         others |= {f"the {domain} expert": _results(out, own[0], domain)} if len(own) == 1 else {}

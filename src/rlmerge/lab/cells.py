@@ -66,7 +66,7 @@ def cells(preset: Preset) -> list[Cell]:
     found += [Cell(f"fisher-{name}", "fisher", (name,)) for name in experts]
     found += [Cell(f"eval-{name}", "eval", (name,)) for name in ("base", *experts)]
     for group in groups(preset):
-        for contender in contenders(len(group.experts)):
+        for contender in contenders(len(group.experts), preset.methods):
             needs = tuple(f"fisher-{name}" for name in group.experts) if contender.fishers else group.experts
             found.append(Cell(f"merge-{group.name}-{contender.label}", "merge", needs))
     return found
@@ -211,7 +211,7 @@ def _merged(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]
 
     group = next(one for one in groups(preset) if cell.name.startswith(f"merge-{one.name}-"))
     label = cell.name.removeprefix(f"merge-{group.name}-")
-    contender = next(one for one in contenders(len(group.experts)) if one.label == label)
+    contender = next(one for one in contenders(len(group.experts), preset.methods) if one.label == label)
     name = f"{group.name}-{label}"
     recipe = root / "recipes" / f"{name}.yml"
     experts = {expert: model_of(root, expert) for expert in group.experts}

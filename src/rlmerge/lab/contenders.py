@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ class Contender:
     fishers: bool = False
 
 
-def contenders(experts: int) -> list[Contender]:
-    """All methods that take so many experts; a parameter without default is 1 (the weight of a model, so far)."""
+def contenders(experts: int, labels: Sequence[str] = ()) -> list[Contender]:
+    """All methods that take so many experts, or those of these labels; a parameter without default is 1 (the weight of a model, so far)."""
     found = []
     for name in method_names():
         method = get_method(name)
@@ -35,7 +36,8 @@ def contenders(experts: int) -> list[Contender]:
             required = {parameter.name: 1.0 for parameter in method.parameters if parameter.default is None}
             cut = {"density": 0.5} if name in HALVES else {}
             found.append(Contender(name, name, required | cut, fishers=name == "sar"))
-    return [*found, Contender("sar-delta2", "sar", {"sensitivity": "delta2"})]
+    found.append(Contender("sar-delta2", "sar", {"sensitivity": "delta2"}))
+    return [one for one in found if not labels or one.label in labels]
 
 
 def write_recipe(

@@ -55,7 +55,7 @@ def summary(root: Path, preset: Preset) -> dict[str, Any]:
     for domain in DOMAINS:
         names = ["base", *(f"{kind}-{one}-{seed}" for kind in preset.kinds for one in DOMAINS for seed in preset.seeds)]
         experts[domain] = [_plain(root / "results" / name / f"{domain}.jsonl", name) for name in names]
-    found = {group.name: group_summary(root, group) for group in groups(preset)}
+    found = {group.name: group_summary(root, preset, group) for group in groups(preset)}
     return {"preset": preset.name, "experts": experts, "groups": found}
 
 
@@ -64,9 +64,9 @@ def _plain(path: Path, name: str) -> dict[str, Any]:
     return {"model": name, "accuracy": asdict(model.accuracy)}
 
 
-def group_summary(root: Path, group: Group) -> dict[str, Any]:
+def group_summary(root: Path, preset: Preset, group: Group) -> dict[str, Any]:
     """Accuracies and retention of base, experts and merges of a group, and what each merge did."""
-    labels = [one.label for one in contenders(len(group.experts))]
+    labels = [one.label for one in contenders(len(group.experts), preset.methods)]
     found: dict[str, Any] = {"merges": {}}
     for domain in group.domains:
         own = [name for name in group.experts if name.split("-")[1] == domain]

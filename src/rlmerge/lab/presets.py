@@ -23,6 +23,7 @@ class Preset:
     seconds    what a cell of a kind takes, for `rlmerge lab plan`, on one thread ('pretrain': on two); measured for
                tiny, estimated for small from single steps
     kinds      of experts
+    methods    labels of the contenders that are merged; empty: all
     """
 
     name: str
@@ -44,6 +45,7 @@ class Preset:
     eval_batch: int
     seconds: dict[str, float]
     kinds: tuple[str, ...] = KINDS
+    methods: tuple[str, ...] = ()
 
 
 TINY = Preset(
