@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.fisher.on_demand import with_kept
-from rlmerge.kernels import SMALL, is_compiled
 from rlmerge.parameters import Resolver
 from rlmerge.parameters import explain as explain_parameters
 from rlmerge.plan import Plan, make_plan, sum_bytes
@@ -73,9 +72,8 @@ def check(
         target.check()
         target.check_space()
     threads = limit_threads(threads or default_threads(), memory, plan)
-    # NumPy is done with a sample before numba is loaded, but not where it must decode steps
-    packs = any(model.pack is not None for model in plan.models)
-    sample = take_sample(plan, "numba" if packs and plan.values_read > SMALL and is_compiled() else "numpy")
+    # NumPy is done with a sample before numba is loaded
+    sample = take_sample(plan, "numpy")
     report = CheckReport(notes, alarms(plan, sample), sample, estimate(plan, threads), summarise(plan))
     report.seconds = time.monotonic() - started
     return report

@@ -40,15 +40,26 @@ class Bits:
         self.at += count
         return value
 
-    def code(self, golomb: bool, k: int, width: int) -> int:
-        zeros = 0
+    def zeros(self) -> int:
+        count = 0
         while not self.take(1):
-            zeros += 1
-        if zeros == 24:
-            return self.take(width)
-        if golomb:
-            return self.take(k + zeros) + (1 << (k + zeros)) - (1 << k)
-        return (zeros << k) + self.take(k)
+            count += 1
+        return count
+
+
+def numbers(data: bytes, count: int, ones: int, golomb: bool, k: int) -> tuple[list[int], int]:
+    """`count` numbers: upper parts in `ones` words, lower parts behind them; and the words of both."""
+    upper = Bits(data[: 8 * ones])
+    zeros = [upper.zeros() for _ in range(count)]
+    if golomb:
+        lower = Bits(data[8 * ones :])
+        return [lower.take(k + z) + 2 ** (k + z) - 2**k for z in zeros], ones + -(-lower.at // 64)
+    if k == 0:
+        return zeros, ones
+    each = 64 // k
+    words = np.frombuffer(data, np.uint64)[ones : ones - (-count // each)].tolist()
+    low = [words[i // each] >> (i % each * k) & (2**k - 1) for i in range(count)]
+    return [z * 2**k + rest for z, rest in zip(zeros, low)], ones - (-count // each)
 
 
 def rank(word: int, bits: int) -> int:
@@ -64,18 +75,20 @@ def decode(steps: bytes, chunks: bytes, reference: list[int], bits: int) -> list
     found = list(reference)
     rows = np.frombuffer(chunks, np.uint32).reshape(-1, 4).tolist()
     ends = [*(row[0] for row in rows[1:]), len(steps) // 8]
-    for chunk, ((first, count, gap_words, parameters), end) in enumerate(zip(rows, ends)):
+    for chunk, ((first, count, ones, parameters), end) in enumerate(zip(rows, ends)):
         start, size = chunk * 2**15, min(2**15, len(reference) - chunk * 2**15)
         data = steps[8 * first : 8 * end]
         if parameters >> 17 & 1:
             raw = [data[i : i + bits // 8] for i in range(0, size * bits // 8, bits // 8)]
             found[start : start + size] = [int.from_bytes(one, "little") for one in raw]
             continue
-        gaps, moves = Bits(data[: 8 * gap_words]), Bits(data[8 * gap_words :])
+        gaps, used = numbers(data, count, ones & 0xFFFF, False, parameters & 255)
+        golomb, k = bool(parameters >> 16 & 1), parameters >> 8 & 255
+        moves, more = numbers(data[8 * used :], count, ones >> 16, golomb, k)
+        assert used + more == len(data) // 8
         at = start - 1
-        for _ in range(count):
-            at += gaps.code(False, parameters & 255, 15) + 1
-            number = moves.code(bool(parameters >> 16 & 1), parameters >> 8 & 255, bits + 2)
+        for gap, number in zip(gaps, moves):
+            at += gap + 1
             step = (number // 2 + 1) * (-1 if number & 1 else 1)
             found[at] = word_of(rank(found[at], bits) + step, bits)
     return found

@@ -19,7 +19,7 @@ from rlmerge.checkpoint.folder import DELTA, MERGED_DTYPES, NOTE, Checkpoint, op
 from rlmerge.checkpoint.header import Header, PackedInfo, TensorInfo, parse_header, read_header
 from rlmerge.errors import CheckpointError, HeaderError, MismatchError, PackError
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 2**15
 """Coordinates of a chunk, as in `kernels.compiled.steps`."""
 ROW_BYTES = 16
@@ -149,7 +149,9 @@ def open_pack(folder: Path) -> Pack:
     header = read_header(delta)
     base, names = said.get("base"), said.get("weights")
     if said.get("format") != FORMAT:
-        raise PackError(f"{note}: has format {said.get('format')!r}, and this rlmerge reads {FORMAT}. Update rlmerge.")
+        raise PackError(
+            f"{note}: has format {str(said.get('format'))[:40]}, and this rlmerge reads {FORMAT}. Use another version."
+        )
     if not isinstance(base, dict) or not all(_is_text(base.get(key)) for key in ("reference", "hash")):
         raise _broken(note, "'base' does not say which base it is")
     if not isinstance(names, list) or not names or not all(_is_file_name(n, weights=True) for n in names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +17,10 @@ from .pack import CHUNK, ROW_BYTES
 WORDS: dict[str, Any] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 _QUIET = {"BF16": 0x7FC0, "F16": 0x7E00}
 
-SCRATCH = (15 + 2 * 8 + 2) * (2**11 + 1)
+ROOM = CHUNK + 72
 """As in `kernels.compiled.steps`."""
+HELD = 64
+"""Tables of chunks, a 4096th of a bf16 tensor's bytes each."""
 _local = threading.local()
 
 Read = Callable[[int, NDArray[np.uint8]], None]
@@ -50,47 +52,77 @@ def reference_words(
     return words
 
 
+class Tables:
+    """Tables of chunks that were read before; few are held, and threads may share them."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, NDArray[np.uint32]] = {}
+
+    def get(self, key: Hashable, make: Callable[[], NDArray[np.uint32]]) -> NDArray[np.uint32]:
+        """The table of a stored tensor, from `make` if it is not held."""
+        rows = self._held.get(key)
+        if rows is None:
+            rows = make()
+            if len(self._held) >= HELD:
+                self._held = {}
+            self._held[key] = rows
+        return rows
+
+
+def read_table(size: int, itemsize: int, data_bytes: int, read: Read, where: str) -> NDArray[np.uint32]:
+    """The rows of all chunks of a tensor of `size` words, uint32[c + 1, 4], the last one with the end of its stream.
+
+    Raises PackError, which begins with `where`, where they cannot be.
+    """
+    chunks = -(-size // CHUNK)
+    rows = np.zeros((chunks + 1, ROW_BYTES // 4), np.uint32)
+    rows[-1, 0] = min(data_bytes // 8, 2**32 - 1)
+    read(0, rows[:-1].reshape(-1).view(np.uint8))
+    length = np.diff(rows[:, 0].astype(np.int64))
+    # a chunk is never longer than its words as they are
+    wrong = np.flatnonzero((length < 0) | (length > CHUNK * itemsize // 8))
+    if wrong.size:
+        raise _damaged(where, int(wrong[0]))
+    return rows
+
+
 def add_steps(
+    old: NDArray[Any],
     words: NDArray[Any],
     start: int,
     size: int,
-    data_bytes: int,
-    read_data: Read,
-    read_table: Read,
+    table: NDArray[np.uint32],
+    read: Read,
     kernels: ModuleType,
     where: str,
 ) -> None:
-    """Turns words[n] of the reference, from coordinate `start` of a tensor of `size`, into the expert's, in place.
+    """Fills words[n] of the expert, from coordinate `start` of a tensor of `size`, with old[n] of the reference.
 
-    Reads the rows of the chunks that the range touches and their part of the stream, and no more. Raises PackError,
-    which begins with `where`, for a stream that is none.
+    table    of `read_table`; `read` reads the stream
+    Reads the part of the stream that the range needs, and no more. Raises PackError, which begins with `where`, for a
+    stream that is none.
     """
     if not words.size:
         return
-    first, last, chunks = start // CHUNK, -(-(start + words.size) // CHUNK), -(-size // CHUNK)
-    rows = np.zeros((last - first + 1, 4), np.uint32)
-    rows[-1, 0] = min(data_bytes // 8, 2**32 - 1)
-    there = min(last + 1, chunks) - first
-    read_table(first * ROW_BYTES, rows[:there].reshape(-1).view(np.uint8))
-    begins = rows[:, 0].astype(np.int64)
-    length = np.diff(begins)
-    # a chunk is never longer than its words as they are
-    if (length < 0).any() or (length > CHUNK * words.itemsize // 8).any() or begins[-1] > data_bytes // 8:
-        raise _damaged(where, first)
-    data = np.empty(int(begins[-1] - begins[0]) + 1, np.uint64)
-    data[-1] = 0
-    read_data(int(begins[0]) * 8, data[:-1].view(np.uint8))
-    rows[:, 0] -= rows[0, 0]
-    wrong = kernels.apply_steps(data, rows, start - first * CHUNK, size - first * CHUNK, words, _scratch())
+    first, last = start // CHUNK, -(-(start + words.size) // CHUNK)
+    rows = table[first : last + 1]
+    begin, end = int(rows[0, 0]), int(rows[-1, 0])
+    data = _buffer("data", end - begin + 2)
+    data[-2:] = 0
+    read(begin * 8, data[:-2].view(np.uint8))
+    room = _buffer("room", 4 * ROOM).view(np.int64).reshape(4, ROOM)
+    wrong = kernels.apply_steps(data, rows, start - first * CHUNK, size - first * CHUNK, old, words, room)
     if wrong:
         raise _damaged(where, first + int(wrong) - 1)
 
 
-def _scratch() -> NDArray[np.uint64]:
-    """Room of this thread for what the kernel looks up."""
-    if not hasattr(_local, "scratch"):
-        _local.scratch = np.zeros(SCRATCH, np.uint64)
-    return _local.scratch
+def _buffer(name: str, size: int) -> NDArray[np.uint64]:
+    """uint64[size] with undefined content, of this thread, used again: fresh pages would cost more than decoding."""
+    held: NDArray[np.uint64] | None = getattr(_local, name, None)
+    if held is None or held.size < size:
+        held = np.empty(size, np.uint64)
+        setattr(_local, name, held)
+    return held[:size]
 
 
 def _damaged(where: str, chunk: int) -> PackError:

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
-from rlmerge.checkpoint.pack_steps import WORDS, add_steps, reference_words
+from rlmerge.checkpoint.pack_steps import WORDS, Read, Tables, add_steps, read_table, reference_words
 from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
 from rlmerge.plan import ExpertSource, Place, Plan, TensorPlan
 
@@ -69,6 +69,7 @@ class Inputs:
         self.bytes_read = 0
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._tables = Tables()
 
     def close(self) -> None:
         """Closes all files."""
@@ -200,18 +201,19 @@ class Inputs:
     def unpack(self, tensor: TensorPlan, place: Place, start: int, words: NDArray[Any], base: NDArray[Any]) -> None:
         """Fills words[n] with those of a packed expert from coordinate `start`: the base's, and the steps from them."""
         assert tensor.base is not None
-        words[:] = reference_words(base, tensor.base.dtype, place.dtype, self.kernels)
-        if place.parts:
-            add_steps(
-                words,
-                start,
-                tensor.size,
-                place.nbytes,
-                lambda first, out: self.read_into(place, first, out),
-                lambda first, out: self.read_into(place.parts[0], first, out),
-                self.kernels,
-                f"{self.plan.files[place.file].path}: tensor {tensor.name!r}",
-            )
+        old = reference_words(base, tensor.base.dtype, place.dtype, self.kernels)
+        if not place.parts:
+            words[:] = old
+            return
+        where = f"{self.plan.files[place.file].path}: tensor {tensor.name!r}"
+        rows = self._tables.get(
+            (place.file, place.start),
+            lambda: read_table(tensor.size, words.itemsize, place.nbytes, self._reader(place.parts[0]), where),
+        )
+        add_steps(old, words, start, tensor.size, rows, self._reader(place), self.kernels, where)
+
+    def _reader(self, place: Place) -> Read:
+        return lambda first, out: self.read_into(place, first, out)
 
     def add_fisher(self, tensor: TensorPlan, k: int, start: int, values: NDArray[np.float32], hashes: Hashes) -> None:
         """Adds a block of Fisher number k to its sum; a negative entry is an error."""

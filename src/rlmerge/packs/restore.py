@@ -19,7 +19,7 @@ from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
 from rlmerge.checkpoint.header import TensorInfo
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack import Pack, find_base, read_bytes
-from rlmerge.checkpoint.pack_steps import WORDS, add_steps, reference_words
+from rlmerge.checkpoint.pack_steps import WORDS, Tables, add_steps, read_table, reference_words
 from rlmerge.errors import MismatchError, OutputError, PackError
 from rlmerge.execute.safe_files import open_inside, write_inside
 from rlmerge.execute.whole_folder import whole_folder
@@ -128,6 +128,7 @@ class Reader:
         self.pack: Pack = packed.pack
         self.reference = packed.reference
         self.base = base
+        self._tables = Tables()
         self._kernels: ModuleType = load_kernels(kernels, 2 * sum(info.size for info in packed.tensors.values()))
 
     def stretches(self, threads: int, names: Iterable[str] | None = None) -> Iterator[Stretch]:
@@ -181,10 +182,11 @@ class Reader:
         words = reference_words(old, twin.dtype, info.dtype, self._kernels)
         if info.kind == "steps":
             assert info.table is not None
-            words = words.copy()
+            reference, words = words, np.empty_like(words)
             where = f"{info.file}: tensor {info.name!r}"
-            reads = _reader(info), _reader(info.table)
-            add_steps(words, start, info.size, info.nbytes, *reads, self._kernels, where)
+            table, width = _reader(info.table), words.itemsize
+            rows = self._tables.get(info.name, lambda: read_table(info.size, width, info.nbytes, table, where))
+            add_steps(reference, words, start, info.size, rows, _reader(info), self._kernels, where)
         return words.view(np.uint8), int(self._kernels.weigh(old, start))
 
     def _check(self, name: str, digest: str, total: int) -> None:
