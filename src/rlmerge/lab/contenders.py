@@ -27,7 +27,10 @@ class Contender:
 
 
 def contenders(experts: int, labels: Sequence[str] = ()) -> list[Contender]:
-    """All methods that take so many experts, or those of these labels; a parameter without default is 1 (the weight of a model, so far)."""
+    """All methods that take so many experts, or those of these labels.
+
+    A parameter without default is 1 (the weight of a model, so far).
+    """
     found = []
     for name in method_names():
         method = get_method(name)
