@@ -56,6 +56,16 @@ sign are averaged (`normalize: false` adds them up). Where weighted deltas cance
     "della_linear": f"""
 Use it as `dare_linear`, where large updates should survive more often than small ones.
 {DELLA}""",
+    "karcher": """
+Use it for models that were trained apart and differ much: it averages directions and lengths separately, so that the
+mean of K models is not shorter than they are.
+
+Experts of one base are nearly parallel (‖δ‖/‖θ‖ of RLVR experts: 1e-5 to 1e-3). There the sphere is flat, and the
+result is that of `linear` with equal weights but for one part in ten million. mergekit's `karcher` is something else
+there: its angles come from fp32 cosines, which are noise at this size.
+
+A `base_model` that is not among the models is only the reference of the statistics; in mergekit it is one more point.
+""",
     "linear": """
 Use it as the baseline that every other method must beat.
 
@@ -65,6 +75,39 @@ bf16 numbers, so the average falls between two stored numbers and is rounded, of
 
 `base_model` may be given. Then it is only the reference for the statistics and the donor of the small files; it has no
 weight in the average unless it is also listed under `models`. Without it, the first model lends names and files.
+""",
+    "model_stock": """
+Use it for a few experts of one task that differ by chance (seeds, data order): the more their deltas agree, the closer
+the result is to their mean, else to the base.
+
+RLVR experts of different tasks have nearly orthogonal deltas (cosine 0.05): for two of them t is 0.1, so the result is
+the base with a tenth of their mean, most of which bf16 rounds away. Look at `survival`.
+
+Negative cosines give negative t, as published; t never makes the update longer than the longest expert's.
+""",
+    "multislerp": """
+Use it with a base as an average of deltas that does not shrink: the mean of K orthogonal deltas has 1/√K of their
+length, this one all of it. Where experts meet it counts shared updates once, as `linear` does.
+
+Without a base it averages weights; for experts of one base this is `linear`. The base may also stand among the models:
+it is then left out there.
+""",
+    "nuslerp": """
+Use it for two experts, with a base: halfway between orthogonal deltas each keeps 0.71 of its update, where an average
+keeps 0.5. With `nuslerp_flatten: false` every row (or, with `nuslerp_row_wise: true`, every column) turns by its own
+angle; rows that only one expert changed keep 0.71 of it as well.
+
+Without a base it turns whole weights, as `slerp` does, with weights in place of `t`. Names are mergekit's, where
+"row-wise" means vectors along the first dimension of the stored matrix.
+""",
+    "passthrough": """
+Use it to rewrite one model in another dtype, or to scale some of its tensors:
+
+    parameters:
+      scale:
+        - filter: down_proj
+          value: 0.5
+        - value: 1
 """,
     "ram": """
 Use it for RL experts whose updates rarely meet: an update that only one expert made is kept whole, so it survives bf16.
@@ -121,6 +164,13 @@ histograms of stage 2 know that, and a pass is saved. The factor differs by less
 
 Then θ = θ0 + λ·Σ g·t. A coordinate whose one share is 1, with λ·g·w = 1, takes the stored value of that expert.
 See [decision 0005](../decisions/0005-sar-as-we-read-it.md).
+""",
+    "slerp": """
+Use it between two models that differ much. Between experts of one base the angle is so small that the result is the
+straight line, `linear` with weights 1 - t and t; `nuslerp` with a base turns the deltas instead.
+
+`models` lists both ends, or one of them and `base_model` the other. `t` may be a gradient over the layers and have
+filters: mergekit's well-known recipes have one curve for `self_attn` and one for `mlp`.
 """,
     "task_arithmetic": """
 Use it where experts hardly meet, or with a small `lambda` found by a sweep. The sum keeps unique updates whole, so they

@@ -116,7 +116,9 @@ def estimate(plan: Plan, threads: int) -> dict[str, Any]:
     resolver = Resolver(plan.recipe, plan.recipe.method, plan.layers)
     values = next((resolver.resolve(tensor.name) for tensor in plan.tensors if tensor.carry is None), None)
     stages = plan.recipe.method.stages(values.values) if values else ()
-    passes = 1 + sum(1 for stage in stages if stage.name in ("coarse", "ranks", "norms", "pair_conflict"))
+    names = {stage.name for stage in stages}
+    # of the Gram matrices a tensor needs one kind
+    passes = 1 + len(names & {"coarse", "ranks", "norms", "pair_conflict"}) + bool(names & {"gram", "columns"})
     each = thread_bytes(plan)
     read = passes * (moved["read"] + moved["fisher"]) + moved["fisher"] * any(s.name == "fisher_mean" for s in stages)
     return {

@@ -98,8 +98,15 @@ class Recipe:
 
     @property
     def experts(self) -> tuple[ModelEntry, ...]:
-        """The models in the order of processing: by key if the order means nothing to the method, else as written."""
-        return tuple(sorted(self.models, key=lambda entry: entry.key)) if self.method.symmetric else self.models
+        """The models in the order of processing: by key if the order means nothing to the method, else as written
+        (where it starts at the base, a base that is listed comes first).
+        """
+        if self.method.symmetric:
+            return tuple(sorted(self.models, key=lambda entry: entry.key))
+        if self.method.base_entry == "first" and self.base_model is not None:
+            base = os.path.normpath(self.base_model)
+            return tuple(sorted(self.models, key=lambda entry: os.path.normpath(entry.model) != base))
+        return self.models
 
     @property
     def base_path(self) -> Path | None:

@@ -276,13 +276,13 @@ class Checker:
         if method.arity.base == "required" and recipe.base_model is None:
             asked = "give it with --base FOLDER" if ("models",) in self.source.flags else "write 'base_model: FOLDER'"
             self.add((), f"base_model is missing: method {method.name!r} works on differences to a base; {asked}.")
-        elif method.arity.base == "required" and recipe.base_model is not None:
+        elif recipe.base_model is not None and (method.arity.base == "required" or method.base_entry == "origin"):
             base = os.path.normpath(recipe.base_model)
             for k in [k for k, entry in kept.items() if os.path.normpath(entry.model) == base]:
                 self.warn(("models", k), "this is the base, which has no difference to itself: the entry is ignored.")
                 del kept[k]
         self._keys(kept)
-        self._count(method, len(kept))
+        self._count(method, len(kept), recipe.base_model is not None)
         for spec in method.parameters:
             if spec.default is None and spec.name not in recipe.parameters:
                 lacking: list[Place] = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
@@ -370,13 +370,15 @@ class Checker:
                 self.add(("models", k), f"{twice}: give each its own 'name:'.")
             seen.setdefault(entry.key, k)
 
-    def _count(self, method: Method, count: int) -> None:
+    def _count(self, method: Method, count: int, has_base: bool) -> None:
         low, high = method.arity.minimum, method.arity.maximum
         if count < low or (high is not None and count > high):
             limits = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             noun = "model" if limits.endswith(" 1") else "models"
             beside = " beside the base" if method.arity.base == "required" else ""
             self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+        elif problem := method.misfit(count, has_base):
+            self.add(("models",), problem)
 
 
 def _needs(method: Method, spec: Parameter) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.methods.small_models import (
+    fitting,
     make_recipe,
     merge_values,
     needed_weights,
@@ -134,7 +135,8 @@ def test_fp64_and_integers_are_carried(tmp_path, method):
     for seed, name in enumerate(("base", "a", "b")):
         write_model(tmp_path / name, special(seed))
     parameters = {"sensitivity": "delta2"} if method == "sar" else {}
-    recipe = make_recipe(tmp_path, method, ["a", "b"], parameters, needed_weights(method, ["a", "b"]))
+    keys = fitting(method, ["a", "b"])
+    recipe = make_recipe(tmp_path, method, keys, parameters, needed_weights(method, keys))
     outcome = merge(recipe, tmp_path / "out")
     base, found = read_words(tmp_path / "base"), read_words(tmp_path / "out")
     assert found.keys() == base.keys()
@@ -235,10 +237,11 @@ def test_a_number_that_is_none_beyond_the_sample_is_found_by_the_merge(tmp_path,
     base = {"w": rng_values(0, 50, 50)}
     hurt = {"w": base["w"].copy()}
     hurt["w"][40, 40] = np.nan
-    write_all(tmp_path, base, {"a": hurt})
+    write_all(tmp_path, base, {"a": hurt, "b": base})
     for method in rlmerge.method_names():
         parameters = {"sensitivity": "delta2"} if method == "sar" else {}
-        recipe = make_recipe(tmp_path, method, ["a"], parameters, needed_weights(method, ["a"]))
+        keys = fitting(method, ["a", "b"])
+        recipe = make_recipe(tmp_path, method, keys, parameters, needed_weights(method, keys))
         with small_blocks(100, 200), pytest.raises(NonFiniteError, match="coordinate 2040"):
             merge(recipe, tmp_path / method)
 
@@ -253,6 +256,7 @@ def test_allowed_if_the_result_stays_finite(tmp_path, method, kernels):
     parameters = {"sensitivity": "delta2", "density": 1.0} if method == "sar" else {}
     if "weight" not in {spec.name for spec in rlmerge.get_method(method).parameters}:
         pytest.skip("has no weights")
+    fitting(method, ["a", "b"])
     own = {"a": {"weight": 1.0}, "b": {"weight": 0.0}}
     recipe = make_recipe(tmp_path, method, ["a", "b"], parameters, own, allow_nonfinite=True)
     assert np.isfinite(merge_values(recipe, kernels=kernels)["w"]).all()
@@ -266,9 +270,10 @@ def test_allowed_but_in_the_result_it_is_an_error(tmp_path, method, kernels, val
     base = {"w": rng_values(0, 4, 4)}
     hurt = {"w": base["w"] + 1}
     hurt["w"][1, 1] = value
-    write_all(tmp_path, base, {"a": hurt})
+    write_all(tmp_path, base, {"a": hurt, "b": base})
     parameters = {"sensitivity": "delta2", "density": 1.0} if method == "sar" else {}
-    recipe = make_recipe(tmp_path, method, ["a"], parameters, needed_weights(method, ["a"]), allow_nonfinite=True)
+    keys = fitting(method, ["a", "b"])
+    recipe = make_recipe(tmp_path, method, keys, parameters, needed_weights(method, keys), allow_nonfinite=True)
     with pytest.raises(NonFiniteError, match="the merged tensor 'w' holds"):
         merge_values(recipe, kernels=kernels)
 

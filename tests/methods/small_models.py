@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import yaml
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 
@@ -83,6 +84,15 @@ def make_recipe(
     if base is not None:
         data["base_model"] = base
     return rlmerge.parse_recipe(yaml.safe_dump(data), folder=folder)
+
+
+def fitting(method: str, keys: Sequence[str]) -> list[str]:
+    """As many of these models as the method takes (the first by name), in this order; skips a test with too few."""
+    arity = rlmerge.get_method(method).arity
+    if len(keys) < arity.minimum:
+        pytest.skip(f"{method} takes at least {arity.minimum} models")
+    chosen = sorted(keys)[: arity.maximum]
+    return [key for key in keys if key in chosen]
 
 
 def needed_weights(method: str, keys: list[str], weight: float = 1.0) -> dict[str, dict[str, float]]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.methods.small_models import (
     SHAPES,
+    fitting,
     make_recipe,
     merge_values,
     needed_globals,
@@ -181,8 +182,8 @@ def law_recipe(folder, method, keys, cut=True, **top):
     special = {"sar": {"sensitivity": "delta2", "density": 1.0}, "ram": {"epsilon": 0}}
     special |= {name: {"density": 0.5} for name in CUT if cut}
     parameters = special.get(method, {}) | needed_globals(method)
-    most = rlmerge.get_method(method).arity.maximum
-    return make_recipe(folder, method, keys[:most], parameters, needed_weights(method, keys), **top)
+    keys = fitting(method, keys)
+    return make_recipe(folder, method, keys, parameters, needed_weights(method, keys), **top)
 
 
 def permutation(folder, method, base, experts):

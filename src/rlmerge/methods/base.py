@@ -276,6 +276,9 @@ class Method(ABC):
     source: str
     parameters: tuple[Parameter, ...] = ()
     arity: Arity = Arity()
+    base_entry: Literal["model", "origin", "first"] = "model"
+    """What an entry of `models` is that names an optional base: one more model; nothing, for deltas start there; or the
+    model to begin with, wherever it stands."""
     grain: Grain = "element"
     """`row`: blocks hold whole rows (a row is what one index of the first dimension has; a vector is one row)."""
     laws: frozenset[Law] = frozenset()
@@ -286,6 +289,10 @@ class Method(ABC):
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
         """What is wrong with this combination of parameters, one sentence each; nothing if all is well."""
         return []
+
+    def misfit(self, models: int, has_base: bool) -> str:
+        """What is wrong with this number of models, within the arity, beside a base or without one; '' if nothing."""
+        return ""
 
     def uses_fisher(self, values: Mapping[str, Any]) -> bool:
         """Whether these global parameters make the method read Fishers."""

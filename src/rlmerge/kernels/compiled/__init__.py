@@ -1,4 +1,4 @@
-"""The compiled kernels, by subject: codec, changes, census, combine, draw, sar, sar_rules, settle, steps, trim."""
+"""The compiled kernels: codec, changes, census, combine, draw, gram, sar, sar_rules, settle, steps, trim."""
 
 from .census import census, fisher_sums
 from .changes import changes, deltas, patches_bf16, take, take_bf16
@@ -13,6 +13,7 @@ from .codec import (
 )
 from .combine import linear, ram, task_arithmetic, ties
 from .draw import draw, row_ranks
+from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
@@ -43,6 +44,8 @@ __all__ = [
     "fine",
     "fine_norms",
     "fisher_sums",
+    "gram_columns",
+    "gram_rows",
     "kept_norms",
     "linear",
     "patches_bf16",

@@ -13,6 +13,7 @@ from .codec import (
 )
 from .combine import linear, ram, task_arithmetic, ties
 from .draw import draw, row_ranks
+from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, resolve_by, scores
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
 from .steps import apply_steps, encode_steps, weigh
@@ -42,6 +43,8 @@ __all__ = [
     "fine",
     "fine_norms",
     "fisher_sums",
+    "gram_columns",
+    "gram_rows",
     "kept_norms",
     "linear",
     "patches_bf16",
