@@ -18,7 +18,9 @@ from tests.packs.pack_files import CONFIG, KINDS, SHAPES, changed, sha256s, word
 
 import rlmerge
 from rlmerge.checkpoint.folder import open_checkpoint
+from rlmerge.checkpoint.pack import find_base
 from rlmerge.errors import MismatchError, OutputError, PackError, RecipeError, RlmergeError
+from rlmerge.packs.restore import open_packed, small_files
 
 
 @pytest.fixture(scope="module")
@@ -411,3 +413,29 @@ def test_small_files_of_a_base_that_changed(home, tmp_path):
     (tmp_path / "home" / "base" / "config.json").write_text("{}")
     with pytest.raises(PackError, match=r"config.json: is not what the expert had: the base's file was changed"):
         rlmerge.unpack(tmp_path / "home" / "p0", tmp_path / "back")
+
+
+def test_links_on_the_way_to_the_base_do_no_harm(tmp_path: Path) -> None:
+    """`..` in the recorded path goes up from where the pack really lies."""
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    models = write_set(tmp_path / "models", count=1)
+    base, expert = models / "base", models / "e0"
+    rlmerge.pack(expert, base, tmp_path / "link" / "pack")
+    rlmerge.unpack(tmp_path / "link" / "pack", tmp_path / "again")
+    rlmerge.unpack(tmp_path / "real" / "deep" / "pack", tmp_path / "again-2")
+
+
+def test_a_model_card_of_the_base_that_changed_later_hinders_no_loading(tmp_path: Path) -> None:
+    models = write_set(tmp_path / "models", count=1)
+    base, expert = models / "base", models / "e0"
+    for folder in (base, expert):
+        (folder / "README.md").write_text("# a card\n")
+    rlmerge.pack(expert, base, tmp_path / "pack")
+    (base / "README.md").write_text("# a better card\n")
+    packed = open_packed(tmp_path / "pack")
+    found = find_base(packed)
+    assert packed.pack is not None
+    assert "README.md" not in dict(small_files(packed.pack, found, prose=False))
+    with pytest.raises(PackError, match=r"the base's file was changed"):
+        rlmerge.unpack(tmp_path / "pack", tmp_path / "again")

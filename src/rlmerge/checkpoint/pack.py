@@ -117,7 +117,7 @@ def find_base(packed: Checkpoint, given: Path | str | None = None) -> Checkpoint
     tried = [Path(given)] if given is not None else [pack.folder / pack.base_at, Path(pack.base_at)]
     place = next((path for path in tried if path.is_dir()), None)
     if place is None:
-        where = " nor ".join(dict.fromkeys(os.path.abspath(path) for path in tried))
+        where = " nor ".join(dict.fromkeys(os.path.realpath(path) for path in tried))
         raise PackError(f"{packed.reference}: its base is not at {where}. Say where it is: --base FOLDER.")
     base = open_checkpoint(place, str(given) if given is not None else str(place))
     check_base(packed, base)

@@ -36,7 +36,7 @@ def load_packed(pack: Path, base: Path | str | None, load: Load) -> Any:
     found = find_base(packed, base)
     reader = Reader(packed, found)
     with tempfile.TemporaryDirectory(prefix="rlmerge-") as home:
-        for name, data in small_files(reader.pack, found):
+        for name, data in small_files(reader.pack, found, prose=False):
             file = Path(home) / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)

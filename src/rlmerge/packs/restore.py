@@ -103,9 +103,14 @@ def open_packed(folder: Path) -> Checkpoint:
     return found
 
 
-def small_files(pack: Pack, base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The expert's files beside the weights, from the pack or from the base; compared with their digests."""
+def small_files(pack: Pack, base: Checkpoint, prose: bool = True) -> Iterator[tuple[str, bytes]]:
+    """The expert's files beside the weights, from the pack or from the base; compared with their digests.
+
+    prose   model cards and licences too, which no program reads
+    """
     for name, said in pack.files.items():
+        if not prose and (name.endswith(".md") or name.upper().startswith("LICEN")):
+            continue
         path = (base.folder if said.of_base else pack.folder) / name
         try:
             data = path.read_bytes()

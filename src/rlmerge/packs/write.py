@@ -94,7 +94,7 @@ def pack(
         note = {
             "format": FORMAT,
             "rlmerge": VERSION,
-            "base": {"reference": os.path.relpath(old.folder.absolute(), target), "hash": identify(old)},
+            "base": {"reference": _seen_from(target, old.folder), "hash": identify(old)},
             "weights": [header.file.name for header in new.headers],
             "files": _write_small_files(old, new, folder),
         }
@@ -106,6 +106,11 @@ def pack(
     whole = sum(header.size for header in new.headers) + small
     steps = [new.tensors[name].size for name, kind in kinds.items() if kind in ("steps", "same")]
     return Packed(target, size, whole, sum(steps), run.changed, run.step_bytes, reasons, time.monotonic() - started)
+
+
+def _seen_from(pack: Path, base: Path) -> str:
+    """The relative path from a pack to its base past the links on either way: `..` goes up where things lie."""
+    return os.path.relpath(base.resolve(), pack.parent.resolve() / pack.name)
 
 
 def _open(folder: Path | str, role: str) -> Checkpoint:
