@@ -39,7 +39,55 @@ ones are kept more often than `density` says. `density_of: support` ranks the ch
 `rescale: l1` gives each tensor its l1 norm back instead, as mergekit does (its `rescale: true`; `false` is `none`).
 """
 
+BREADCRUMBS = """
+Of the n coordinates of a tensor, the int(`gamma`·n) with the largest changes are dropped, the next int(`density`·n)
+stay, and the rest is dropped; if both are more than n, fewer outliers go. `density: 1`, the default, cuts nothing, not
+even outliers. Ties at a threshold are decided by a hash of the coordinate.
+
+`density_of` says what n is. As published it counts all coordinates: where experts changed few of them, a small
+`density` cuts nothing but the largest changes. `support` counts the changed ones.
+
+`rescale: l1` gives each tensor its l1 norm back (mergekit's `rescale: true`); the default is `none`.
+"""
+
 WHEN = {
+    "arcee_fusion": """
+Use it to move one model's most conspicuous changes to the base, with nothing to tune.
+
+A change has the importance |δ| times the divergence (Kullback-Leibler) of its row, read as logits, between model and
+base; a row is the last dimension. Changes are taken where the importance reaches the median plus one and a half times
+the distance of the quartiles of the tensor; quartiles are exact and count unchanged coordinates. So where
+less than a quarter of the coordinates changed, the threshold is 0, and the result is the model.
+
+Probabilities and divergences are fp64 sums of terms that are never negative. In the inputs' dtype, as in mergekit, the
+divergence of changes as small as RL's is rounding noise, and so is the choice.
+""",
+    "breadcrumbs": f"""
+Use it where an expert has outliers that do harm. Those of RL experts in bf16 are mostly one step large.
+{BREADCRUMBS}""",
+    "breadcrumbs_ties": f"""
+Use it as `breadcrumbs`, where experts also contradict each other. Those who agree with the elected sign are added up,
+or averaged with `normalize: true`. Where weighted deltas cancel exactly, the base stays (`cancelled`).
+{BREADCRUMBS}""",
+    "nearswap": """
+Use it to take from one model what hardly differs from the base, and little of what does.
+
+`t` is absolute, as published: a change up to t is taken, a larger one becomes t. RL changes most weights by less
+than 1e-4, so such a t takes nearly all of an RL expert.
+""",
+    "sce": """
+Use it for experts of different strength: those with larger changes count for more, and `select_topk` merges only where
+experts differ most.
+
+1. Select: the int(`select_topk`·n) coordinates with the largest variance over the experts, of the n where it is not 0.
+   Below 1 this also drops every coordinate on which all experts agree exactly.
+2. Coefficients: the mean square of each expert's selected changes, divided by their sum; per tensor.
+3. Erase the changes whose sign is not that of the plain sum, and average the others by the coefficients. Where the sum
+   is exactly 0 the base stays (`cancelled: positive` elects + as mergekit).
+
+mergekit uses equal coefficients where the mean squares sum to less than 1e-6, hence for every RL expert. There is no
+such bound here: deltas a thousand times smaller give a merged delta a thousand times smaller.
+""",
     "dare_linear": f"""
 Use it to ask how many updates of an expert can be left out.
 {DARE}""",
@@ -109,12 +157,33 @@ Use it to rewrite one model in another dtype, or to scale some of its tensors:
           value: 0.5
         - value: 1
 """,
+    "dots": """
+Use it for one expert trained by supervision and one by RL: their deltas differ in size by an order of magnitude, and
+few entries of either carry most of it. Find the two weights by a sweep: the authors search them in [0.5, 2] each, by
+agreement of sampled answers and perplexity.
+
+Of the n coordinates of a tensor the int(`density`·n) with the largest changes stay; `density_of` says whether n counts
+all (as published) or the changed ones. Then each delta is multiplied so that its l2 norm over the whole model is what
+it was (`norm: model`); `norm: tensor` does so tensor by tensor, `norm: none` leaves it.
+""",
     "ram": """
 Use it for RL experts whose updates rarely meet: an update that only one expert made is kept whole, so it survives bf16.
 
 Where experts contradict each other, their mean is taken as well: opposite updates shrink or cancel. The published
 `epsilon: 1e-5` is absolute and ignores every smaller change; a step between bf16 numbers is smaller than that for
 weights below 2⁻⁹. `rlmerge check` says how large that share is for your experts; `epsilon: 0` counts every change.
+""",
+    "ramplus": """
+Use it as `ram`, where experts share much: what an expert changed alone is raised to make up for the averaging of what
+it shares.
+
+A unique change is multiplied by 1 + `r`·min(`alpha`, shared/unique), where shared and unique count the expert's changes
+over the whole model. The merge report lists the factors. In bf16 a change of one step stays as it is for any factor
+below 1.5, so write `out_dtype: float32` to see a difference to `ram`.
+""",
+    "ramplus_tl": """
+Use it to compare with mergekit, whose `ramplus_tl` this is: as `ramplus`, with the ratio of shared to unique changes
+counted in each tensor, and defaults that raise unique changes by 2 % at most.
 """,
     "sar": """
 Use it for RLVR experts of one base whose updates are sparse and contradict each other. With Fishers, the expert for

@@ -25,6 +25,7 @@ def test_both_modules_have_the_same_kernels():
 def test_every_kernel_is_compared_here():
     source = Path(__file__).read_text() + Path(__file__.replace("twins", "codec")).read_text()
     source += Path(__file__.replace("twins", "steps")).read_text().replace(".apply_steps(", '"apply_steps')
+    source += Path(__file__.replace("twins", "gram")).read_text()
     source += "decode_bf16 decode_f16".replace("decode_", '"decode_') if 'f"decode_{form}"' in source else ""
     missing = [name for name in PLAIN.__all__ if name != "NAME" and f'"{name}' not in source]
     assert not missing
@@ -218,6 +219,17 @@ def test_ram(given_, data, epsilon):
     delta = given_[1]
     out, counts = np.full(delta.shape[1], 7.0), np.ones(len(delta), np.int64)
     agree("ram", base=data.draw(fp64(delta.shape[1])), delta=delta, epsilon=epsilon, out=out, counts=counts)
+
+
+@given(conflicts(), st.data(), st.sampled_from([0.0, 1e-5, 2.0**-9, 1.0]))
+def test_ramplus(given_, data, epsilon):
+    delta = given_[1]
+    some = {"delta": cut_some(delta, data), "epsilon": epsilon}
+    agree("count_shared", **some, shared=np.ones(len(delta), np.int64), unique=np.ones(len(delta), np.int64))
+    agree(
+        "ramplus", **some, base=data.draw(fp64(delta.shape[1])), factor=np.linspace(1.0, 1.3, len(delta)),
+        out=np.full(delta.shape[1], 7.0), counts=np.ones(len(delta), np.int64),
+    )  # fmt: skip
 
 
 @given(st.sampled_from(SIZES), st.data())
@@ -475,6 +487,20 @@ def test_ramp(given_, data, start, inverse):
 def test_kept_norms(given_, order, data):
     delta = given_[1]
     agree("kept_norms", values=cut_some(delta, data), order=order, total=np.full(len(delta), 0.1))
+
+
+# -- spread and join ---------------------------------------------------------------------------------------------------
+
+
+@given(conflicts(), st.integers(0, 2), st.sampled_from([0, 1]), st.data())
+def test_spread_and_join(given_, absent, cancelled, data):
+    where, delta = given_[:2]
+    agree("spread", delta=delta, count=len(delta) + absent, out=np.full(where.size, 7.0, np.float32))
+    agree(
+        "join", base=data.draw(fp64(where.size)), delta=cut_some(delta, data), cancelled=cancelled,
+        coefficient=np.array([0.5, 0.25, 0.0, 1 / 3, 1.0])[: len(delta)], out=np.full(where.size, 7.0),
+        counts=np.ones(2, np.int64),
+    )  # fmt: skip
 
 
 # -- random cuts -----------------------------------------------------------------------------------------------------

@@ -148,7 +148,21 @@ def test_statistics_of_ram_and_ties(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "linear_unnormalized", "task_arithmetic", "ties", "ties_weighted_lambda", "ram"]
+    "name",
+    [
+        "linear",
+        "linear_unnormalized",
+        "task_arithmetic",
+        "ties",
+        "ties_weighted_lambda",
+        "ram",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "sce",
+        "nearswap",
+        "ramplus",
+        "ramplus_tl",
+    ],
 )
 @pytest.mark.parametrize("kernels", ["numba", "numpy"])
 def test_golden_recipes(name, kernels, tmp_path, monkeypatch):
@@ -170,7 +184,7 @@ LAWS = {"permutation", "scaling", "identity", "sign", "zero"}
 DECLARED = [(name, law) for name in rlmerge.method_names() for law in sorted(rlmerge.get_method(name).laws)]
 
 
-CUT = ("dare_linear", "dare_ties", "della", "della_linear")
+CUT = ("dots", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear")
 """Methods that cut nothing by default: their laws are those of half a density, too."""
 
 
@@ -179,7 +193,8 @@ def law_recipe(folder, method, keys, cut=True, **top):
 
     With `cut`, methods that can cut do.
     """
-    special = {"sar": {"sensitivity": "delta2", "density": 1.0}, "ram": {"epsilon": 0}}
+    special = {"sar": {"sensitivity": "delta2", "density": 1.0}, "dots": {"density": 1.0}}
+    special |= {name: {"epsilon": 0} for name in ("ram", "ramplus", "ramplus_tl")}
     special |= {name: {"density": 0.5} for name in CUT if cut}
     parameters = special.get(method, {}) | needed_globals(method)
     keys = fitting(method, keys)

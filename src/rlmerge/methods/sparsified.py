@@ -80,7 +80,7 @@ class Sparsified(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
         """Weights that sum to zero cannot be normalised."""
-        if self.consensus == "sum" and values["normalize"] and float(np.sum(per_model["weight"])) == 0.0:
+        if self.consensus == "sum" and values.get("normalize") and float(np.sum(per_model["weight"])) == 0.0:
             return ["the weights sum to 0, so they cannot be normalised: change a weight or set `normalize: false`"]
         return []
 
@@ -105,7 +105,7 @@ class Sparsified(Method):
             old, out = block.base_at(part.where), np.empty(part.where.size)
             scale = float(task.values["lambda"])
             if self.consensus == "sum":
-                scale /= float(np.sum(task.per_model["weight"])) if task.values["normalize"] else 1.0
+                scale /= float(np.sum(task.per_model["weight"])) if task.values.get("normalize") else 1.0
                 block.kernels.task_arithmetic(old, values, weight, scale, out)
             else:
                 positive = int(task.values["cancelled"] == "positive")

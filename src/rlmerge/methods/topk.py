@@ -73,6 +73,11 @@ class Scorer(ABC):
         """Rows of scores for `count` experts."""
         return count
 
+    def places(self, task: Task, row: int, eligible: int) -> int:
+        """How many to keep in a row of scores: all of them at density 1."""
+        density = float(self.density(task)[row])
+        return eligible if density >= 1.0 else self.wanted(task, density, eligible)
+
 
 class _TopK(Stage):
     def __init__(self, scorer: Scorer, scope: str, order: int = 0) -> None:
@@ -131,17 +136,17 @@ class Coarse(_TopK):
         for row, density in enumerate(self.scorer.density(task)):
             count = total["count"][row]
             eligible = int(count.sum())
-            wanted = eligible if density >= 1.0 else self.scorer.wanted(task, float(density), eligible)
+            wanted = self.scorer.places(task, row, eligible)
             entry: dict[str, Any] = {"eligible": eligible, "wanted": wanted, "bin": -1, "threshold": -1.0}
             entry |= {"above": 0, "ties": 0}
-            if wanted <= 0 and density < 1.0:
+            if wanted <= 0 and (density < 1.0 or eligible):
                 entry |= {"threshold": float(np.inf), "wanted": 0}
             elif wanted < eligible:
-                bin_, above = _bin_of(count, wanted)
+                bin_, above = bin_of(count, wanted)
                 low, high = int(total["low"][row, bin_]), int(total["high"][row, bin_])
                 entry |= {"bin": bin_, "above": above}
                 if low == high:
-                    entry |= {"threshold": _from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
+                    entry |= {"threshold": from_bits(bin_ * FINE + low), "ties": int(count[bin_])}
             rows.append(entry)
         norms = []
         if self.order and task.size > EXACT:
@@ -156,7 +161,7 @@ class Fine(_TopK):
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Where the coarse histogram left a threshold open."""
-        return super().needed(task, results) and any(_is_open(row) for row in results["coarse"]["rows"])
+        return super().needed(task, results) and any(is_open(row) for row in results["coarse"]["rows"])
 
     def empty(self, count: int) -> Summary:
         """Histograms of nothing."""
@@ -165,7 +170,7 @@ class Fine(_TopK):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds the scores of a block that lie in the open bins."""
-        bins = np.array([row["bin"] if _is_open(row) else -1 for row in results["coarse"]["rows"]], np.int64)
+        bins = np.array([row["bin"] if is_open(row) else -1 for row in results["coarse"]["rows"]], np.int64)
         for part in self.scorer.score(block, task, results):
             block.kernels.fine(part.scores, part.rows, bins, summary["count"])
             if self.sums(task):
@@ -177,11 +182,11 @@ class Fine(_TopK):
         rows = []
         for place, coarse in enumerate(results["coarse"]["rows"]):
             entry = dict(coarse) | {"place": -1}
-            if _is_open(coarse):
+            if is_open(coarse):
                 count = total["count"][place]
-                bin_, above = _bin_of(count, coarse["wanted"] - coarse["above"])
+                bin_, above = bin_of(count, coarse["wanted"] - coarse["above"])
                 entry |= {
-                    "threshold": _from_bits(coarse["bin"] * FINE + bin_),
+                    "threshold": from_bits(coarse["bin"] * FINE + bin_),
                     "above": coarse["above"] + above,
                     "ties": int(count[bin_]),
                     "place": bin_,
@@ -307,7 +312,7 @@ def _exact_sum(values: NDArray[np.float64]) -> float:
     return math.fsum(values[values != 0.0].tolist())
 
 
-def _bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
+def bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     """The highest bin at which `wanted` of the largest are reached, and how many lie in the bins above it."""
     filled = np.flatnonzero(count)[::-1]  # few of the bins, for bf16 deltas
     from_top = np.cumsum(count[filled])
@@ -315,11 +320,13 @@ def _bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     return int(filled[place]), int(from_top[place - 1]) if place else 0
 
 
-def _from_bits(bits: int) -> float:
+def from_bits(bits: int) -> float:
+    """The fp32 number of a coarse bin and a fine one."""
     return float(np.array(bits, np.uint32).view(np.float32))
 
 
-def _is_open(row: Mapping[str, Any]) -> bool:
+def is_open(row: Mapping[str, Any]) -> bool:
+    """Whether the coarse bin of a threshold holds several values."""
     return row["bin"] >= 0 and row["threshold"] < 0
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: codec, changes, census, combine, draw, gram, sar, sar_rules, settle, steps, trim."""
+"""The compiled kernels: codec, changes, census, combine, draw, gram, sar, settle, spread, steps, trim."""
 
 from .census import census, fisher_sums
 from .changes import changes, deltas, patches_bf16, take, take_bf16
@@ -11,12 +11,13 @@ from .codec import (
     encode_f32,
     round_stochastically,
 )
-from .combine import linear, ram, task_arithmetic, ties
+from .combine import count_shared, linear, ram, ramplus, task_arithmetic, ties
 from .draw import draw, row_ranks
 from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .spread import join, spread
 from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
@@ -32,6 +33,7 @@ __all__ = [
     "coarse_norms",
     "compose",
     "count_nonfinite",
+    "count_shared",
     "count_updates",
     "decode_bf16",
     "decode_f16",
@@ -46,11 +48,13 @@ __all__ = [
     "fisher_sums",
     "gram_columns",
     "gram_rows",
+    "join",
     "kept_norms",
     "linear",
     "patches_bf16",
     "ram",
     "ramp",
+    "ramplus",
     "realised",
     "resolve",
     "resolve_by",
@@ -61,6 +65,7 @@ __all__ = [
     "settle_f16",
     "settle_f32",
     "sift",
+    "spread",
     "take",
     "take_bf16",
     "task_arithmetic",

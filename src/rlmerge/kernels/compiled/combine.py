@@ -138,3 +138,37 @@ def ram(base, delta, epsilon, out, counts):
         old = base[first : first + size]
         for j in range(size):
             some[j] = old[j] + sum_[j] / number[j] if number[j] > 0.0 else old[j]
+
+
+@kernel
+def count_shared(delta, epsilon, shared, unique):
+    """Adds to int64[E] each: changes |δ| > epsilon of fp64[E, m] where others changed something, too, and where not."""
+    for j in range(delta.shape[1]):
+        number = 0
+        for k in range(delta.shape[0]):
+            number += abs(delta[k, j]) > epsilon
+        for k in range(delta.shape[0]):
+            seen = abs(delta[k, j]) > epsilon
+            shared[k] += seen & (number > 1)
+            unique[k] += seen & (number == 1)
+
+
+@kernel
+def ramplus(base, delta, epsilon, factor, out, counts):
+    """As `ram`; where one expert alone changed something, its delta is multiplied by its factor, fp64[E]."""
+    for j in range(out.shape[0]):
+        number = 0
+        sum_ = 0.0
+        raised = 0.0
+        for k in range(delta.shape[0]):
+            value = delta[k, j]
+            if abs(value) > epsilon:
+                number += 1
+                sum_ += value
+                raised = factor[k] * value
+            else:
+                counts[k] += value != 0.0
+        if number == 1:
+            out[j] = base[j] + raised
+        else:
+            out[j] = base[j] + sum_ / number if number > 0 else base[j]

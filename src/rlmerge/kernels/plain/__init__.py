@@ -11,11 +11,12 @@ from .codec import (
     encode_f32,
     round_stochastically,
 )
-from .combine import linear, ram, task_arithmetic, ties
+from .combine import count_shared, linear, ram, ramplus, task_arithmetic, ties
 from .draw import draw, row_ranks
 from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, resolve_by, scores
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .spread import join, spread
 from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
@@ -31,6 +32,7 @@ __all__ = [
     "coarse_norms",
     "compose",
     "count_nonfinite",
+    "count_shared",
     "count_updates",
     "decode_bf16",
     "decode_f16",
@@ -45,11 +47,13 @@ __all__ = [
     "fisher_sums",
     "gram_columns",
     "gram_rows",
+    "join",
     "kept_norms",
     "linear",
     "patches_bf16",
     "ram",
     "ramp",
+    "ramplus",
     "realised",
     "resolve",
     "resolve_by",
@@ -60,6 +64,7 @@ __all__ = [
     "settle_f16",
     "settle_f32",
     "sift",
+    "spread",
     "take",
     "take_bf16",
     "task_arithmetic",

@@ -55,3 +55,20 @@ def ram(base, delta, epsilon, out, counts):
         sum_[seen[k]] += delta[k, seen[k]]
     number = seen.sum(axis=0)
     out[:] = np.where(number > 0, base + sum_ / np.maximum(number, 1), base)
+
+
+def count_shared(delta, epsilon, shared, unique):
+    """Changes that others share, and those that they do not."""
+    seen = np.abs(delta) > epsilon
+    number = seen.sum(axis=0)
+    shared += (seen & (number > 1)).sum(axis=1)
+    unique += (seen & (number == 1)).sum(axis=1)
+
+
+def ramplus(base, delta, epsilon, factor, out, counts):
+    """As `ram`, unique changes times a factor."""
+    ram(base, delta, epsilon, out, counts)
+    seen = np.abs(delta) > epsilon
+    alone = seen.sum(axis=0) == 1
+    own = np.where(seen, factor[:, None] * delta, 0.0)
+    out[alone] = base[alone] + own[seen.argmax(axis=0), np.arange(base.size)][alone]
