@@ -117,7 +117,7 @@ def add_steps(
 
 
 def _buffer(name: str, size: int) -> NDArray[np.uint64]:
-    """uint64[size] with undefined content, of this thread, used again: fresh pages would cost more than decoding."""
+    """uint64[size] with undefined content, of this thread, used again."""
     held: NDArray[np.uint64] | None = getattr(_local, name, None)
     if held is None or held.size < size:
         held = np.empty(size, np.uint64)

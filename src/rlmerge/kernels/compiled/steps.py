@@ -269,8 +269,8 @@ def apply_steps(data, table, skip, total, old, words, room):
 
     data uint64 holds the chunks from the first to the last that words touch, and two words more. table uint32[c + 1, 4]
     has their rows, the first of which begins where data does, and one with the end. The first chunk begins `skip`
-    coordinates before words, and `total` coordinates before the tensor's end. room int64[4, ROOM] is used again and
-    again: memory that is new costs more than what is done in it. With a chunk that is none, words are neither.
+    coordinates before words, and `total` coordinates before the tensor's end. room int64[4, ROOM] is
+    overwritten. With a chunk that is none, words are neither.
     """
     width = words.itemsize * 8
     places, ones, low = room[0, : ROOM // 2].view(np.int32), room[0, ROOM // 2 :].view(np.int32), room[1].view(np.int32)
