@@ -104,6 +104,21 @@ sign are averaged (`normalize: false` adds them up). Where weighted deltas cance
     "della_linear": f"""
 Use it as `dare_linear`, where large updates should survive more often than small ones.
 {DELLA}""",
+    "iso_c": """
+Use it where a few directions of the summed updates drown the others: all become equally strong. RL updates have a few
+strong directions and a long tail; Iso-C turns the tail up, noise included. Iso-C is a sum: with many experts lower
+`scaling`.
+""",
+    "iso_cts": """
+Use it as `iso_c`, for many or dissimilar experts: a share of the directions is reserved for what each expert has alone.
+""",
+    "iso_merger": """
+Use it for RL experts of one base, whose training turns singular vectors and hardly changes singular values (the
+authors' finding: 3 % of an update is in the spectrum). Updates of experts that do not meet are added, not averaged.
+
+Where singular values of the base nearly meet, a small update turns their vectors far. K experts take K + 3
+decompositions: look at the time and memory that `rlmerge check` foresees.
+""",
     "karcher": """
 Use it for models that were trained apart and differ much: it averages directions and lengths separately, so that the
 mean of K models is not shorter than they are.
@@ -185,6 +200,11 @@ below 1.5, so write `out_dtype: float32` to see a difference to `ram`.
 Use it to compare with mergekit, whose `ramplus_tl` this is: as `ramplus`, with the ratio of shared to unique changes
 counted in each tensor, and defaults that raise unique changes by 2 % at most.
 """,
+    "resmerge": """
+Use it where the strongest direction of each expert contradicts the others and their tails agree. Between nearly
+orthogonal RL experts, the tails' coherence is 1/√K: then it is the mean of the tails, and little of it survives bf16.
+Look at `survival`.
+""",
     "sar": """
 Use it for RLVR experts of one base whose updates are sparse and contradict each other. With Fishers, the expert for
 whom a weight matters most keeps its update; without them, `sensitivity: delta2` lets the larger update win.
@@ -241,6 +261,12 @@ straight line, `linear` with weights 1 - t and t; `nuslerp` with a base turns th
 `models` lists both ends, or one of them and `base_model` the other. `t` may be a gradient over the layers and have
 filters: mergekit's well-known recipes have one curve for `self_attn` and one for `mlp`.
 """,
+    "subspace_rewiring": """
+Use it on one expert, to see how few directions of its update carry it, or to drop what is outside the base's leading
+directions (`base_rank`).
+
+The method's authors call it SAR, too; it is not `sar`. Save it wider than bf16: what remains of the update is small.
+""",
     "task_arithmetic": """
 Use it where experts hardly meet, or with a small `lambda` found by a sweep. The sum keeps unique updates whole, so they
 survive bf16; shared updates are counted once per expert, and opposite ones cancel.
@@ -255,6 +281,10 @@ cuts nothing; `density_of: support` makes it a share of the non-zero updates.
 Updates of equal size and opposite sign cancel exactly, which is common between bf16 RLVR experts. Then nobody is
 elected and the base stays. mergekit elects + there: `cancelled: positive` does the same.
 """,
+    "tsv_m": """
+Use it for experts whose updates have low rank. Each keeps r/K directions, so K experts share the matrix; directions
+that two experts share are turned apart, and not counted twice. It is a sum: `scaling` up to 3 was tried by the authors.
+""",
 }
 
 LAWS = {
@@ -264,6 +294,14 @@ LAWS = {
     "sign": "deltas of opposite sign make a merged delta of opposite sign",
     "zero": "experts equal to the base give the base",
 }
+
+MATRICES = [
+    "2-D tensors are decomposed whole, in fp64, with one thread of BLAS each; directions of rounding noise are "
+    "dropped. A decomposition of m×n takes about 4e-10 s·m·n·min(m, n), and a square matrix 9 to 20 times its size in "
+    "fp64, one much longer than wide 5 to 10 times. `rlmerge check` foresees both; `--memory` bounds the threads by "
+    "it. BLAS libraries round differently, so the same bytes are promised for one machine only.",
+    "",
+]
 
 
 def page(method: Method) -> str:
@@ -293,6 +331,7 @@ def page(method: Method) -> str:
         "|---|---|---|---|---|",
         *(row(spec) for spec in method.parameters),
         "",
+        *MATRICES * (method.grain == "matrix"),
         "Numbers may be gradients over the layers, and every parameter may have filters: see [the guide](../guide.md).",
         "",
     ]

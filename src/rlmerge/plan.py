@@ -71,7 +71,7 @@ class TensorPlan:
 
     carry      why it is copied from the base instead of merged, or None
     block      coordinates of a block; units are multiples of it
-    units      [start, stop) in coordinates
+    units      [start, stop) in coordinates; a single one for methods of grain 'matrix'
     fishers    also of a tensor that is carried: they count in the mean of a Fisher
     fisher_sums  Σ F of each, where every fisher.json records it and the merge will read them
     fisher_digests  xxh3-128 of each, where every fisher.json records it beside the sum and the tensor is one unit
@@ -344,7 +344,8 @@ def _plan_tensor(
 ) -> TensorPlan:
     reason = matched.carried.get(info.name)
     block = _block_size(info.shape, len(matched.merged.get(info.name, ())), recipe.method.grain)
-    units = tuple(_ranges(info.size, max(1, UNIT // block) * block))
+    step = info.size if recipe.method.grain == "matrix" else UNIT // block * block
+    units = tuple(_ranges(info.size, max(step, block)))
     repeats = matched.tied.get(info.name, "")
     # a Fisher has a tied tensor once, under the name that its file has
     copies = {info.name, repeats, *(name for name, first in matched.tied.items() if first in (info.name, repeats))}

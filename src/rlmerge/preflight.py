@@ -24,10 +24,13 @@ from rlmerge.settings import (
     make_variants,
     sweep_names,
     thread_bytes,
+    whole_cost,
 )
 
 RATE = 6e8
 """Bytes per second and thread that one pass handles, measured on two cores (docs/log.md); only for the estimate."""
+DECOMPOSED = 4e-10
+"""Seconds of a thread for a decomposition in fp64 and the products with it, divided by m·n·min(m, n) (docs/log.md)."""
 
 
 @dataclass
@@ -120,6 +123,8 @@ def estimate(plan: Plan, threads: int) -> dict[str, Any]:
     # of the Gram matrices a tensor needs one kind
     passes = 1 + len(names & {"coarse", "ranks", "norms", "pair_conflict"}) + bool(names & {"gram", "columns"})
     each = thread_bytes(plan)
+    # whole matrices: each decomposition reads its input anew, which is little beside its own time
+    decomposing = DECOMPOSED * sum(number * work for number, work, _ in whole_cost(plan))
     read = passes * (moved["read"] + moved["fisher"]) + moved["fisher"] * any(s.name == "fisher_mean" for s in stages)
     return {
         "bytes_read": read,
@@ -128,5 +133,5 @@ def estimate(plan: Plan, threads: int) -> dict[str, Any]:
         "disk_bytes": sum(file.size for file in plan.outputs) * len(plan.variants),
         "memory_bytes": 250 * 2**20 + threads * each,
         "threads": threads,
-        "hours": (read + moved["written"]) / (RATE * threads) / 3600,
+        "hours": ((read + moved["written"]) / RATE + decomposing) / threads / 3600,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import MismatchError, RecipeError
+from rlmerge.parameters import Resolver
 from rlmerge.plan import Plan, stage_names
 from rlmerge.recipe import Recipe, load_recipe
 
@@ -97,9 +98,33 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
     return max(1, min(threads, (memory - fixed) // each))
 
 
+def whole_cost(plan: Plan) -> list[tuple[int, int, int]]:
+    """For each tensor that is merged whole: decompositions of all variants, m·n·min(m, n) of one, bytes held."""
+    found = []
+    resolvers = [Resolver(recipe, recipe.method, plan.layers) for recipe in plan.variants]
+    for tensor in plan.tensors if plan.recipe.method.grain == "matrix" else ():
+        if tensor.carry is not None:
+            continue
+        costs = [
+            resolver.method.whole_cost(
+                tensor.name, tensor.shape, resolver.resolve(tensor.known_as).values, len(plan.experts)
+            )
+            for resolver in resolvers
+        ]
+        if any(number for number, _ in costs):
+            number, held = sum(number for number, _ in costs), max(held for _, held in costs)
+            found.append((number, tensor.size * min(tensor.shape), held))
+    return found
+
+
+def whole_bytes(plan: Plan) -> int:
+    """Memory that a thread takes for the largest tensor that it merges whole."""
+    return max((held for _, _, held in whole_cost(plan)), default=0)
+
+
 def thread_bytes(plan: Plan) -> int:
     """Anonymous memory of one thread, at most: what stages keep, a block of stored words or decoded values, places,
-    deltas and updates in fp64, histograms, LoRA factors, for K experts.
+    deltas and updates in fp64, histograms, LoRA factors, for K experts; a whole matrix where the method needs one.
     """
     count = len(plan.experts)
     block = max((min(tensor.block, tensor.size) for tensor in plan.tensors), default=0)
@@ -109,4 +134,6 @@ def thread_bytes(plan: Plan) -> int:
         for source in tensor.experts:
             if source.a is not None and source.b is not None:
                 factors = max(factors, 4 * (source.a.nbytes + source.b.nbytes))
-    return kept + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors
+    return (
+        kept + whole_bytes(plan) + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors
+    )

@@ -26,6 +26,7 @@ from rlmerge.recipe import Recipe
 from .blocks import InputBlock
 from .inputs import Hashes, Inputs, blocks_of, cast, decode_words
 from .memory import Memo, Space
+from .whole_tensor import WholeTensor
 
 FORMATS = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126)}
 """Fraction bits and smallest exponent, for stochastic rounding."""
@@ -119,20 +120,26 @@ class Worker:
         written = [xxhash.xxh3_128() for _ in variants]
         stats = [_Stats() for _ in variants]
         census = [_Stats() for _ in self.leaders]
-        for block in self._blocks(tensor, unit, space, last=True):
-            block.read_all()
-            if self.plan.has_base:
-                for group, leader in enumerate(self.leaders):
-                    census[group].add(self._census(block, group, self.task(leader, tensor)))
-            for variant in variants:
-                task = self.task(variant, tensor)
-                merged = self.plan.variants[variant].method.merge(block, task, results[self.group_of[variant]])
-                if self.inputs.allow_nonfinite:
-                    spread_nonfinite(block, task, merged)
-                stats[variant].add(merged.stats)
-                raw = self._encode(plan, variant, block, merged, stats[variant], space)
-                written[variant].update(raw.data)
-                write(variant, tensor, block.start, raw)
+        for some in self._together():
+            # at most one where tensors are made whole
+            made = self._whole(some[0], tensor, unit, results[self.group_of[some[0]]], space)
+            for block in self._blocks(tensor, unit, space, last=True):
+                block.read_all()
+                if self.plan.has_base and some[0] == 0:
+                    for group, leader in enumerate(self.leaders):
+                        census[group].add(self._census(block, group, self.task(leader, tensor)))
+                for variant in some:
+                    task, method = self.task(variant, tensor), self.plan.variants[variant].method
+                    if made is not None:
+                        merged = Merged(made[block.start : block.start + block.size])
+                    else:
+                        merged = method.merge(block, task, results[self.group_of[variant]])
+                    if self.inputs.allow_nonfinite:
+                        spread_nonfinite(block, task, merged)
+                    stats[variant].add(merged.stats)
+                    raw = self._encode(plan, variant, block, merged, stats[variant], space)
+                    written[variant].update(raw.data)
+                    write(variant, tensor, block.start, raw)
         hashes = self._hashes.pop((tensor, unit))
         return UnitRecord(
             tensor,
@@ -144,6 +151,21 @@ class Worker:
             hashes.sums.tolist() if plan.fisher_sums else [],
             hashes.base_sum,
         )
+
+    def _together(self) -> list[list[int]]:
+        """Variants that are merged in one reading: all, or one after the other where each makes a whole tensor."""
+        variants = list(range(len(self.plan.variants)))
+        return [[v] for v in variants] if self.plan.recipe.method.grain == "matrix" else [variants]
+
+    def _whole(
+        self, variant: int, tensor: int, unit: int, results: Mapping[str, Result], space: Space
+    ) -> NDArray[np.float64] | None:
+        """The merged tensor where the method makes it whole."""
+        plan, method = self.plan.tensors[tensor], self.plan.variants[variant].method
+        if method.grain != "matrix":
+            return None
+        whole = WholeTensor(plan.shape, len(plan.experts), lambda: self._blocks(tensor, unit, space, last=True))
+        return method.whole(whole, self.task(variant, tensor), results)
 
     def check_sums(self, tensor: int, units: Mapping[tuple[int, int], UnitRecord]) -> None:
         """Raises FisherError where fisher.json recorded another sum than the merge has read from the file, and

@@ -21,6 +21,9 @@ METHODS: dict[str, str] = {
     "della": "della:Della",
     "della_linear": "della:DellaLinear",
     "dots": "dots:Dots",
+    "iso_c": "singular:IsoC",
+    "iso_cts": "singular:IsoCts",
+    "iso_merger": "iso_merger:IsoMerger",
     "karcher": "karcher:Karcher",
     "linear": "linear:Linear",
     "model_stock": "model_stock:ModelStock",
@@ -31,11 +34,14 @@ METHODS: dict[str, str] = {
     "ram": "ram:Ram",
     "ramplus": "ram:RamPlus",
     "ramplus_tl": "ram:RamPlusTensorLocal",
+    "resmerge": "resmerge:ResMerge",
     "sar": "sar:Sar",
     "sce": "sce:Sce",
     "slerp": "slerp:Slerp",
+    "subspace_rewiring": "rewiring:SubspaceRewiring",
     "task_arithmetic": "task_arithmetic:TaskArithmetic",
     "ties": "ties:Ties",
+    "tsv_m": "singular:TsvMerge",
 }
 
 

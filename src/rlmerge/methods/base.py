@@ -191,6 +191,31 @@ class Block(ABC):
         """
 
 
+class Whole(ABC):
+    """A whole tensor, for methods of grain 'matrix': read block by block whenever it is asked for, and not kept.
+
+    changed      bool[K]: the expert differs from its reference somewhere
+    finite       no delta is NaN or infinite
+    """
+
+    changed: NDArray[np.bool_]
+    finite: bool
+
+    @abstractmethod
+    def base(self) -> NDArray[np.float64]:
+        """The base, fp64 in the tensor's shape; a new array."""
+
+    @abstractmethod
+    def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Σ c[i]·δi, fp64 in the tensor's shape; a new array. Experts are added in their order, those of 0 left out."""
+
+    def delta(self, expert: int) -> NDArray[np.float64]:
+        """One expert's delta, fp64 in the tensor's shape; a new array."""
+        only = np.zeros(len(self.changed))
+        only[expert] = 1.0
+        return self.combine(only)
+
+
 @dataclass(slots=True)
 class Change:
     """New values fp64[m] at coordinates `where` int32[m] of a block whose base holds `old` fp64[m] there."""
@@ -305,6 +330,16 @@ class Method(ABC):
     def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
         """The rescale factor of each expert at this tensor, for the report; empty where nothing is rescaled."""
         return []
+
+    def whole(self, tensor: Whole, task: Task, results: Mapping[str, Result]) -> NDArray[np.float64] | None:
+        """The merged values of a whole tensor, fp64[n]; None leaves it to `merge`. Only for grain 'matrix'."""
+        return None
+
+    def whole_cost(
+        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int
+    ) -> tuple[int, int]:
+        """What `whole` takes for a tensor: singular value decompositions of its shape, and bytes, at most."""
+        return 0, 0
 
     @abstractmethod
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:

@@ -1,0 +1,41 @@
+"""One expert's leading directions, seen in the singular frames of the base: `subspace_rewiring`."""
+
+from __future__ import annotations
+
+from .base import Arity, Parameter, Task, Whole
+from .gram import F64
+from .spectral import MATRIX, Spectral, decompose, embeddings
+
+
+class SubspaceRewiring(Spectral):
+    """Source: Subspace-Aligned Rewiring (arXiv 2607.03065) and its authors' script, which computes in fp32.
+
+    The update is cut to its leading max(1, int(fraction·r)) singular directions, r = min(m, n), and projected onto the
+    leading `base_rank` left and right singular vectors of the base. With the default, all of them, a square matrix is
+    only cut. The authors take seven projections of a layer; here it is every 2-D tensor that is no embedding or head.
+    Other tensors are the expert's. Cost: two decompositions.
+    """
+
+    name = "subspace_rewiring"
+    summary = "one expert's leading singular directions, projected onto those of the base"
+    formula = "θ = θ0 + U·Uᵀ·δ_k·V·Vᵀ, δ_k the leading directions of δ, θ0 = U·S·Vᵀ"
+    source = "Subspace-Aligned Rewiring (arXiv 2607.03065)"
+    parameters = (
+        Parameter("base_rank", "integer", 1_000_000, "singular vectors of the base, at most", minimum=1),
+        Parameter("delta_rank_fraction", "number", 0.01, "share of the update's directions", above=0, maximum=1),
+        embeddings(False),
+        MATRIX,
+    )
+    arity = Arity(1, 1)
+    svds = (2, 0)
+    held = (3, 0)
+
+    def update(self, tensor: Whole, task: Task) -> F64:
+        """The cut and projected update."""
+        keep = max(1, int(min(task.shape) * float(task.values["delta_rank_fraction"])))
+        left, values, right = decompose(tensor.delta(0))
+        left, right = left[:, :keep] * values[:keep], right[:keep].copy()
+        rank = int(task.values["base_rank"])
+        rows, _, columns = decompose(tensor.base())
+        rows, columns = rows[:, :rank], columns[:rank]
+        return (rows @ (rows.T @ left)) @ ((right @ columns.T) @ columns)

@@ -1,0 +1,114 @@
+"""What the spectral methods share: which tensors are matrices, decompositions without noise, and the mean of the rest.
+
+A matrix is decomposed whole, in fp64, with one thread of BLAS; matrices run side by side. Singular directions whose
+value is rounding noise have no meaning, so they are dropped everywhere (LAPACK returns some, and what is made of them
+would differ from machine to machine).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .base import Block, Merged, Method, Parameter, Result, Task, Whole
+from .gram import F64, combine_deltas
+
+NOT_INNER = ("embed", "lm_head", "wte", "wpe")
+"""Parts of the names of embeddings and heads."""
+
+MATRIX = Parameter("matrix", "flag", True, "decompose 2-D tensors; filters may leave some to the rule for the others")
+
+
+def embeddings(default: bool) -> Parameter:
+    """The parameter that says what embeddings and head are."""
+    return Parameter("embeddings", "flag", default, "decompose embeddings and head (by name), too")
+
+
+SCALING = Parameter("scaling", "number", 1.0, "factor of the merged update of matrices and of the mean of the others")
+
+
+class Spectral(Method):
+    """A method that merges matrices whole. The others are the base and the mean of the updates, unless it differs."""
+
+    grain = "matrix"
+    laws = frozenset({"permutation", "zero"})
+
+    svds: tuple[int, int] = (0, 0)
+    """Decompositions of a matrix: so many, and so many for each expert."""
+    held: tuple[int, int] = (0, 0)
+    """Arrays of its size that are held beside what is decomposed: so many, and so many for each expert."""
+
+    def whole_cost(
+        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int
+    ) -> tuple[int, int]:
+        """As declared, and what LAPACK takes: a copy, the vectors and its work space (measured with NumPy's)."""
+        if not self.decomposes(tensor, shape, values):
+            return 0, 0
+        size, square = shape[0] * shape[1], min(shape) ** 2
+        held = 1 + self.held[0] + self.held[1] * experts
+        return self.svds[0] + self.svds[1] * experts, int(8 * (held * size + 3.6 * size + 4.5 * square))
+
+    def decomposes(self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any]) -> bool:
+        """Exactly two dimensions, not filtered, and no embedding unless asked for."""
+        inside = not any(part in tensor for part in NOT_INNER)
+        return len(shape) == 2 and bool(values["matrix"]) and (inside or bool(values["embeddings"]))
+
+    @abstractmethod
+    def update(self, tensor: Whole, task: Task) -> F64:
+        """The merged update of a matrix, fp64[m, n]; of no expert without a delta."""
+
+    def whole(self, tensor: Whole, task: Task, results: Mapping[str, Result]) -> F64 | None:
+        """The base and the merged update of a matrix."""
+        if not self.decomposes(task.tensor, task.shape, task.values) or not tensor.changed.any():
+            return None
+        if not tensor.finite:
+            return np.full(task.size, np.nan)
+        out = self.update(tensor, task)
+        out += tensor.base()
+        return out.reshape(-1)
+
+    def scale(self, task: Task) -> float:
+        """The factor of the mean of the updates of what is no matrix."""
+        return float(task.values.get("scaling", 1.0))
+
+    def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
+        """θ0 + s·mean δi."""
+        count = len(task.experts)
+        return combine_deltas(block, np.full(count, self.scale(task) / count))
+
+
+def decompose(matrix: F64) -> tuple[F64, F64, F64]:
+    """Thin U fp64[m, r], s fp64[r], Vᵀ fp64[r, n] of a matrix, without directions of noise: r is its numerical rank."""
+    left, values, right = thin(matrix)
+    rank = int(np.count_nonzero(values > noise(matrix) * values[0])) if values.size else 0
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def thin(matrix: F64) -> tuple[F64, F64, F64]:
+    """Thin U, s, Vᵀ with all min(m, n) directions."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def noise(matrix: F64) -> float:
+    """Singular values below this share of the largest are rounding (NumPy's rule for ranks)."""
+    return max(matrix.shape) * float(np.finfo(np.float64).eps)
+
+
+def polar(matrix: F64) -> F64:
+    """The nearest matrix whose rows or columns are orthonormal, within the span of this one."""
+    left, _, right = decompose(matrix)
+    return left @ right
+
+
+def inner(one: F64, other: F64) -> float:
+    """⟨A, B⟩, one after the other in a fixed order."""
+    return float(np.einsum("ij,ij", one, other))
+
+
+def norm(matrix: F64) -> float:
+    """Frobenius norm."""
+    return float(np.sqrt(inner(matrix, matrix)))
