@@ -49,7 +49,7 @@ def test_demo_measures_its_models_and_runs_again(demo):
         assert accuracy[expert][domain]["value"] > accuracy["base"][domain]["value"] + 0.1
     for row in found["groups"]["rlvr-fusion-1"]["math"]:
         assert row["model"] in text
-    for word in ("support", "conflict (of overlap)", "wins", "survival", "beyond noise", "no claim about methods"):
+    for word in ("support", "conflict (of overlap)", "wins", "survival", "within noise", "no claim about methods"):
         assert word in text
     assert (folder / "demo-out" / "demo.svg").stat().st_size > 1000
     assert rlmerge.verify(folder / "demo-out" / "models" / "rlvr-fusion-1-sar" / "bf16")["tensors"] > 0
