@@ -66,7 +66,7 @@ TINY = Preset(
     fisher=256,
     problems=400,
     eval_batch=200,
-    seconds={"pretrain": 170, "base": 25, "rlvr": 75, "sft": 20, "rft": 25, "fisher": 10, "eval": 8, "merge": 8},
+    seconds={"pretrain": 170, "base": 25, "rlvr": 75, "sft": 20, "rft": 25, "fisher": 10, "eval": 8, "merge": 4},
 )
 
 SMALL = Preset(
