@@ -172,6 +172,26 @@ Use it to rewrite one model in another dtype, or to scale some of its tensors:
           value: 0.5
         - value: 1
 """,
+    "fisher": """
+Use it as the published baseline among methods that know curvature. Every model needs a `fisher:` folder.
+
+It averages weights, not changes: an expert that left a weight as it was pulls towards the base with all of its Fisher.
+Fishers of experts of one base are much alike, so the result is near the plain average, and an update that one of K
+experts made keeps about 1/K of its size. Look at `survival`.
+
+F̂ is the Fisher divided by its mean, so the scale of a Fisher means nothing. `floor` is a share of that mean; the
+published 1e-6 is absolute and above nearly all Fishers of language models. With `floor: 0`, a coordinate where all
+Fishers are 0 takes the average by `weight`. Tensors without a Fisher count as F̂ = 1.
+""",
+    "ota": """
+Use it where experts are dense, to keep only the changes that matter to them. Every model needs a `fisher:` folder;
+those from Adam's second moments (`rlmerge fisher --from-adam`) are the published choice.
+
+Of an expert's changes, the share `density` with the largest F̂·δ² stays, counted over the whole model (or per tensor,
+`scope: tensor`). Where several experts keep a change, the changes are averaged by F̂^`power`; experts whose change
+was masked have no vote. F̂ is the Fisher divided by its mean. The published thresholds are absolute numbers found for
+each expert; a density says the same without them.
+""",
     "dots": """
 Use it for one expert trained by supervision and one by RL: their deltas differ in size by an order of magnitude, and
 few entries of either carry most of it. Find the two weights by a sweep: the authors search them in [0.5, 2] each, by

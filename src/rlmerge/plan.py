@@ -293,17 +293,20 @@ def _open_fishers(
     if not wanted:
         notes = [f"`fisher:` is given, but method {recipe.merge_method!r} does not read it with these parameters."]
         return (), notes if having else []
+    free = any(spec.name == "sensitivity" for spec in recipe.method.parameters)
     if not having:
         raise FisherError(
-            f"{recipe.merge_method!r} arbitrates by Fisher information, but no model has a `fisher:` folder.\n"
-            "  Give each model one (`fisher: FOLDER` in the recipe, --fisher on the command line), or set\n"
-            "  `sensitivity: delta2`, which needs no data."
+            f"{recipe.merge_method!r} {'arbitrates' if free else 'averages'} by Fisher information, but no model has a "
+            "`fisher:` folder.\n"
+            "  Give each model one (`fisher: FOLDER` in the recipe, --fisher on the command line), or "
+            + ("set\n  `sensitivity: delta2`, which needs no data." if free else "choose another method.")
         )
     if len(having) < len(keys):
         missing = ", ".join(key for key in keys if key not in having)
         raise FisherError(
             f"these models have no `fisher:`: {missing}; the others have one. Sensitivities of different kinds cannot "
-            "be compared: give all models a Fisher, or set `sensitivity: delta2`."
+            "be compared: give all models a Fisher, or "
+            + ("set `sensitivity: delta2`." if free else "choose another method.")
         )
     folders = tuple(open_fisher(path, donor) for key in keys if (path := paths[key]) is not None)
     shared = [name for name in donor.tensors if all(name in folder.tensors for folder in folders)]

@@ -503,6 +503,16 @@ def test_spread_and_join(given_, absent, cancelled, data):
     )  # fmt: skip
 
 
+@given(conflicts(), st.data())
+def test_weighted_mean(given_, data):
+    where, delta = given_[:2]
+    share = np.random.default_rng(data.draw(st.integers(0, 9))).choice([0.0, 0.5, 1 / 3, 2.0], delta.shape)
+    agree(
+        "weighted_mean", base=data.draw(fp64(where.size)), delta=delta, share=share, total=share.sum(axis=0),
+        out=np.full(where.size, 7.0),
+    )  # fmt: skip
+
+
 # -- random cuts -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.checkpoint.checkpoint_files import write_tensors
 from tests.methods.small_models import (
     SHAPES,
     fitting,
@@ -20,6 +21,7 @@ from tests.methods.small_models import (
     same_bits,
     same_values,
     small_blocks,
+    some_fishers,
     sparse_model,
     write_all,
 )  # fmt: skip
@@ -184,7 +186,7 @@ LAWS = {"permutation", "scaling", "identity", "sign", "zero"}
 DECLARED = [(name, law) for name in rlmerge.method_names() for law in sorted(rlmerge.get_method(name).laws)]
 
 
-CUT = ("dots", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear")
+CUT = ("dots", "ota", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear")
 """Methods that cut nothing by default: their laws are those of half a density, too."""
 
 
@@ -193,12 +195,16 @@ def law_recipe(folder, method, keys, cut=True, **top):
 
     With `cut`, methods that can cut do.
     """
-    special = {"sar": {"sensitivity": "delta2", "density": 1.0}, "dots": {"density": 1.0}}
+    special = {"sar": {"sensitivity": "delta2", "density": 1.0}, "dots": {"density": 1.0}, "ota": {"density": 1.0}}
     special |= {name: {"epsilon": 0} for name in ("ram", "ramplus", "ramplus_tl")}
     special |= {name: {"density": 0.5} for name in CUT if cut}
     parameters = special.get(method, {}) | needed_globals(method)
     keys = fitting(method, keys)
-    return make_recipe(folder, method, keys, parameters, needed_weights(method, keys), **top)
+    fishers = method in ("fisher", "ota")
+    if fishers:
+        for key, tensors in some_fishers(np.random.default_rng(9), sorted(keys)).items():
+            write_tensors(folder / f"fisher_{key}" / "fisher.safetensors", tensors, "F32")
+    return make_recipe(folder, method, keys, parameters, needed_weights(method, keys), fishers, **top)
 
 
 def permutation(folder, method, base, experts):

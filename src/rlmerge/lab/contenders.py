@@ -37,8 +37,9 @@ def contenders(experts: int, labels: Sequence[str] = ()) -> list[Contender]:
         most = method.arity.maximum
         if method.arity.minimum <= experts and (most is None or experts <= most):
             required = {parameter.name: 1.0 for parameter in method.parameters if parameter.default is None}
+            defaults = {parameter.name: parameter.default for parameter in method.parameters}
             cut = {"density": 0.5} if name in HALVES else {}
-            found.append(Contender(name, name, required | cut, fishers=name == "sar"))
+            found.append(Contender(name, name, required | cut, fishers=method.uses_fisher(defaults)))
     found.append(Contender("sar-delta2", "sar", {"sensitivity": "delta2"}))
     return [one for one in found if not labels or one.label in labels]
 

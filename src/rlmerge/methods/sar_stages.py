@@ -20,6 +20,9 @@ class FisherMean(Stage):
     scope = "model"
     carried = True
 
+    def __init__(self, instead: str = "use `sensitivity: delta2`") -> None:
+        self.instead = instead
+
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
         """Tensors that every Fisher has, merged or not; a tied one once."""
         return task.fisher and not task.repeats
@@ -44,12 +47,12 @@ class FisherMean(Stage):
             if total["negative"][place]:
                 raise FisherError(
                     f"the Fisher of {expert!r} has {int(total['negative'][place])} negative entries; a diagonal Fisher "
-                    "is a mean of squares. Estimate it again, or use `sensitivity: delta2`."
+                    f"is a mean of squares. Estimate it again, or {self.instead}."
                 )
             if total["sum"][place] == 0.0:
                 raise FisherError(
                     f"the Fisher of {expert!r} is zero everywhere, so it cannot arbitrate. Estimate it again with data "
-                    "on which the model has a gradient, or use `sensitivity: delta2`."
+                    f"on which the model has a gradient, or {self.instead}."
                 )
         return {"mean": (total["sum"] / task.size).tolist()}
 

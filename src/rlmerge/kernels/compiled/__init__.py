@@ -17,7 +17,7 @@ from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
-from .spread import join, spread
+from .spread import join, spread, weighted_mean
 from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
 
@@ -73,4 +73,5 @@ __all__ = [
     "ties",
     "trim",
     "weigh",
+    "weighted_mean",
 ]

@@ -57,3 +57,13 @@ def join(base, delta, coefficient, cancelled, out, counts):
                 sum_ += coefficient[k] * delta[k, j] if agrees else 0.0
                 divisor += coefficient[k] if agrees else 0.0
         out[j] = base[j] + sum_ / divisor if divisor != 0.0 else base[j]
+
+
+@kernel
+def weighted_mean(base, delta, share, total, out):
+    """base + Σ share·δ / total, share fp64[E, m], total fp64[m]; the base where nothing changed or total is 0."""
+    for j in range(out.shape[0]):
+        sum_ = 0.0
+        for k in range(delta.shape[0]):
+            sum_ += share[k, j] * delta[k, j]
+        out[j] = base[j] + sum_ / total[j] if (total[j] != 0.0) & (sum_ != 0.0) else base[j]

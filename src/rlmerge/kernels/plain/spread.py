@@ -38,3 +38,13 @@ def join(base, delta, coefficient, cancelled, out, counts):
         divisor[agrees] += own
     divided = np.divide(sum_, divisor, out=np.zeros(base.shape), where=divisor != 0.0)
     out[:] = np.where(divisor != 0.0, base + divided, base)
+
+
+def weighted_mean(base, delta, share, total, out):
+    """base + Σ share·δ / total."""
+    sum_ = np.zeros(base.shape)
+    for own, row in zip(share, delta):
+        sum_ = sum_ + own * row
+    some = (total != 0.0) & (sum_ != 0.0)
+    mean = np.divide(sum_, total, out=np.zeros(base.shape), where=some)
+    out[:] = np.where(some, base + mean, base)
