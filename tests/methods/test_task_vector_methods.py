@@ -260,3 +260,26 @@ def test_importances_of_rl_sized_changes_are_those_of_long_arithmetic(tmp_path):
     changed = (base["w"] != expert["w"]) & clear
     assert clear.mean() > 0.99
     assert ((found != base["w"]) == (scores >= threshold))[changed].all()
+
+
+@pytest.mark.parametrize(
+    ("method", "points"),
+    [
+        ("arcee_fusion", [{"epsilon": 1e-8}, {"epsilon": 10.0}]),
+        ("breadcrumbs", [{"density": 0.5}, {"density": 0.3, "gamma": 0.2}, {"density": 0.5, "lambda": 0.5}]),
+        ("dare_ties", [{"density": 0.5, "rescale": "l1"}, {"density": 0.3, "rescale": "l1", "normalize": True}]),
+        ("della", [{"density": 0.5}, {"density": 0.5, "epsilon": 0.3}, {"density": 0.5, "density_of": "support"}]),
+        ("dots", [{"density": 0.5}, {"density": 0.3, "lambda": 0.5}]),
+        ("ramplus", [{"r": 0.5}, {"r": 0.1, "alpha": 0.1}, {"epsilon": 0.05}]),
+        ("sce", [{"select_topk": 0.5}, {"select_topk": 1.0}, {"select_topk": 0.3, "cancelled": "positive"}]),
+    ],
+)
+def test_every_point_of_a_sweep_is_the_merge_alone(tmp_path, method, points):
+    base, experts = models(3, min(3, rlmerge.get_method(method).arity.maximum or 3), "F32")
+    write_all(tmp_path, base, experts)
+    own = {key: {"weight": 0.5} for key in experts} if method not in ("arcee_fusion", "sce", "ramplus") else {}
+    recipe = make_recipe(tmp_path, method, list(experts), {}, own)
+    outcome = rlmerge.merge_to_folder(recipe, tmp_path / "sweep", sweep=points, threads=2)
+    for name, point in zip(outcome.names, points):
+        found = load_file(tmp_path / "sweep" / name / "model.safetensors")
+        assert same_bits(found, merge_values(recipe.with_settings(point))), point

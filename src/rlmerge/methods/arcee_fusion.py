@@ -39,7 +39,7 @@ class Importance(Scorer):
 
     def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Ranked]:
         """The importances of what changed (all others have none), three times."""
-        return block.keep("importance", lambda: _ranked(block, task))
+        return block.keep(("importance", task.group), lambda: _ranked(block, task))
 
 
 def _ranked(block: Block, task: Task) -> list[Ranked]:
