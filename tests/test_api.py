@@ -145,7 +145,7 @@ def test_provenance_hashes_do_not_depend_on_the_method_or_kernels(recipe, tmp_pa
         parameters = {"sensitivity": "delta2", "arbitration": "soft", "lambda": 0.5} if method == "sar" else parameters
         other = make_recipe(tmp_path, method, ["e0", "e1"], parameters, own)
         out = rlmerge.merge_to_folder(other, tmp_path / kernels, kernels=kernels).out
-        found.append([entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"]])
+        found.append([entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"][:3]])
     out = rlmerge.merge_to_folder(recipe, tmp_path / "sar").out
     expected = [entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"]][:3]
     assert found == [expected, expected]

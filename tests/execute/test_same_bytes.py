@@ -63,7 +63,7 @@ def models(tmp_path_factory):
 def recipe_of(folder, method, parameters, order=("e0", "e1", "e2"), **top):
     keys = fitting(method, order)
     own = needed_weights(method, keys, 0.7)
-    return make_recipe(folder, method, keys, parameters, own, method == "sar", **top)
+    return make_recipe(folder, method, keys, parameters, own, method in ("sar", "fisher", "ota"), **top)
 
 
 @pytest.mark.parametrize(("method", "parameters"), CASES, ids=IDS)

@@ -69,9 +69,22 @@ def write_all(
 
 def make_recipe(
     folder: Path, method: str, keys: list[str], parameters: Mapping[str, Any] | None = None,
-    own: Mapping[str, Mapping[str, Any]] | None = None, fishers: bool = False, base: str | None = "base", **top: Any,
+    own: Mapping[str, Mapping[str, Any]] | None = None, fishers: bool | None = None, base: str | None = "base",
+    **top: Any,
 ) -> rlmerge.Recipe:  # fmt: skip
-    """A recipe over folders below `folder`; `own` are per-model parameters, `top` further top-level keys."""
+    """A recipe over folders below `folder`; `own` are per-model parameters, `top` further top-level keys.
+
+    Global parameters that a method requires are 1; a method that requires Fishers gets Fishers of ones, unless told.
+    """
+    if method in rlmerge.method_names():
+        parameters = needed_globals(method) | dict(parameters or {})
+    if fishers is None and method in ("fisher", "ota"):
+        ones = {
+            n: np.ones(a.shape, np.float32) for n, (kind, a) in read_words(folder / "base").items() if kind in FORMS
+        }
+        for key in keys:
+            write_tensors(folder / f"fisher_{key}" / "fisher.safetensors", ones, "F32")
+        fishers = True
     models = []
     for key in keys:
         entry: dict[str, Any] = {"model": key}

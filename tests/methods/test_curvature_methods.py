@@ -121,7 +121,7 @@ def test_same_bits_for_threads_blocks_and_kernels(tmp_path, method, dtype):
 @pytest.mark.parametrize("method", ["fisher", "ota"])
 def test_without_fishers_or_weights_it_says_so(tmp_path, method):
     _, experts, _ = given_models(tmp_path, 5, 2)
-    message = refusal(lambda: merge_values(make_recipe(tmp_path, method, list(experts)))) or ""
+    message = refusal(lambda: merge_values(make_recipe(tmp_path, method, list(experts), fishers=False))) or ""
     assert "averages by Fisher information" in message
     assert "delta2" not in message
     message = refusal(lambda: make_recipe(tmp_path, method, list(experts), {"weight": 0}, fishers=True)) or ""

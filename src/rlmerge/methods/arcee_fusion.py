@@ -48,8 +48,9 @@ def _ranked(block: Block, task: Task) -> list[Ranked]:
     for patch in block.patches:
         if divergence is None:
             divergence = divergences(block, length, float(task.values["epsilon"]))
-        importance = np.abs(patch.delta[0]) * divergence[patch.where // length]
-        scores = np.tile(importance.astype(np.float32), (3, 1))
+        with np.errstate(all="ignore"):  # what is no number has no importance: its bits lie outside the histograms
+            importance = (np.abs(patch.delta[0]) * divergence[patch.where // length]).astype(np.float32)
+        scores = np.tile(np.where(importance > 0.0, importance, np.float32(0.0)), (3, 1))
         found.append(Ranked(np.arange(3), patch.where, patch.delta, scores, patch.experts))
     return found
 
@@ -64,9 +65,10 @@ def divergences(block: Block, length: int, epsilon: float) -> NDArray[np.float64
     expert = block.expert[0].reshape(-1, length).astype(np.float64)
     if block.additive[0]:
         expert = base + expert
-    p, q = (_softmax(values) + epsilon for values in (expert, base))
-    difference = p - q
-    return np.sum(p * np.log1p(difference / q) - difference, axis=1)
+    with np.errstate(all="ignore"):
+        p, q = (_softmax(values) + epsilon for values in (expert, base))
+        difference = p - q
+        return np.sum(p * np.log1p(difference / q) - difference, axis=1)
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

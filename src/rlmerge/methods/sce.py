@@ -62,7 +62,8 @@ class Energy(Stage):
         """Coefficients that sum to 1. No absolute bound: RL-sized deltas have energies of 1e-9 and less."""
         energy = total["energy"]
         whole = float(energy.sum())
-        share = energy / whole if whole > 0.0 else np.full(len(energy), 1.0 / len(energy))
+        with np.errstate(invalid="ignore"):  # where a recipe lets infinities in, they come out as such
+            share = energy / whole if whole > 0.0 else np.full(len(energy), 1.0 / len(energy))
         return {"coefficient": share.tolist()}
 
 

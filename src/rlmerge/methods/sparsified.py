@@ -153,5 +153,6 @@ class Norms(Stage):
         before, after = total["before"], total["after"]
         if self.order == 2:
             before, after = np.sqrt(before), np.sqrt(after)
-        factor = np.divide(before, after, out=np.ones(len(before)), where=after > 0.0)
+        with np.errstate(invalid="ignore"):  # where a recipe lets infinities in, they come out as such
+            factor = np.divide(before, after, out=np.ones(len(before)), where=after > 0.0)
         return {"before": before.tolist(), "after": after.tolist(), "factor": factor.tolist()}

@@ -31,7 +31,8 @@ def spread(delta, count, out):
             squares += (delta[k, j] - mean) * (delta[k, j] - mean)
         squares += (count - experts) * (mean * mean)
         size = np.float32(math.sqrt(squares / count))
-        out[j] = max(size, smallest) if low != high else np.float32(0.0)
+        # what is no number gets the smallest score: its bits would lie outside the histograms
+        out[j] = (size if size > smallest else smallest) if low != high else np.float32(0.0)
 
 
 @kernel
@@ -65,5 +66,5 @@ def weighted_mean(base, delta, share, total, out):
     for j in range(out.shape[0]):
         sum_ = 0.0
         for k in range(delta.shape[0]):
-            sum_ += share[k, j] * delta[k, j]
+            sum_ += share[k, j] * delta[k, j] if share[k, j] != 0.0 else 0.0
         out[j] = base[j] + sum_ / total[j] if (total[j] != 0.0) & (sum_ != 0.0) else base[j]

@@ -12,7 +12,7 @@ def spread(delta, count, out):
     for row in delta:
         total = total + row
     mean = total / count
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         for row in delta:
             squares = squares + (row - mean) * (row - mean)
         squares = squares + absent * (mean * mean)
@@ -20,7 +20,7 @@ def spread(delta, count, out):
     edges = np.zeros((min(absent, 1), delta.shape[1]))
     every = np.concatenate([delta, edges])
     differ = every.min(axis=0) != every.max(axis=0)
-    out[:] = np.where(differ, np.maximum(size, np.float32(1e-45)), np.float32(0.0))
+    out[:] = np.where(differ, np.where(size > np.float32(1e-45), size, np.float32(1e-45)), np.float32(0.0))
 
 
 def join(base, delta, coefficient, cancelled, out, counts):
@@ -44,7 +44,8 @@ def weighted_mean(base, delta, share, total, out):
     """base + Σ share·δ / total."""
     sum_ = np.zeros(base.shape)
     for own, row in zip(share, delta):
-        sum_ = sum_ + own * row
+        some = own != 0.0
+        sum_[some] = sum_[some] + own[some] * row[some]
     some = (total != 0.0) & (sum_ != 0.0)
     mean = np.divide(sum_, total, out=np.zeros(base.shape), where=some)
     out[:] = np.where(some, base + mean, base)
