@@ -312,7 +312,14 @@ main()
 def test_an_interrupted_merge_is_continued_by_the_same_command(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", SLOWLY, "merge", str(good / "ties.yml"), str(out), *NUMPY, "--threads", "1"]
-    running = subprocess.Popen([*command, "--slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--slow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a suite that was started in the background ignores the keyboard, and its children would, too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     journal = tmp_path / "out.unfinished/journal.jsonl"
     until = time.monotonic() + 30
     while not (journal.exists() and journal.read_text().count('{"unit"') >= 2) and time.monotonic() < until:
