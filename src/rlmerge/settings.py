@@ -71,7 +71,13 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     from rlmerge.checkpoint.tokenizer import compare_tokenizers
 
     folders = list(dict.fromkeys([plan.donor.folder, *(model.folder for model in plan.models)]))
-    differences = tuple(compare_tokenizers(folders))
+    lender = plan.base or plan.donor
+    lent = {
+        model.folder: {name: lender.folder / name for name, file in model.pack.files.items() if file.of_base}
+        for model in plan.models
+        if model.pack is not None
+    }
+    differences = tuple(compare_tokenizers(folders, lent))
     if differences and not accept:
         listed = "\n  ".join(differences[:8]) + (
             f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""

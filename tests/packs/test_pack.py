@@ -439,3 +439,19 @@ def test_a_model_card_of_the_base_that_changed_later_hinders_no_loading(tmp_path
     assert "README.md" not in dict(small_files(packed.pack, found, prose=False))
     with pytest.raises(PackError, match=r"the base's file was changed"):
         rlmerge.unpack(tmp_path / "pack", tmp_path / "again")
+
+
+def test_a_pack_has_the_tokenizer_files_that_it_shares_with_its_base(tmp_path: Path) -> None:
+    """A configuration that differs is in the pack, a template that does not is the base's: the expert has both."""
+    models = write_set(tmp_path / "models", count=1)
+    for folder, name in ((models / "base", "Fast"), (models / "e0", "Slow")):
+        (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    rlmerge.pack(models / "e0", models / "base", tmp_path / "pack")
+    assert not (tmp_path / "pack" / "chat_template.jinja").exists()
+    recipe = rlmerge.recipe_from_parts(str(models / "base"), [str(tmp_path / "pack")], "ties", {"weight": 1.0})
+    rlmerge.check(recipe)
+    (models / "e0" / "chat_template.jinja").write_text("another\n")
+    rlmerge.pack(models / "e0", models / "base", tmp_path / "pack", overwrite=True)
+    with pytest.raises(MismatchError, match="chat template"):
+        rlmerge.check(recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -22,17 +22,20 @@ _FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_MORE = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SHOWN = 3
 
 
-def compare_tokenizers(folders: list[Path]) -> list[str]:
+def compare_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]] | None = None) -> list[str]:
     """What differs between the tokenizers of these folders, as sentences that name two folders each; [] for nothing.
 
     Compared are tokens with their ids, merges, the special tokens and the chat templates; of a folder that lacks one of
     these files, only what it has. Raises CheckpointError for a tokenizer file that cannot be read.
+
+    lent   by folder: files that lie elsewhere, by name, as those that a delta pack has in common with its base
     """
-    cache = _Cache()
+    cache = _Cache(lent or {})
     distinct: list[tuple[Path, dict[str, str]]] = []
     for folder in folders:
         digests = cache.digests(folder)
@@ -66,14 +69,19 @@ def _compare(folder: Path, aspects: dict[str, Any], first: dict[str, tuple[Path,
 class _Cache:
     """Parses files of equal bytes once."""
 
-    def __init__(self) -> None:
+    def __init__(self, lent: Mapping[Path, Mapping[str, Path]]) -> None:
+        self._lent = lent
         self._parsed: dict[str, Any] = {}
 
     def digests(self, folder: Path) -> dict[str, str]:
         """xxh3 of each tokenizer file that the folder has; additional chat templates among them."""
-        files = [file for name in _FILES if (file := folder / name).is_file()]
-        files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        return {str(file.relative_to(folder)): xxhash.xxh3_128_hexdigest(_bytes(file)) for file in files}
+        names = [*_FILES, *(f"{_MORE}/{file.name}" for file in sorted((folder / _MORE).glob("*.jinja")))]
+        names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{_MORE}/"))
+        files = {name: file for name in names if (file := self._place(folder, name)).is_file()}
+        return {name: xxhash.xxh3_128_hexdigest(_bytes(file)) for name, file in files.items()}
+
+    def _place(self, folder: Path, name: str) -> Path:
+        return self._lent.get(folder, {}).get(name, folder / name)
 
     def parsed(self, folder: Path, digests: dict[str, str], name: str) -> Any:
         """A JSON object, or the lines of a text file (there, kinds of new lines do not matter); None without it."""
@@ -81,7 +89,7 @@ class _Cache:
             return None
         key = f"{digests[name]} {Path(name).suffix}"
         if key not in self._parsed:
-            self._parsed[key] = _parse(folder / name)
+            self._parsed[key] = _parse(self._place(folder, name))
         return self._parsed[key]
 
 
