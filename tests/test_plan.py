@@ -22,7 +22,8 @@ from tests.methods.small_models import (
 
 import rlmerge
 from rlmerge.checkpoint.layout import WIDTH
-from rlmerge.plan import make_plan, sum_bytes
+from rlmerge.plan import sum_bytes
+from rlmerge.planner import make_plan
 
 
 def shaped(folder, shapes, dtype="F32"):

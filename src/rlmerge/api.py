@@ -25,7 +25,8 @@ from rlmerge.execute.report import collect
 from rlmerge.execute.work import Worker
 from rlmerge.fisher.on_demand import with_estimates, without_fishers
 from rlmerge.kernels import Backend, choose, is_compiled, load_kernels
-from rlmerge.plan import Plan, make_plan, without_records
+from rlmerge.plan import Plan, without_records
+from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (

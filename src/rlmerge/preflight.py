@@ -11,7 +11,8 @@ from typing import Any
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.parameters import Resolver
 from rlmerge.parameters import explain as explain_parameters
-from rlmerge.plan import Plan, make_plan, sum_bytes
+from rlmerge.plan import Plan, sum_bytes
+from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlmerge.errors import MismatchError, RecipeError
 from rlmerge.parameters import Resolver
-from rlmerge.plan import Plan, stage_names
+from rlmerge.plan import Plan
+from rlmerge.planner import stage_names
 from rlmerge.recipe import Recipe, load_recipe
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

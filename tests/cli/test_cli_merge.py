@@ -294,8 +294,8 @@ def test_paths_are_relative_to_the_recipe_and_stay_as_written(good: Path, tmp_pa
 
 SLOWLY = """
 import sys, time
-import rlmerge.plan
-rlmerge.plan.BLOCK, rlmerge.plan.UNIT = 32, 64
+import rlmerge.planner
+rlmerge.planner.BLOCK, rlmerge.planner.UNIT = 32, 64
 from rlmerge.execute.work import Worker
 merge = Worker.merge
 def slow(self, *arguments):

@@ -28,8 +28,8 @@ from rlmerge.execute.work import Worker
 # the command line in a process of its own, with units small enough that kills land between many of them
 PROGRAM = """
 import sys
-import rlmerge.plan
-rlmerge.plan.BLOCK, rlmerge.plan.UNIT = 8192, 16384
+import rlmerge.planner
+rlmerge.planner.BLOCK, rlmerge.planner.UNIT = 8192, 16384
 from rlmerge.cli.main import main
 sys.argv[0] = "rlmerge"
 main()

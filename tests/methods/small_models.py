@@ -15,7 +15,7 @@ import yaml
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 
 import rlmerge
-from rlmerge import plan as plan_module
+from rlmerge import planner
 
 Tensors = dict[str, np.ndarray]
 KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
@@ -129,8 +129,8 @@ def merge_values(recipe: rlmerge.Recipe, **options: Any) -> Tensors:
 def small_blocks(block: int, unit: int | None = None):
     """Plans made inside have blocks and units of so many coordinates."""
     with (
-        mock.patch.object(plan_module, "BLOCK", block),
-        mock.patch.object(plan_module, "UNIT", max(unit or plan_module.UNIT, block)),
+        mock.patch.object(planner, "BLOCK", block),
+        mock.patch.object(planner, "UNIT", max(unit or planner.UNIT, block)),
     ):
         yield
 
@@ -140,7 +140,7 @@ def small_shards(shard_bytes: int):
     """Merges inside write shards of so many bytes (the API asks for a megabyte at least)."""
 
     def make_plan(recipe: Any, variants: Any = (), _: int = 0) -> Any:
-        return plan_module.make_plan(recipe, variants, shard_bytes)
+        return planner.make_plan(recipe, variants, shard_bytes)
 
     with mock.patch("rlmerge.api.make_plan", make_plan):
         yield

@@ -240,7 +240,7 @@ def test_memory_and_time_are_foreseen(tmp_path):
     for method, number in {"tsv_m": 5, "iso_c": 1, "iso_cts": 6, "iso_merger": 6, "resmerge": 3}.items():
         recipe = make_recipe(tmp_path, method, list(experts))
         report = check(recipe, threads=1)
-        plan = rlmerge.plan.make_plan(recipe)
+        plan = rlmerge.planner.make_plan(recipe)
         ((found, work, held),) = whole_cost(plan)
         assert (found, work) == (number, 400 * 300 * 300)
         assert report.estimate["hours"] * 3600 >= number * work * 4e-10

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from rlmerge.errors import FisherError
 from rlmerge.execute.inputs import Inputs, Space, blocks_of
 from rlmerge.kernels import load_kernels
-from rlmerge.plan import Plan, make_plan
+from rlmerge.plan import Plan
+from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe, load_recipe
 
 from .on_demand import without_fishers
