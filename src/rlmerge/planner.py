@@ -1,4 +1,4 @@
-"""Recipe and headers in, plan out. Every error that headers and small files can show is raised here; no weight is read."""
+"""Recipe and headers in, plan out: every error that they can show is raised here, and no weight is read."""
 
 from __future__ import annotations
 
