@@ -105,7 +105,8 @@ class FileEntry:
 class Plan:
     """Everything a worker needs to know. `variants` are the recipes of a sweep (one, as a rule) over the same inputs.
 
-    `block` is the most coordinates of a block. `has_base` is False for averages without a base: then the donor only lends names, dtypes and files.
+    `block` is the most coordinates of a block. `has_base` is False for averages without a base: then the donor only
+    lends names, dtypes and files.
     """
 
     variants: tuple[Recipe, ...]
