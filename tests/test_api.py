@@ -143,11 +143,13 @@ def test_provenance_hashes_do_not_depend_on_the_method_or_kernels(recipe, tmp_pa
         pytest.skip("takes one model")
     for parameters, kernels in (({}, "numba"), ({}, "numpy")):
         parameters = {"sensitivity": "delta2", "arbitration": "soft", "lambda": 0.5} if method == "sar" else parameters
-        other = make_recipe(tmp_path, method, ["e0", "e1"], parameters, own)
+        other = make_recipe(tmp_path, method, ["e0", "e1"], parameters, own, base="base")
         out = rlmerge.merge_to_folder(other, tmp_path / kernels, kernels=kernels).out
-        found.append([entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"][:3]])
+        read = {entry["role"]: entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"]}
+        found.append({role: read.get(role) for role in ("base", "e0", "e1")})
     out = rlmerge.merge_to_folder(recipe, tmp_path / "sar").out
-    expected = [entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"]][:3]
+    read = {entry["role"]: entry["xxh3"] for entry in json.loads((out / "rlmerge.json").read_text())["inputs"]}
+    expected = {role: read[role] for role in ("base", "e0", "e1")}
     assert found == [expected, expected]
 
 

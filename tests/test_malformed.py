@@ -423,7 +423,7 @@ case(
     EMBED,
     "'- value: ...'",
 )
-case("recipe: slices", put("recipe.yml", RECIPE + "slices: []\n"), "recipe.yml:12", "'slices'", "not supported")
+case("recipe: slices", put("recipe.yml", RECIPE + "slices: []\n"), "recipe.yml:12", "either 'models' or 'slices'")
 case(
     "recipe: a quoted number for a path",
     recipe(("model: e1", "model: 17")),

@@ -282,7 +282,7 @@ MISTAKES = {
     "unknown key of a model": (HEAD + "models:\n- model: a\n  fsher: x\n", ["r.yml:5: models[0].fsher", "'fisher'?"]),
     **{
         key: (HEAD + f"{key}: x\n", [f"r.yml:3: {key}: mergekit's '{key}' is not supported by this version"])
-        for key in ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+        for key in ("tokenizer", "tokenizer_source", "chat_template")
     },
     "no models": (HEAD, ["r.yml: 'models' is missing"]),
     "models is text": (HEAD + "models: a\n", ["r.yml:3: models: expected a list, found 'a'"]),
@@ -462,7 +462,7 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-KEYS = st.sampled_from([*TOP_KEYS, "slices", "x"])
+KEYS = st.sampled_from([*TOP_KEYS, "x"])
 PARAMETERS = st.dictionaries(st.sampled_from([spec.name for spec in Ties.parameters] + ["int8_mask", "x"]), VALUES)
 
 

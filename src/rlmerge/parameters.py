@@ -196,6 +196,18 @@ def interpolate(values: Sequence[Any], layer: int | None, layers: int) -> Any:
     return min(max(value, min(low, high)), max(low, high))
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a tensor of a slice stands: its layer among those of the slice, None outside of them.
+
+    sources   the names under which the models have it, in the order of the experts: what per-model filters test
+    """
+
+    layer: int | None
+    layers: int
+    sources: tuple[str, ...]
+
+
 # ---- Resolution -------------------------------------------------------------------------------------------------
 
 
@@ -217,10 +229,10 @@ class Resolver:
         self.method = method
         self.layers = layers
         self.experts = tuple(entry.key for entry in recipe.experts)
-        self._global = recipe.parameters
+        self._scopes = recipe.scopes
         self._models = tuple(entry.parameters for entry in recipe.experts)
         self._recipe = recipe
-        given = [value for scope in (self._global, *self._models) for value in scope.values()]
+        given = [value for scope in (*self._scopes, *self._models) for value in scope.values()]
         entries = [entry for value in given if _is_filtered(value) for entry in value]
         self._filters = tuple(dict.fromkeys(entry["filter"] for entry in entries if entry["filter"] != "*"))
         plain = [value for value in given if not _is_filtered(value)] + [entry["value"] for entry in entries]
@@ -233,12 +245,19 @@ class Resolver:
         """Whether all tensors resolve alike: no gradients and no filters."""
         return not self._filters and not self._graded
 
-    def resolve(self, tensor: str) -> Resolved:
-        """The parameters at this tensor; RecipeError if one is missing or the method refuses the combination."""
-        layer = layer_of(tensor) if self._graded else None
-        place = (layer, tuple(text in tensor for text in self._filters))
+    def resolve(self, tensor: str, spot: Spot | None = None) -> Resolved:
+        """The parameters at this tensor; RecipeError if one is missing or the method refuses the combination.
+
+        Without a spot the tensor's name says its layer, and all models have it under that name.
+        """
+        if spot is None or not self._graded:
+            layer, layers = layer_of(tensor) if self._graded else None, self.layers
+        else:
+            layer, layers = spot.layer, spot.layers
+        names = (tensor,) if spot is None else (tensor, *spot.sources)
+        place = (layer, layers, tuple(text in name for name in names for text in self._filters))
         if place not in self._cache:
-            resolved = self._resolve(tensor, layer)
+            resolved = self._resolve(names, layer, layers)
             outcome = (
                 tuple(resolved.values.items()),
                 tuple((name, values.tobytes()) for name, values in resolved.per_model.items()),
@@ -249,14 +268,17 @@ class Resolver:
             self._cache[place] = self._outcomes[outcome]
         return self._cache[place]
 
-    def _resolve(self, tensor: str, layer: int | None) -> Resolved:
+    def _resolve(self, names: tuple[str, ...], layer: int | None, layers: int) -> Resolved:
+        tensor, sources = names[0], names[1:] or names * len(self._models)
         values: dict[str, Any] = {}
         per_model: dict[str, NDArray[np.float64]] = {}
         for spec in self.method.parameters:
             if not spec.per_model:
-                values[spec.name] = self._ask(spec, (self._global,), tensor, layer)
+                values[spec.name] = self._ask(spec, self._scopes, tensor, layer, layers)
                 continue
-            asked = [self._ask(spec, (own, self._global), tensor, layer) for own in self._models]
+            asked = [
+                self._ask(spec, (own, *self._scopes), name, layer, layers) for own, name in zip(self._models, sources)
+            ]
             if spec.kind == "choice":
                 asked = [spec.choices.index(value) for value in asked]
             array = np.array(asked, np.float64)
@@ -264,7 +286,9 @@ class Resolver:
             per_model[spec.name] = array
         return Resolved(values, per_model)
 
-    def _ask(self, spec: Parameter, scopes: tuple[Mapping[str, Any], ...], tensor: str, layer: int | None) -> Any:
+    def _ask(
+        self, spec: Parameter, scopes: tuple[Mapping[str, Any], ...], tensor: str, layer: int | None, layers: int
+    ) -> Any:
         """The first scope that yields a value, else the method's default."""
         for scope in scopes:
             value = scope.get(spec.name)
@@ -272,7 +296,7 @@ class Resolver:
                 matching = (entry["value"] for entry in value if entry["filter"] == "*" or entry["filter"] in tensor)
                 value = next(matching, None)
             if isinstance(value, list):
-                value = interpolate(value, layer, self.layers) if value else None
+                value = interpolate(value, layer, layers) if value else None
             if value is not None:
                 return value
         if spec.default is None:
@@ -285,9 +309,9 @@ class Resolver:
 
     def _place(self, spec: Parameter, scope: Mapping[str, Any]) -> tuple[str | int, ...]:
         """Where the recipe gives a parameter: in the model that has this scope, else for all."""
-        for k, entry in enumerate(self._recipe.models):
+        for entry in self._recipe.models:
             if entry.parameters is scope and spec.name in scope:
-                return ("models", k, "parameters", spec.name)
+                return self._recipe.place(entry, "parameters", spec.name)
         return ("parameters", spec.name)
 
     def _check(self, tensor: str, resolved: Resolved) -> None:
@@ -300,8 +324,10 @@ class Resolver:
 # ---- Explanation ------------------------------------------------------------------------------------------------
 
 
-def explain(recipe: Recipe, method: Method, tensors: Iterable[str], layers: int) -> list[dict[str, Any]]:
-    """Groups of tensors with equal parameters, in the order of their first tensor.
+def explain(
+    recipe: Recipe, method: Method, tensors: Iterable[str], layers: int, spots: Mapping[str, Spot | None] | None = None
+) -> list[dict[str, Any]]:
+    """Groups of tensors with equal parameters, in the order of their first tensor; `spots` as in `Resolver.resolve`.
 
     Each is `{'tensors': patterns, 'count': n, 'values': {...}, 'models': {key: {...}}}`, JSON-able; a pattern folds
     numbers of layers and whole sub-modules: 'model.layers.{0-3}.mlp.*'.
@@ -310,7 +336,7 @@ def explain(recipe: Recipe, method: Method, tensors: Iterable[str], layers: int)
     names = list(dict.fromkeys(tensors))
     groups: dict[int, tuple[Resolved, list[str]]] = {}
     for name in names:
-        resolved = resolver.resolve(name)
+        resolved = resolver.resolve(name, (spots or {}).get(name))
         groups.setdefault(id(resolved), (resolved, []))[1].append(name)
     return [
         {

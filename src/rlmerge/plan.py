@@ -7,7 +7,8 @@ and the inputs, so that a run is only ever continued by itself.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -16,10 +17,12 @@ import xxhash
 from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.layout import WIDTH, OutputFile
+from rlmerge.checkpoint.restack import Stack
+from rlmerge.parameters import Resolved, Resolver, Spot
 from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class TensorPlan:
     fisher_digests  xxh3-128 of each, where every fisher.json records it beside the sum and the tensor is one unit
     repeats    the tensor of which it is a tied copy, or '': both are made with the random numbers, parameters and
                Fishers of that one, so that the copies stay equal
+    part, spot the part of the recipe that makes it, and where it stands in a slice
     base_sum   the weighted sum (hex) that delta packs say the base's words have, or ''
     """
 
@@ -79,6 +83,8 @@ class TensorPlan:
     fisher_sums: tuple[float, ...] = ()
     fisher_digests: tuple[str, ...] = ()
     base_sum: str = ""
+    part: int = 0
+    spot: Spot | None = None
 
     @property
     def size(self) -> int:
@@ -106,7 +112,9 @@ class Plan:
     """Everything a worker needs to know. `variants` are the recipes of a sweep (one, as a rule) over the same inputs.
 
     `block` is the most coordinates of a block. `has_base` is False for averages without a base: then the donor only
-    lends names, dtypes and files.
+    lends names, dtypes and files. `part_experts` are the experts of each part of the recipe, `experts` all of them.
+    `stacks` say which layers the output has, where they are others than the donor's; `roles`, for sliced models,
+    whether a tensor outside of the layers belongs before or after them.
     """
 
     variants: tuple[Recipe, ...]
@@ -122,6 +130,9 @@ class Plan:
     base: Checkpoint | None
     fishers: tuple[FisherFolder, ...]
     block: int
+    part_experts: tuple[tuple[str, ...], ...]
+    stacks: tuple[Stack, ...] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -138,10 +149,19 @@ class Plan:
             "experts": list(self.experts),
             "has_base": self.has_base,
             "layers": self.layers,
+            "part_experts": [list(keys) for keys in self.part_experts],
             "files": [asdict(entry) for entry in self.files],
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "outputs": [output.to_dict() for output in self.outputs],
         }
+
+    def experts_of(self, tensor: TensorPlan) -> tuple[str, ...]:
+        """The experts of a tensor, in the order of its sources."""
+        return self.part_experts[tensor.part]
+
+    def places_of(self, tensor: TensorPlan) -> list[int]:
+        """The number among all experts of each expert of a tensor."""
+        return [self.experts.index(key) for key in self.experts_of(tensor)]
 
     def digest(self) -> str:
         """xxh3-128 of the canonical JSON: versions, recipes, inputs (paths, sizes, headers), layout."""
@@ -162,6 +182,17 @@ class Plan:
     def unit_list(self) -> list[tuple[int, int]]:
         """All units in plan order as (tensor, unit) indices."""
         return [(t, u) for t, tensor in enumerate(self.tensors) for u in range(len(tensor.units))]
+
+
+class PartResolver:
+    """The parameters of a recipe at the tensors of a plan, each by the part that makes it."""
+
+    def __init__(self, recipe: Recipe, layers: int) -> None:
+        self.parts = tuple(Resolver(part.recipe, recipe.method, layers) for part in recipe.parts)
+
+    def resolve(self, tensor: TensorPlan, name: str = "") -> Resolved:
+        """The parameters at a tensor, known by this name, or else by the one that decides parameters."""
+        return self.parts[tensor.part].resolve(name or tensor.known_as, tensor.spot)
 
 
 def without_records(plan: Plan) -> Plan:

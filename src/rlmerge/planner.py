@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
-from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import PackedInfo, TensorInfo
 from rlmerge.checkpoint.layout import plan_files
-from rlmerge.checkpoint.match import Matched, Source, match
-from rlmerge.checkpoint.pack import check_base
+from rlmerge.checkpoint.match import Matched, Source, match, names_of, select
+from rlmerge.checkpoint.restack import view_fisher
 from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.methods.base import Grain
-from rlmerge.parameters import Resolver, count_layers
-from rlmerge.plan import ExpertSource, FileEntry, Place, Plan, TensorPlan
+from rlmerge.parameters import count_layers
+from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
+from rlmerge.plan import ExpertSource, FileEntry, PartResolver, Place, Plan, TensorPlan
 from rlmerge.recipe import Recipe
 
 BLOCK = 2**19
@@ -72,79 +73,78 @@ def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int 
     Raises a subclass of RlmergeError for everything that recipe and headers can show.
     """
     variants = tuple(variants) or (recipe,)
-    keys = tuple(entry.key for entry in recipe.experts)
-    paths = recipe.model_paths
-    models = {key: open_checkpoint(paths[key], _written(recipe, key)) for key in keys}
-    base_path = recipe.base_path
-    base = open_checkpoint(base_path, recipe.base_model) if base_path is not None else None
-    donor = base if base is not None else models[recipe.models[0].key]
-    for checkpoint in (base, *models.values()):
-        if checkpoint is not None and checkpoint.adapter and checkpoint is donor:
-            raise MismatchError(
-                f"{checkpoint.reference}: a LoRA adapter cannot be the base. Write the model it was trained from as "
-                "`base_model:` and the adapter under `models:`."
-            )
-        if checkpoint is not None and checkpoint.adapter and base is None:
-            raise RecipeError(
-                f"{checkpoint.reference}: a LoRA adapter is an update and not a model. Write the model it was trained "
-                "from as `base_model:`."
-            )
-    _check_packs(donor, base, tuple(models.values()))
+    models = Models(recipe)
+    pieces = open_pieces(recipe, models)
+    keys = tuple(models.experts)
     if len(keys) > 64:
         raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
-    matched = match(donor, list(models.values()), list(recipe.include), list(recipe.exclude), recipe.on_mismatch)
-    fishers, fisher_notes = _open_fishers(recipe, variants, donor, keys, matched.tied)
-    layers = count_layers(donor.tensors, donor.config)
+    matched = _match(recipe, pieces)
+    fishers, of_pieces, notes = _open_fishers(recipe, variants, models, pieces, matched)
     files = _Files()
-    files.add(donor, "base" if base is not None else recipe.models[0].key)
-    for key, checkpoint in models.items():
+    files.add(models.donor, "base" if models.base is not None else recipe.models[0].key)
+    for key, checkpoint in models.experts.items():
         files.add(checkpoint, key)
+    for checkpoint in models.all:
+        files.add(checkpoint, "base")
     for key, folder in zip(keys, fishers):
         files.add(folder, f"fisher of {key}")
-    tensors = tuple(
-        _plan_tensor(info, recipe, matched, fishers, files, base is not None) for info in donor.tensors.values()
+    tensors = _in_order(
+        [
+            _plan_tensor(info, piece, number, found, folders, files)
+            for number, (piece, found, folders) in enumerate(zip(pieces, matched, of_pieces))
+            for info in piece.donor.tensors.values()
+        ],
+        models.donor,
     )
+    layers = count_layers(models.donor.tensors, models.donor.config)
     for variant in variants:
-        _check_parameters(variant, tensors, layers)
+        _check_parameters(variant, pieces, tensors, layers)
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
-    notes = tuple(dict.fromkeys((*recipe.warnings, *matched.notes, *fisher_notes)))
+    notes = (*recipe.warnings, *(note for found in matched for note in found.notes), *notes)
     return Plan(
-        variants, keys, base is not None, tuple(files.entries), tensors, outputs, layers, notes,
-        donor, tuple(models.values()), base, fishers, BLOCK,
+        variants, keys, models.base is not None, tuple(files.entries), tensors, outputs, layers,
+        tuple(dict.fromkeys(notes)), models.donor, tuple(models.experts.values()), models.base, fishers, BLOCK,
+        tuple(piece.keys for piece in pieces), stacks_of(pieces, models.donor, list(recipe.modules)),
+        {name: word for piece in pieces for name, word in piece.roles.items()},
     )  # fmt: skip
 
 
-def _check_packs(donor: Checkpoint, base: Checkpoint | None, models: tuple[Checkpoint, ...]) -> None:
-    """Raises for packs in the place of a base, without one, or with another one than theirs."""
-    if base is not None and base.pack is not None:
-        raise MismatchError(
-            f"{base.reference}: a delta pack cannot be the base: it holds what changed in one. Write the model that it "
-            "was made for as `base_model:`, or unpack it (rlmerge unpack) if its expert is to be the base."
-        )
-    for checkpoint in (donor, *models):
-        if checkpoint.pack is not None and base is None:
-            raise RecipeError(
-                f"{checkpoint.reference}: a delta pack is what changed in a model. Write that model as `base_model:`, "
-                "or unpack it first (rlmerge unpack)."
-            )
-        if checkpoint.pack is not None and base is not None:
-            check_base(checkpoint, base)
+def _match(recipe: Recipe, pieces: Sequence[Piece]) -> list[Matched]:
+    """Every piece's experts matched to its donor. Patterns must find something in the whole, not in every piece."""
+    include, exclude = list(recipe.include), list(recipe.exclude)
+    chosen = None
+    if len(pieces) > 1:
+        names = dict.fromkeys(name for piece in pieces for name in names_of(piece.donor, piece.experts))
+        chosen = select(list(names), include, exclude)
+    return [match(piece.donor, list(piece.experts), include, exclude, recipe.on_mismatch, chosen) for piece in pieces]
 
 
-def _written(recipe: Recipe, key: str) -> str:
-    return next(entry.model for entry in recipe.models if entry.key == key)
+def _in_order(tensors: list[TensorPlan], donor: Checkpoint) -> tuple[TensorPlan, ...]:
+    """The tensors in the order of the donor's files, where it has all of them; else in that of the parts."""
+    names = {tensor.name: place for place, tensor in enumerate(tensors)}
+    if len(names) < len(tensors):
+        twice = next(tensor.name for place, tensor in enumerate(tensors) if names[tensor.name] != place)
+        raise RecipeError(f"two parts of the recipe make tensor {twice!r}.")
+    if names.keys() != donor.tensors.keys():
+        return tuple(tensors)
+    return tuple(tensors[names[name]] for name in donor.tensors)
 
 
 def _open_fishers(
-    recipe: Recipe, variants: Sequence[Recipe], donor: Checkpoint, keys: tuple[str, ...], tied: Mapping[str, str]
-) -> tuple[tuple[FisherFolder, ...], list[str]]:
-    """The Fishers, if the method reads them; all experts have one or none has."""
-    paths = recipe.fisher_paths
+    recipe: Recipe,
+    variants: Sequence[Recipe],
+    models: Models,
+    pieces: Sequence[Piece],
+    matched: Sequence[Matched],
+) -> tuple[tuple[FisherFolder, ...], list[tuple[FisherFolder, ...]], list[str]]:
+    """The Fishers, if the method reads them, and as each piece sees them; all experts have one or none has."""
+    paths, keys = recipe.fisher_paths, tuple(models.experts)
+    nothing: list[tuple[FisherFolder, ...]] = [() for _ in pieces]
     having = [key for key in keys if paths[key] is not None]
     wanted = [variant for variant in variants if variant.method.uses_fisher(_global_values(variant))]
     if not wanted:
         notes = [f"`fisher:` is given, but method {recipe.merge_method!r} does not read it with these parameters."]
-        return (), notes if having else []
+        return (), nothing, notes if having else []
     free = any(spec.name == "sensitivity" for spec in recipe.method.parameters)
     if not having:
         raise FisherError(
@@ -160,19 +160,38 @@ def _open_fishers(
             "be compared: give all models a Fisher, or "
             + ("set `sensitivity: delta2`." if free else "choose another method.")
         )
-    folders = tuple(open_fisher(path, donor) for key in keys if (path := paths[key]) is not None)
-    shared = [name for name in donor.tensors if all(name in folder.tensors for folder in folders)]
-    if not shared:
+    # an adapter's Fisher has the names of its base; with slices, models may differ in depth
+    plain = all(piece.layers is None for piece in pieces)
+    opened = {
+        key: open_fisher(path, models.donor if plain or models.experts[key].adapter else models.experts[key])
+        for key in keys
+        if (path := paths[key]) is not None
+    }
+    of_pieces = [tuple(_seen(opened[key], piece, k) for k, key in enumerate(piece.keys)) for piece in pieces]
+    lacking: list[str] = []
+    some = False
+    for piece, folders, found in zip(pieces, of_pieces, matched):
+        names, tied = piece.donor.tensors, found.tied
+        shared = [name for name in names if all(name in folder.tensors for folder in folders)]
+        some |= bool(shared)
+        copies = {*(tied.get(n, n) for n in shared), *(name for name, first in tied.items() if first in shared)}
+        lacking += [name for name in names if name not in shared and name not in copies]
+    if not some:
         raise FisherError("the Fishers have no tensor in common, so their scales cannot be compared.")
-    copies = {*(tied.get(name, name) for name in shared), *(name for name, first in tied.items() if first in shared)}
-    lacking = [name for name in donor.tensors if name not in shared and name not in copies]
     notes = []
     if lacking:
         notes.append(
             f"{len(lacking)} tensors are not in every Fisher and are arbitrated by δ² alone: "
             + ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
         )  # fmt: skip
-    return folders, notes
+    return tuple(opened.values()), of_pieces, notes
+
+
+def _seen(folder: FisherFolder, piece: Piece, number: int) -> FisherFolder:
+    """A Fisher as a piece sees the model that it is of."""
+    if piece.layers is None:
+        return folder
+    return view_fisher(folder, {own: name for name, own in piece.names[number].items()})
 
 
 def _global_values(recipe: Recipe) -> dict[str, Any]:
@@ -190,13 +209,9 @@ def stage_names(recipe: Recipe) -> tuple[tuple[str, str], ...]:
 
 
 def _plan_tensor(
-    info: TensorInfo,
-    recipe: Recipe,
-    matched: Matched,
-    fishers: tuple[FisherFolder, ...],
-    files: _Files,
-    has_base: bool,
+    info: TensorInfo, piece: Piece, part: int, matched: Matched, fishers: tuple[FisherFolder, ...], files: _Files
 ) -> TensorPlan:
+    recipe, has_base, spot = piece.part.recipe, piece.base is not None, piece.spot(info.name)
     reason = matched.carried.get(info.name)
     block = _block_size(info.shape, len(matched.merged.get(info.name, ())), recipe.method.grain)
     step = info.size if recipe.method.grain == "matrix" else UNIT // block * block
@@ -219,7 +234,10 @@ def _plan_tensor(
         base = files.place(info)
         # a sparse Fisher's sum is written down only; others are added up with what is read
         own = sums if any(place.kind == "sparse" for place in places) else ()
-        return TensorPlan(info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, own)
+        return TensorPlan(
+            info.name, info.shape, info.dtype, base, (), places, reason, block, units, repeats, own,
+            part=part, spot=spot,
+        )  # fmt: skip
     sources = matched.merged[info.name]
     stored = [source.info.dtype for source in sources if source.info is not None]
     if has_base or not stored:
@@ -229,7 +247,7 @@ def _plan_tensor(
     base = files.place(info) if has_base else None
     return TensorPlan(
         info.name, info.shape, wanted, base, experts, places, None, block, units, repeats, sums, digests,
-        _base_sum(info.name, sources),
+        _base_sum(info.name, sources), part, spot,
     )  # fmt: skip
 
 
@@ -269,14 +287,20 @@ def _ranges(size: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _check_parameters(recipe: Recipe, tensors: tuple[TensorPlan, ...], layers: int) -> None:
+def _check_parameters(recipe: Recipe, pieces: Sequence[Piece], tensors: tuple[TensorPlan, ...], layers: int) -> None:
     """Resolves every parameter at every tensor, so that nothing can be missing or out of range later."""
-    resolver = Resolver(recipe, recipe.method, layers)
+    resolver = PartResolver(recipe, layers)
+    wide = any(stage.scope == "model" for stage in recipe.method.stages(_global_values(recipe.parts[0].recipe)))
+    if wide and len({piece.keys for piece in pieces}) > 1:
+        raise RecipeError(
+            f"method {recipe.merge_method!r} measures its models as a whole with these parameters, and here not all "
+            "parts of the recipe have the same ones: list the same models in every slice, or choose another method."
+        )
     seen: dict[str, Any] = {}
     for tensor in tensors:
         if tensor.carry is not None:
             continue
-        resolved = resolver.resolve(tensor.name)
+        resolved = resolver.resolve(tensor, tensor.name)
         model_wide = [spec.name for spec in recipe.method.parameters if spec.kind == "choice" and not spec.per_model]
         if resolved.values.get("scope") == "model" and "density" in resolved.per_model:
             densities = tuple(resolved.per_model["density"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlmerge.fisher.on_demand import with_kept
-from rlmerge.parameters import Resolver
 from rlmerge.parameters import explain as explain_parameters
-from rlmerge.plan import Plan, sum_bytes
+from rlmerge.plan import PartResolver, Plan, sum_bytes
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
@@ -27,6 +26,7 @@ from rlmerge.settings import (
     thread_bytes,
     whole_cost,
 )
+from rlmerge.slices import Part
 
 RATE = 6e8
 """Bytes per second and thread that one pass handles, measured on two cores (docs/log.md); only for the estimate."""
@@ -88,8 +88,13 @@ def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
     recipe = as_recipe(recipe)
     with recipe.located():
         plan = make_plan(with_kept(recipe)[0])
-    merged = [tensor.name for tensor in plan.tensors if tensor.carry is None]
-    groups = explain_parameters(recipe, recipe.method, merged, plan.layers)
+    groups = []
+    for number, part in enumerate(recipe.parts):
+        of_part = {t.name: t.spot for t in plan.tensors if t.part == number}
+        merged = [t.name for t in plan.tensors if t.part == number and t.carry is None]
+        found = explain_parameters(part.recipe, recipe.method, merged, plan.layers, of_part)
+        said = describe_part(part, {name: word for name, word in plan.roles.items() if name in of_part})
+        groups += [group | said for group in found]
     carried: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.carry is not None:
@@ -98,6 +103,20 @@ def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
         {"tensors": names, "count": len(names), "carried": reason, "values": {}, "models": {}}
         for reason, names in carried.items()
     ]
+
+
+def describe_part(part: Part, roles: Mapping[str, str]) -> dict[str, Any]:
+    """Where the tensors of a slice or module come from, for `explain`; nothing for a whole model."""
+    said: dict[str, Any] = {"module": part.module} if part.module else {}
+    if part.sliced:
+        said["slice"] = part.number
+        said["layers"] = {key: list(layers) for key, layers in part.ranges.items()}
+        if part.base_range is not None:
+            said["base_layers"] = list(part.base_range)
+        for word in ("before", "after"):
+            if names := [name for name, role in roles.items() if role == word]:
+                said[word] = names
+    return said
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
@@ -117,8 +136,8 @@ def summarise(plan: Plan) -> dict[str, Any]:
 def estimate(plan: Plan, threads: int) -> dict[str, Any]:
     """Bytes to move, memory, disk, and a rough time (one pass of a thread: RATE bytes a second)."""
     moved = sum_bytes(plan)
-    resolver = Resolver(plan.recipe, plan.recipe.method, plan.layers)
-    values = next((resolver.resolve(tensor.name) for tensor in plan.tensors if tensor.carry is None), None)
+    resolver = PartResolver(plan.recipe, plan.layers)
+    values = next((resolver.resolve(tensor) for tensor in plan.tensors if tensor.carry is None), None)
     stages = plan.recipe.method.stages(values.values) if values else ()
     names = {stage.name for stage in stages}
     # of the Gram matrices a tensor needs one kind

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ from rlmerge.errors import RecipeError, did_you_mean
 from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolver, show
 from rlmerge.recipe_checks import ENTRY_KEYS, SETTINGS, TOP_KEYS, Checker, Source, find_method
+from rlmerge.slices import Part, own_parameters, parts_of
 from rlmerge.yaml_lines import MAX_BYTES, Dumper, Place, read_yaml
 
 MAX_SWEEP = 10_000
@@ -52,18 +54,23 @@ class ModelEntry:
 class Recipe:
     """A checked recipe; made by `load_recipe`, `parse_recipe` or `recipe_from_parts`, which know the method's rules.
 
-    Parameters are in canonical form (numbers are floats, filters have both keys); paths are as written.
+    Parameters are in canonical form (numbers are floats, filters have both keys); paths are as written. With `slices`
+    or `modules`, which hold plain data in canonical form, `models` are all their models, each once; see `parts`.
     """
 
     merge_method: str
     models: tuple[ModelEntry, ...]
     name: str | None = None
     base_model: str | None = None
+    slices: tuple[dict[str, Any], ...] = ()
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
     min_change: float = 0.0
+    pre_weights: tuple[str, ...] = ()
+    post_weights: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     on_mismatch: Literal["error", "base"] = "error"
@@ -75,6 +82,8 @@ class Recipe:
     _source: Source = field(default=Source("recipe"), repr=False, compare=False)
     _estimated: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
     _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    _scopes: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
+    _places: tuple[Place, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def method(self) -> Method:
@@ -90,6 +99,16 @@ class Recipe:
     def warnings(self) -> tuple[str, ...]:
         """What the recipe says that has no effect."""
         return self._warnings
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the output, each with a recipe of its own: slices, modules, or the whole."""
+        return parts_of(self)
+
+    @property
+    def scopes(self) -> tuple[Mapping[str, Any], ...]:
+        """The parameters that hold for all models, nearest first: the slice's, the module's, the recipe's."""
+        return self._scopes or (self.parameters,)
 
     @property
     def output_dtype(self) -> str | None:
@@ -116,7 +135,7 @@ class Recipe:
     @property
     def model_paths(self) -> dict[str, Path]:
         """The folder of each model by its key, in the order of `experts`."""
-        return {entry.key: self._find(entry.model, self._place(entry, "model")) for entry in self.experts}
+        return {entry.key: self._find(entry.model, self.place(entry, "model")) for entry in self.experts}
 
     @property
     def fisher_paths(self) -> dict[str, Path | None]:
@@ -157,6 +176,11 @@ class Recipe:
         """The resolved recipe: every key and every default written out, in a fixed order; paths as written."""
         data = {key: copy.deepcopy(value) for key in TOP_KEYS if (value := getattr(self, key)) is not None}
         data["models"] = [{key: value for key in ENTRY_KEYS if (value := getattr(e, key))} for e in data["models"]]
+        for key in ("slices", "modules", "pre_weights", "post_weights"):
+            if not data[key]:
+                del data[key]
+        if self.slices or self.modules:
+            del data["models"]
         given = data["parameters"]
         defaults = {spec.name: given.get(spec.name, spec.default) for spec in self.method.parameters}
         data["parameters"] = {key: value for key, value in defaults.items() if value is not None}
@@ -172,9 +196,9 @@ class Recipe:
         A parameter set so holds for all models: it replaces the global value and every model's own.
         """
         source, data = self._source, self.to_dict()
-        for entry in data["models"]:
-            own = entry.get("parameters", {})
-            entry["parameters"] = {key: value for key, value in own.items() if key not in settings}
+        for own in own_parameters(data):
+            for key in settings.keys() & own.keys():
+                del own[key]
         flags = _apply_settings(data, settings)
         source = Source(source.name, source.lines, {**source.flags, **flags})
         recipe = _build(data, source, self._folder, None if self._method is None else {self.merge_method: self._method})
@@ -185,13 +209,15 @@ class Recipe:
         if entry.fisher is None:
             return None
         if isinstance(entry.fisher, str):
-            return self._find(entry.fisher, self._place(entry, "fisher"))
+            return self._find(entry.fisher, self.place(entry, "fisher"))
         if entry.key not in self._estimated:
-            raise RecipeError(f"{self.at(self._place(entry, 'fisher'))}: is not estimated yet; a merge does that.")
+            raise RecipeError(f"{self.at(self.place(entry, 'fisher'))}: is not estimated yet; a merge does that.")
         return self._estimated[entry.key]
 
-    def _place(self, entry: ModelEntry, key: str) -> Place:
-        return ("models", self.models.index(entry), key)
+    def place(self, entry: ModelEntry, *rest: str) -> Place:
+        """Where a model stands in the recipe, or something of it."""
+        number = next((k for k, one in enumerate(self.models) if one is entry), 0)
+        return (*(self._places[number] if self._places else ("models", number)), *rest)
 
     def _find(self, reference: str, place: Place) -> Path:
         try:
@@ -323,10 +349,60 @@ def _build(data: Any, source: Source, folder: Path | None, methods: Mapping[str,
     checker.finish()
     entries = tuple(ModelEntry(**entry) for entry in checker.data.pop("models"))
     recipe = Recipe(models=entries, **checker.data, _method=method, _folder=folder, _source=source)
-    kept = checker.fit(recipe, method)
-    source = source if len(kept) == len(entries) else source.keeping(list(kept))
-    recipe = replace(recipe, models=tuple(kept.values()), _source=source, _warnings=tuple(checker.warnings))
-    resolver = Resolver(recipe, method, layers=1)
-    if resolver.constant:
-        resolver.resolve("")
+    if recipe.slices or recipe.modules:
+        recipe = _united(recipe, checker, method)
+    else:
+        recipe = _appended(recipe, checker, method)
+        kept = checker.fit(recipe, method)
+        source = source if len(kept) == len(recipe.models) else source.keeping(list(kept))
+        recipe = replace(recipe, models=tuple(kept.values()), _source=source)
+    recipe = replace(recipe, _warnings=tuple(checker.warnings))
+    for part in recipe.parts:
+        resolver = Resolver(part.recipe, method, layers=1)
+        if resolver.constant:
+            resolver.resolve("")
     return recipe
+
+
+def _united(recipe: Recipe, checker: Checker, method: Method) -> Recipe:
+    """A recipe of slices or modules with all their models, each once; notes what does not fit."""
+    found: dict[str, ModelEntry] = {}
+    places: dict[str, Place] = {}
+    for part in recipe.parts:
+        checker.fit(part.recipe, method)
+        if part.sliced and part.base_range is None and part.recipe.base_model is not None:
+            checker.add(
+                part.recipe.place(part.recipe.models[0])[:-2],
+                "the sources give different layers, so it is not clear which ones the base gives: list it among them.",
+            )
+        for entry in part.recipe.models:
+            plain = replace(entry, parameters={})
+            if found.setdefault(entry.key, plain) != plain:
+                checker.add(part.recipe.place(entry), f"{show(entry.key)} is another model (or Fisher) elsewhere.")
+            places.setdefault(entry.key, part.recipe.place(entry))
+    checker.finish()
+    return replace(recipe, models=tuple(found.values()), _places=tuple(places[key] for key in found))
+
+
+def _appended(recipe: Recipe, checker: Checker, method: Method) -> Recipe:
+    """The recipe with its base as one more model, where mergekit 0.1.5 averages in a base that is not listed.
+
+    That is where a base is a model like any other, and every parameter of a model has a value for it. On the command
+    line `--set` is meant for the models, and the base stays what it is.
+    """
+    base, own = recipe.base_model, [spec.name for spec in method.parameters if spec.per_model]
+    if base is None or not method.averages_base or not all(name in recipe.parameters for name in own):
+        return recipe
+    if any(os.path.normpath(entry.model) == os.path.normpath(base) for entry in recipe.models):
+        return recipe
+    if any(("parameters", name) in checker.source.flags for name in own):
+        # what a flag sets for all models it sets for those that are listed
+        given = {name: recipe.parameters[name] for name in own}
+        models = tuple(replace(entry, parameters={**given, **entry.parameters}) for entry in recipe.models)
+        rest = {name: value for name, value in recipe.parameters.items() if name not in own}
+        return replace(recipe, models=models, parameters=rest)
+    checker.warnings.append(
+        f"{checker.source.at(('base_model',))}: is not listed under models, and {method.name!r} takes it as one more "
+        "model, as in mergekit. Drop base_model to leave it out."
+    )
+    return replace(recipe, models=(*recipe.models, ModelEntry(base)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlmerge.errors import RecipeError, did_you_mean
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
+from rlmerge.slices import check_modules, check_slices
 from rlmerge.yaml_lines import Place, dotted
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
-LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+LATER = ("tokenizer", "tokenizer_source", "chat_template")
 
 
 # ---- Values of keys -----------------------------------------------------------------------------------------------
@@ -146,6 +147,8 @@ TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "out_dtype": _dtype,
     "rounding": _one_of("nearest", "stochastic"),
     "min_change": _at_least_zero,
+    "pre_weights": _patterns,
+    "post_weights": _patterns,
     "include": _patterns,
     "exclude": _patterns,
     "on_mismatch": _one_of("error", "base"),
@@ -153,7 +156,7 @@ TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "seed": _seed,
 }
 """The canonical value of each top-level key, or a ValueError; models and parameters have functions of their own."""
-TOP_KEYS = ("name", "merge_method", "base_model", "models", "parameters", *list(TOP_VALUES)[3:])
+TOP_KEYS = ("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", *list(TOP_VALUES)[3:])
 ENTRY_VALUES: dict[str, Callable[[Any], Any]] = {"model": _reference, "name": _text, "fisher": _fisher}
 ENTRY_KEYS = (*ENTRY_VALUES, "parameters")
 
@@ -246,26 +249,47 @@ class Checker:
         if not isinstance(data, dict):
             raise RecipeError(f"{self.source.at(())}: a recipe is a mapping of keys and values, found {show(data)}.")
         method = self._method(data.get("merge_method"), methods)
-        for key in data:
-            if key not in TOP_KEYS:
-                self.add((key,), self._unknown_key(key, method, "parameters:", TOP_KEYS))
+        self.unknown((), data, TOP_KEYS, method)
         self.data = {key: value for key, value in data.items() if key in TOP_KEYS and value is not None}
         if method is None:
             self.finish()
         assert method is not None
-        self._models(method)
-        self.data["parameters"] = self._parameters(method, ("parameters",), self.data.get("parameters"), own=False)
-        self.data |= self._values((), TOP_VALUES, self.data)
+        self._sources(method)
+        self.data["parameters"] = self.parameters(method, ("parameters",), self.data.get("parameters"), own=False)
+        self.data |= self.values((), TOP_VALUES, self.data)
         return method
 
-    def _values(
-        self, place: Place, checks: Mapping[str, Callable[[Any], Any]], given: Mapping[str, Any]
+    def _sources(self, method: Method) -> None:
+        """Which models there are: `models`, `slices` or `modules`."""
+        ways = [key for key in ("models", "slices", "modules") if key in self.data]
+        if len(ways) > 1:
+            self.add((ways[1],), f"a recipe has either {ways[0]!r} or {ways[1]!r}, not both: remove one of them.")
+        way = ways[0] if ways else "models"
+        if way == "slices":
+            self.data["slices"] = tuple(check_slices(self, method, ("slices",), self.data["slices"]))
+        elif way == "modules":
+            self.data["modules"] = check_modules(self, method, ("modules",), self.data["modules"])
+        elif ways or not self.problems:  # a misspelt key says it better
+            self.data["models"] = self.models(method, ("models",), self.data.get("models"))
+            return
+        self.data["models"] = []
+
+    def unknown(self, place: Place, given: Mapping[str, Any], known: Sequence[str], method: Method | None) -> None:
+        """Notes the keys that are not known at a place."""
+        home = "parameters:" if not place else "the 'parameters:' here."
+        for key in given:
+            if key not in known:
+                self.add((*place, key), self._unknown_key(key, method, home, known))
+
+    def values(
+        self, place: Place, checks: Mapping[str, Callable[[Any], Any]] | Sequence[str], given: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The canonical values of the keys that `checks` knows."""
+        """The canonical values of the keys that `checks` knows, or of these keys."""
+        known = checks if isinstance(checks, Mapping) else {key: TOP_VALUES[key] for key in checks}
         values = {}
-        for key in (key for key in checks if key in given):
+        for key in (key for key in known if given.get(key) is not None):
             try:
-                values[key] = checks[key](given[key])
+                values[key] = known[key](given[key])
             except ValueError as error:
                 self.add((*place, key), _sentence(error))
         return values
@@ -279,13 +303,17 @@ class Checker:
         elif recipe.base_model is not None and (method.arity.base == "required" or method.base_entry == "origin"):
             base = os.path.normpath(recipe.base_model)
             for k in [k for k, entry in kept.items() if os.path.normpath(entry.model) == base]:
-                self.warn(("models", k), "this is the base, which has no difference to itself: the entry is ignored.")
+                self.warn(
+                    recipe.place(kept[k]), "this is the base, which has no difference to itself: the entry is ignored."
+                )
                 del kept[k]
-        self._keys(kept)
-        self._count(method, len(kept), recipe.base_model is not None)
+        places = {k: recipe.place(entry) for k, entry in kept.items()}
+        home = next(iter(places.values()))[:-1] if places else ("models",)
+        self._keys(kept, places)
+        self._count(method, home, len(kept), recipe.base_model is not None)
         for spec in method.parameters:
-            if spec.default is None and spec.name not in recipe.parameters:
-                lacking: list[Place] = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
+            if spec.default is None and not any(spec.name in scope for scope in recipe.scopes):
+                lacking: list[Place] = [places[k] for k, entry in kept.items() if spec.name not in entry.parameters]
                 whole: Place = ("parameters",) if self.source.line(("parameters",)) else ("merge_method",)
                 for place in lacking if spec.per_model else [whole]:
                     self.add(place, f"parameter {spec.name!r} is missing: {_needs(method, spec)}")
@@ -305,36 +333,32 @@ class Checker:
             return f"mergekit's {key!r} is not supported by this version of rlmerge."
         if method is not None and key in {spec.name for spec in method.parameters}:
             return f"{key!r} is a parameter of method {method.name!r}: write it under {home}"
+        if key == "layer_range":
+            return "layers are chosen under 'slices: - sources:', and 'models:' takes all of them."
         return f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}."
 
-    def _models(self, method: Method) -> None:
-        models = self.data.get("models")
-        if models is None and self.problems:  # 'slices' or a misspelt key say it better
-            return
+    def models(self, method: Method, place: Place, models: Any) -> list[dict[str, Any]]:
+        """The canonical entries of a list of models."""
         if not isinstance(models, list):
             found = "'models' is missing" if models is None else f"expected a list, found {show(models)}"
-            self.add(() if models is None else ("models",), f"{found}: list the models, '- model: path' each.")
-            self.data["models"] = []  # said once is enough
-            return
-        entries = []
-        for k, entry in enumerate(models):
-            if isinstance(entry, dict) and "model" in entry:
-                entries.append(self._entry(method, ("models", k), entry))
-            else:
-                found = "'model' is missing" if isinstance(entry, dict) else f"found {show(entry)}"
-                self.add(("models", k), f"{found}: an entry is a mapping, '- model: path'.")
-                entries.append({"model": "?"})  # keeps the numbers of the others
-        self.data["models"] = entries
+            self.add(() if models is None else place, f"{found}: list the models, '- model: path' each.")
+            return []  # said once is enough
+        return [self.entry(method, (*place, k), entry) for k, entry in enumerate(models)]
 
-    def _entry(self, method: Method, place: Place, entry: dict[str, Any]) -> dict[str, Any]:
+    def entry(self, method: Method, place: Place, entry: Any) -> dict[str, Any]:
+        """The canonical entry of one model, with the model '?' where it has none, which is said."""
+        if not isinstance(entry, dict) or "model" not in entry:
+            found = "'model' is missing" if isinstance(entry, dict) else f"found {show(entry)}"
+            self.add(place, f"{found}: an entry is a mapping, '- model: path'.")
+            return {"model": "?"}  # keeps the numbers of the others
         for key in entry:
             if key not in ENTRY_KEYS:
                 self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", ENTRY_KEYS))
-        given = {key: value for key, value in entry.items() if value is not None or key == "model"}
-        parameters = self._parameters(method, (*place, "parameters"), given.get("parameters"), own=True)
-        return {**self._values(place, ENTRY_VALUES, given), "parameters": parameters}
+        parameters = self.parameters(method, (*place, "parameters"), entry.get("parameters"), own=True)
+        found = self.values(place, ENTRY_VALUES, {**entry, "model": "" if entry["model"] is None else entry["model"]})
+        return {"model": "?", **found, "parameters": parameters}
 
-    def _parameters(self, method: Method, place: Place, given: Any, own: bool) -> dict[str, Any]:
+    def parameters(self, method: Method, place: Place, given: Any, own: bool) -> dict[str, Any]:
         """The canonical parameters of a model (`own`) or of the recipe, in the order of the method's specification."""
         if given is not None and not isinstance(given, dict):
             self.add(place, f"expected a mapping of parameters, found {show(given)}.")
@@ -362,23 +386,23 @@ class Checker:
                     self.warn(here, "the entries after the one that matches every tensor have no effect.")
         return {key: values[key] for key in specs if key in values and values[key] != []}
 
-    def _keys(self, models: Mapping[int, ModelEntry]) -> None:
+    def _keys(self, models: Mapping[int, ModelEntry], places: Mapping[int, Place]) -> None:
         seen: dict[str, int] = {}
         for k, entry in models.items():
             if entry.key in seen:
-                twice = f"{show(entry.key)} is listed twice (also models[{seen[entry.key]}])"
-                self.add(("models", k), f"{twice}: give each its own 'name:'.")
+                twice = f"{show(entry.key)} is listed twice (also {dotted(places[seen[entry.key]])})"
+                self.add(places[k], f"{twice}: give each its own 'name:'.")
             seen.setdefault(entry.key, k)
 
-    def _count(self, method: Method, count: int, has_base: bool) -> None:
+    def _count(self, method: Method, home: Place, count: int, has_base: bool) -> None:
         low, high = method.arity.minimum, method.arity.maximum
         if count < low or (high is not None and count > high):
             limits = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             noun = "model" if limits.endswith(" 1") else "models"
             beside = " beside the base" if method.arity.base == "required" else ""
-            self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+            self.add(home, f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
         elif problem := method.misfit(count, has_base):
-            self.add(("models",), problem)
+            self.add(home, problem)
 
 
 def _needs(method: Method, spec: Parameter) -> str:

@@ -32,14 +32,15 @@ def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
     Raises NonFiniteError or FisherError where the sample already shows what the merge would raise.
     """
     runs = list(_runs(plan))
-    if not runs or not plan.has_base:
+    runs = [run for run in runs if plan.tensors[run[0]].base is not None]
+    if not runs:
         return {}
     inputs = Inputs(plan, load_kernels(kernels))
     total = _Tally(len(plan.experts))
     space = Space()
     try:
         for tensor, start, stop in runs:
-            total.add(inputs.block(tensor, start, stop, space), plan.experts)
+            total.add(inputs.block(tensor, start, stop, space), plan.experts, plan.places_of(plan.tensors[tensor]))
     finally:
         inputs.close()
     return total.to_dict(plan.experts)
@@ -75,8 +76,8 @@ class _Tally:
         self.fisher_zero = np.zeros(count, np.int64)
         self.fisher_size = 0
 
-    def add(self, block: Block, experts: tuple[str, ...]) -> None:
-        """One run of the sample."""
+    def add(self, block: Block, experts: tuple[str, ...], places: list[int]) -> None:
+        """One run of the sample; `places` are the numbers among all experts of those of the block."""
         self.size += block.size
         base = block.base.astype(np.float64)
         square = _dot(base, base)
@@ -84,30 +85,31 @@ class _Tally:
         for patch in block.patches:
             old = block.base_at(patch.where)
             signs = np.sign(patch.delta)
-            for row, k in enumerate(patch.experts.tolist()):
-                delta = patch.delta[row]
+            for row, local in enumerate(patch.experts.tolist()):
+                delta, k = patch.delta[row], places[local]
                 self.changed[k] += np.count_nonzero(delta)
                 self.small[k] += np.count_nonzero(np.abs(delta) <= 1e-5) - np.count_nonzero(delta == 0)
                 # (θ + δ)² and θ·(θ + δ), beside θ² where nothing changed
                 product, own = _dot(old, delta), _dot(delta, delta)
                 self.squares[k] += [0.0, 2 * product + own, product, own]
-                for j in range(row):
-                    both = (signs[row] != 0) & (signs[j] != 0)
-                    self.overlap[j, k] += np.count_nonzero(both)
-                    self.conflict[j, k] += np.count_nonzero(both & (signs[row] != signs[j]))
-        self._add_fisher(block.fisher, experts)
+                for before in range(row):
+                    j, k2 = sorted((places[int(patch.experts[before])], k))
+                    both = (signs[row] != 0) & (signs[before] != 0)
+                    self.overlap[j, k2] += np.count_nonzero(both)
+                    self.conflict[j, k2] += np.count_nonzero(both & (signs[row] != signs[before]))
+        self._add_fisher(block.fisher, experts, places)
 
-    def _add_fisher(self, fisher: NDArray[np.float32], experts: tuple[str, ...]) -> None:
+    def _add_fisher(self, fisher: NDArray[np.float32], experts: tuple[str, ...], places: list[int]) -> None:
         if not fisher.size:
             return
         if (fisher < 0).any():
             place = int(np.flatnonzero((fisher < 0).any(axis=1))[0])
             raise FisherError(
-                f"the Fisher of {experts[place]!r} has negative entries; a diagonal Fisher is a mean of squares. "
-                "Estimate it again, or use `sensitivity: delta2`."
+                f"the Fisher of {experts[places[place]]!r} has negative entries; a diagonal Fisher is a mean of "
+                "squares. Estimate it again, or use `sensitivity: delta2`."
             )
         self.fisher_size += fisher.shape[1]
-        self.fisher_zero += np.count_nonzero(fisher == 0, axis=1)
+        self.fisher_zero[places] += np.count_nonzero(fisher == 0, axis=1)
 
     def to_dict(self, experts: tuple[str, ...]) -> dict[str, Any]:
         """Shares and cosines with names."""

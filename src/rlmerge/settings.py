@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import MismatchError, RecipeError
-from rlmerge.parameters import Resolver
-from rlmerge.plan import Plan
+from rlmerge.plan import PartResolver, Plan
 from rlmerge.planner import stage_names
 from rlmerge.recipe import Recipe, load_recipe
 
@@ -108,13 +107,13 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
 def whole_cost(plan: Plan) -> list[tuple[int, int, int]]:
     """For each tensor that is merged whole: decompositions of all variants, m·n·min(m, n) of one, bytes held."""
     found = []
-    resolvers = [Resolver(recipe, recipe.method, plan.layers) for recipe in plan.variants]
+    resolvers = [PartResolver(recipe, plan.layers) for recipe in plan.variants]
     for tensor in plan.tensors if plan.recipe.method.grain == "matrix" else ():
         if tensor.carry is not None:
             continue
         costs = [
-            resolver.method.whole_cost(
-                tensor.name, tensor.shape, resolver.resolve(tensor.known_as).values, len(plan.experts)
+            plan.recipe.method.whole_cost(
+                tensor.name, tensor.shape, resolver.resolve(tensor).values, len(tensor.experts)
             )
             for resolver in resolvers
         ]

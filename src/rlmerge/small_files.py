@@ -18,6 +18,7 @@ from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
 from rlmerge.checkpoint.copied import other_files
 from rlmerge.checkpoint.header import Header
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
+from rlmerge.checkpoint.restack import restack_config
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
@@ -41,7 +42,11 @@ def write_small_files(
     for path in other_files(plan.donor.folder):
         data = path.read_bytes()
         name = path.relative_to(plan.donor.folder).as_posix()
-        put(name, rewrite_config(data, dtype) if name == "config.json" and dtype else data)
+        if name == "config.json":
+            data = rewrite_config(data, dtype) if dtype else data
+            for stack in plan.stacks:
+                data = restack_config(data, stack)
+        put(name, data)
     index = index_json(plan.outputs)
     if index is not None:
         put(INDEX, index.encode())
@@ -74,7 +79,7 @@ def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:
     if plan.base is not None and recipe.base_model:
         licences = {recipe.base_model: read_licence(plan.base.folder), **licences}
     title = recipe.name or f"{recipe.merge_method} merge"
-    return model_card(title, recipe.to_dict(), recipe.to_yaml(), licences, report["total"])
+    return model_card(title, recipe.to_dict(), len(recipe.models), recipe.to_yaml(), licences, report["total"])
 
 
 def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journal, sha256: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def write_all(
 
 def make_recipe(
     folder: Path, method: str, keys: list[str], parameters: Mapping[str, Any] | None = None,
-    own: Mapping[str, Mapping[str, Any]] | None = None, fishers: bool | None = None, base: str | None = "base",
+    own: Mapping[str, Mapping[str, Any]] | None = None, fishers: bool | None = None, base: str | None = "",
     **top: Any,
 ) -> rlmerge.Recipe:  # fmt: skip
     """A recipe over folders below `folder`; `own` are per-model parameters, `top` further top-level keys.
@@ -94,8 +94,10 @@ def make_recipe(
             entry["parameters"] = dict(own[key])
         models.append(entry)
     data = {"merge_method": method, "models": models, "parameters": dict(parameters or {}), **top}
+    if base == "" and method == "karcher":  # takes a base as one more model, as in mergekit
+        base = None
     if base is not None:
-        data["base_model"] = base
+        data["base_model"] = base or "base"
     return rlmerge.parse_recipe(yaml.safe_dump(data), folder=folder)
 
 

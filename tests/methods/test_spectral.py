@@ -13,6 +13,7 @@ from tests.methods.small_models import (
     fitting,
     make_recipe,
     merge_values,
+    needed_weights,
     read_values,
     representable,
     same_bits,
@@ -120,7 +121,7 @@ def test_filters_leave_matrices_to_the_mean(tmp_path):
     write_all(tmp_path, base, experts)
     flag = [{"filter": "mlp", "value": False}]
     found = merge_values(make_recipe(tmp_path, "tsv_m", ["e0", "e1"], {"matrix": flag, "embeddings": False}))
-    mean = merge_values(make_recipe(tmp_path, "linear", ["e0", "e1"], {"weight": 1}))
+    mean = merge_values(make_recipe(tmp_path, "linear", ["e0", "e1"], {}, needed_weights("linear", ["e0", "e1"])))
     whole = merge_values(make_recipe(tmp_path, "tsv_m", ["e0", "e1"]))
     for name in base:
         kept = "mlp" in name or "embed" in name or len(SHAPES[name]) != 2

@@ -85,7 +85,8 @@ def karcher(experts: dict[str, Tensors], steps: int = 10, tol: float = 1e-5) -> 
         if not units:
             merged[name] = vectors[0]
             continue
-        place = unit(sum(units) / len(units))
+        mean = sum(units) / len(units)
+        place = units[0] if length(mean) < tol else unit(mean)
         for _ in range(steps):
             step = np.zeros(place.shape)
             for towards in units:

@@ -60,7 +60,12 @@ def read_licence(folder: Path) -> str | None:
 
 
 def model_card(
-    title: str, recipe: dict[str, Any], recipe_yaml: str, licences: dict[str, str | None], total: dict[str, Any]
+    title: str,
+    recipe: dict[str, Any],
+    models: int,
+    recipe_yaml: str,
+    licences: dict[str, str | None],
+    total: dict[str, Any],
 ) -> str:
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
@@ -78,7 +83,7 @@ def model_card(
         front["license"] = known.pop()
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [
-        f"A merge of {len(recipe['models'])} models by `{recipe['merge_method']}`, made with rlmerge {VERSION}.",
+        f"A merge of {models} models by `{recipe['merge_method']}`, made with rlmerge {VERSION}.",
         "",
     ]
     if len({licence for licence in licences.values() if licence}) > 1:

@@ -41,6 +41,7 @@ class Checkpoint:
     config     config.json, or {} when there is none
     adapter    a PEFT folder: the tensors are the adapter's, see `rlmerge.checkpoint.adapter`
     pack       a delta pack: the tensors are those of the expert that it was made of, see `rlmerge.checkpoint.pack`
+    whole, seen_as  of a view (`rlmerge.checkpoint.restack`): all of it, and {own name: name in the view}
     """
 
     reference: str
@@ -50,6 +51,8 @@ class Checkpoint:
     config: dict[str, Any]
     adapter: bool
     pack: Pack | None = None
+    whole: Checkpoint | None = None
+    seen_as: dict[str, str] | None = None
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A key of config.json, or of the text model inside it when the model also sees or hears."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from rlmerge.checkpoint.folder import MERGED_DTYPES, Checkpoint, is_weight_tensor
@@ -63,11 +63,13 @@ def match(
     include: list[str],
     exclude: list[str],
     on_mismatch: Literal["error", "base"],
+    chosen: set[str] | None = None,
 ) -> Matched:
     """Match every expert to the base, by names and headers; bytes are read only to recognise tied weights.
 
     `include` and `exclude` are regular expressions that are searched in tensor names; what they leave out is carried
-    from the base, and its mismatches do not matter. Raises RecipeError for a pattern that is none or that finds
+    from the base, and its mismatches do not matter; `chosen` are the names that they leave, where that is known (see
+    `select`). Raises RecipeError for a pattern that is none or that finds
     nothing, MismatchError for models that do not fit, AdapterError for an adapter that does not fit.
     """
     if base.adapter:
@@ -75,8 +77,8 @@ def match(
             f"{base.folder}: the base is an adapter, which changes a model and is none. "
             "Write the model that it was trained from as base_model."
         )
-    names = list(dict.fromkeys([*base.tensors, *(n for e in experts if not e.adapter for n in e.tensors)]))
-    chosen = _select(names, include, exclude)
+    if chosen is None:
+        chosen = select(names_of(base, experts), include, exclude)
     carried = {n: why for n, info in base.tensors.items() if (why := _why_carried(info, n in chosen))}
     wanted = [name for name in base.tensors if name not in carried]
     split = _split(base, carried)
@@ -116,7 +118,12 @@ class _Found:
     notes: list[str] = field(default_factory=list)
 
 
-def _select(names: list[str], include: list[str], exclude: list[str]) -> set[str]:
+def names_of(base: Checkpoint, experts: Iterable[Checkpoint]) -> list[str]:
+    """The names of all tensors of a base and its experts, each once."""
+    return list(dict.fromkeys([*base.tensors, *(n for e in experts if not e.adapter for n in e.tensors)]))
+
+
+def select(names: list[str], include: list[str], exclude: list[str]) -> set[str]:
     """The names that some include (all without one) and no exclude finds."""
 
     def find(key: str, patterns: list[str]) -> set[str]:
@@ -151,10 +158,10 @@ def _why_carried(info: TensorInfo, chosen: bool) -> str | None:
         return "dtype"
     if not is_weight_tensor(info):
         return "empty"
-    return "buffer" if _is_buffer(info) else None
+    return "buffer" if is_buffer(info) else None
 
 
-def _is_buffer(info: TensorInfo) -> bool:
+def is_buffer(info: TensorInfo) -> bool:
     """A tensor that models recompute: rotary frequencies, positions, GPT-2's causal mask [1, 1, n, n]."""
     mask = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
     return _BUFFER.search(info.name) is not None or (mask and _CAUSAL_MASK.search(info.name) is not None)
@@ -164,7 +171,8 @@ def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: 
     if expert.adapter:
         from rlmerge.checkpoint.adapter import open_adapter
 
-        return _match_adapter(base, expert, open_adapter(expert, base), wanted)
+        adapter = open_adapter(expert, base.whole or base)
+        return _match_adapter(base, expert, adapter if expert.seen_as is None else _seen(adapter, expert), wanted)
     found = _Found()
     for name in wanted:
         theirs = expert.tensors.get(name)
@@ -178,6 +186,16 @@ def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: 
         if name not in base.tensors and name in chosen:
             _extra(base, expert, info, found)
     return found
+
+
+def _seen(adapter: Adapter, expert: Checkpoint) -> Adapter:
+    """The adapter under the names of a view, without what lies outside of it."""
+    names = expert.seen_as or {}
+    return replace(
+        adapter,
+        pairs={names[name]: pair for name, pair in adapter.pairs.items() if name in names},
+        saved={names[name]: info for name, info in adapter.saved.items() if name in names},
+    )
 
 
 def _misfit(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> str | None:
@@ -218,7 +236,7 @@ def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found) -> 
 
 def _extra(base: Checkpoint, expert: Checkpoint, info: TensorInfo, found: _Found) -> None:
     """A tensor of the expert that the base lacks: fine when it is a buffer or repeats a tied tensor."""
-    if _is_buffer(info) or not is_weight_tensor(info):
+    if is_buffer(info) or not is_weight_tensor(info):
         found.notes.append(f"{info.name} is only in {expert.reference}, a buffer ({info.dtype}): ignored.")
         return
     twins = _twins(info, expert.tensors, base.tensors)

@@ -231,7 +231,7 @@ class LocalRun:
             walk.wanted = self._pending(walk.step, walk.tensor)
             if walk.wanted and len(units):
                 walk.left = len(units)
-                walk.totals = [Total(stage, len(self.plan.experts)) for _, stage in walk.wanted]
+                walk.totals = [Total(stage, len(self.plan.experts_of(tensor))) for _, stage in walk.wanted]
                 queue.extendleft((walk, unit) for unit in reversed(units))
                 return
             self._finish(walk, {})

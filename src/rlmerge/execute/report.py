@@ -35,9 +35,10 @@ def collect(worker: Worker, journal: Journal) -> list[dict[str, Any]]:
                 add(sums, record.stats[variant])
                 if record.census:
                     add(sums, record.census[group])
-            add(total, sums)
+            experts, places = worker.plan.experts_of(tensor), worker.plan.places_of(tensor)
+            add(total, _spread(sums, places, len(worker.plan.experts)))
             size += tensor.size
-            entry = {"size": tensor.size} | name_statistics(sums, worker.plan.experts, tensor.size)
+            entry = {"size": tensor.size} | name_statistics(sums, experts, tensor.size)
             stages = journal.results.of(group, tensor.name)
             factors = _factors(worker, variant, t, stages)
             tensors[tensor.name] = entry | ({"rescale": factors} if factors else {})
@@ -50,6 +51,21 @@ def collect(worker: Worker, journal: Journal) -> list[dict[str, Any]]:
             summary["fisher_mean"] = dict(zip(worker.plan.experts, model["fisher_mean"]["mean"]))
         reports.append({"total": summary, "tensors": tensors})
     return reports
+
+
+PER_EXPERT = ("support", "wins", "kept", "eligible", "ignored", "pair_overlap", "pair_conflict")
+"""Statistics with one entry an expert, or one a pair."""
+
+
+def _spread(sums: Mapping[str, Any], places: list[int], count: int) -> dict[str, Any]:
+    """The statistics of a tensor with entries for all experts of the recipe, not only those of its part."""
+    out = dict(sums)
+    for key in PER_EXPERT:
+        if key in out and places != list(range(count)):
+            of_part = np.asarray(out[key])
+            out[key] = np.zeros((count,) * of_part.ndim, of_part.dtype)
+            out[key][np.ix_(*[places] * of_part.ndim)] = of_part
+    return out
 
 
 def add(total: dict[str, Any], part: Mapping[str, Any]) -> None:
@@ -119,4 +135,4 @@ def _share(count: int, of: int) -> dict[str, Any]:
 
 def _factors(worker: Worker, variant: int, tensor: int, results: Mapping[str, Result]) -> dict[str, float]:
     factors = worker.plan.variants[variant].method.factors(worker.task(variant, tensor), results)
-    return dict(zip(worker.plan.experts, factors))
+    return dict(zip(worker.plan.experts_of(worker.plan.tensors[tensor]), factors))

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import FisherError, MismatchError, NonFiniteError
 from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task, Update
-from rlmerge.parameters import Resolver
-from rlmerge.plan import Plan, TensorPlan
+from rlmerge.plan import PartResolver, Plan, TensorPlan
 from rlmerge.recipe import Recipe
 
 from .blocks import InputBlock
@@ -61,7 +60,7 @@ class Worker:
         self._hashes: dict[tuple[int, int], Hashes] = {}
         self.inputs = Inputs(plan, kernels)
         self._tasks: dict[tuple[int, int], Task] = {}
-        self.resolvers = [Resolver(recipe, recipe.method, plan.layers) for recipe in plan.variants]
+        self.resolvers = [PartResolver(recipe, plan.layers) for recipe in plan.variants]
         self.group_of, self.leaders = _group(plan.variants)
         self.stages = [self._stages(plan.variants[leader], leader) for leader in self.leaders]
 
@@ -73,12 +72,12 @@ class Worker:
         """What the method of a variant knows of a tensor."""
         if (variant, tensor) not in self._tasks:
             plan, recipe = self.plan.tensors[tensor], self.plan.variants[variant]
-            resolved = self.resolvers[variant].resolve(plan.known_as)
-            keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.known_as) for expert in self.plan.experts]
+            resolved, experts = self.resolvers[variant].resolve(plan), self.plan.experts_of(plan)
+            keys = [hash_key(recipe.seed, recipe.merge_method, expert, plan.known_as) for expert in experts]
             self._tasks[variant, tensor] = Task(
                 plan.name,
                 plan.shape,
-                self.plan.experts,
+                experts,
                 resolved.values,
                 {name: np.array(values) for name, values in resolved.per_model.items()},
                 np.array(keys, np.uint64),
@@ -100,7 +99,7 @@ class Worker:
         self, wanted: Sequence[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space
     ) -> list[Summary]:
         """Summaries of one unit for several stages (group, stage, results so far), in one reading."""
-        summaries = [stage.empty(len(self.plan.experts)) for _, stage, _ in wanted]
+        summaries = [stage.empty(len(self.plan.experts_of(self.plan.tensors[tensor]))) for _, stage, _ in wanted]
         for block in self._blocks(tensor, unit, space, last=False):
             for (group, stage, results), summary in zip(wanted, summaries):
                 task = self.task(self.leaders[group], tensor)
@@ -125,7 +124,7 @@ class Worker:
             made = self._whole(some[0], tensor, unit, results[self.group_of[some[0]]], space)
             for block in self._blocks(tensor, unit, space, last=True):
                 block.read_all()
-                if self.plan.has_base and some[0] == 0:
+                if plan.base is not None and some[0] == 0:
                     for group, leader in enumerate(self.leaders):
                         census[group].add(self._census(block, group, self.task(leader, tensor)))
                 for variant in some:
@@ -235,7 +234,7 @@ class Worker:
             out, bad = self._replace(plan, variant, block, merged.values, counts, sums, space)
         if bad:
             self._refuse(plan, block, out, merged)
-        if self.plan.has_base:
+        if plan.base is not None:
             stats.add({"survival": counts, "direction": sums})
         return out.view(np.uint8)
 
@@ -283,10 +282,10 @@ class Worker:
             dense = values
         every = np.arange(block.size, dtype=np.int32)
         raw, bad = cast(self._rounded(plan, variant, block, dense, every), plan.dtype, self.kernels, space, stored)
-        if self.plan.has_base:
+        if plan.base is not None:
             old = block.base.astype(np.float64)
             stored_base = old
-            if plan.base is not None and plan.dtype not in ("F32", plan.base.dtype):
+            if plan.dtype not in ("F32", plan.base.dtype):
                 raw = raw.copy()  # the cast below uses the same buffer
                 single = space.get("stored_base", (block.size,), np.float32)
                 cast(old, plan.dtype, self.kernels, space, single)

@@ -60,7 +60,14 @@ def write_recipe(
         fisher = {"fisher": shown(fishers[name])} if contender.fishers else {}
         models.append({"model": shown(path), "name": name, **fisher})
     recipe: dict[str, Any] = {"merge_method": contender.method, "base_model": shown(base), "models": models}
-    if contender.settings:
-        recipe["parameters"] = contender.settings
+    settings, method = dict(contender.settings), get_method(contender.method)
+    if method.averages_base:  # parameters for all, or none at all, would make the base one more model
+        own = {spec.name: settings.pop(spec.name) for spec in method.parameters if spec.per_model}
+        for entry in models:
+            entry |= {"parameters": own} if own else {}
+        if not own:
+            del recipe["base_model"]
+    if settings:
+        recipe["parameters"] = settings
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -311,6 +311,11 @@ class Method(ABC):
     symmetric: bool = True
     """Whether the order of the models means nothing; then they are processed in the order of their keys."""
 
+    @property
+    def averages_base(self) -> bool:
+        """Whether a base is one more model to average: a recipe that gives every model its parameters gives it some."""
+        return self.arity.base == "optional" and self.base_entry == "model" and self.arity.maximum != 1
+
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
         """What is wrong with this combination of parameters, one sentence each; nothing if all is well."""
         return []

@@ -17,7 +17,7 @@ class Karcher(Method):
     All models count alike. The unit vectors of the weights are averaged by logarithm and exponential maps in the span
     of the models, where K numbers are a point. mergekit takes angles from fp32 cosines and skips those below `tol`,
     which makes its mean of RL experts land anywhere between them; here they come from chords in fp64, and none is
-    skipped. A base that is not listed is no point of the mean (in mergekit it is). Cost: two passes.
+    skipped. As in mergekit, a `base_model` is one more point of the mean, listed or not. Cost: two passes.
     """
 
     name = "karcher"
