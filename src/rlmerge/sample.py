@@ -39,7 +39,7 @@ def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
     space = Space()
     try:
         for tensor, start, stop in runs:
-            total.add(inputs.block(tensor, start, stop, space), plan.experts)
+            total.add(inputs.block(tensor, start, stop, space), plan)
     finally:
         inputs.close()
     return total.to_dict(plan.experts)
@@ -75,7 +75,7 @@ class _Tally:
         self.fisher_zero = np.zeros(count, np.int64)
         self.fisher_size = 0
 
-    def add(self, block: Block, experts: tuple[str, ...]) -> None:
+    def add(self, block: Block, plan: Plan) -> None:
         """One run of the sample."""
         self.size += block.size
         base = block.base.astype(np.float64)
@@ -95,16 +95,16 @@ class _Tally:
                     both = (signs[row] != 0) & (signs[j] != 0)
                     self.overlap[j, k] += np.count_nonzero(both)
                     self.conflict[j, k] += np.count_nonzero(both & (signs[row] != signs[j]))
-        self._add_fisher(block.fisher, experts)
+        self._add_fisher(block.fisher, plan)
 
-    def _add_fisher(self, fisher: NDArray[np.float32], experts: tuple[str, ...]) -> None:
+    def _add_fisher(self, fisher: NDArray[np.float32], plan: Plan) -> None:
         if not fisher.size:
             return
         if (fisher < 0).any():
             place = int(np.flatnonzero((fisher < 0).any(axis=1))[0])
             raise FisherError(
-                f"the Fisher of {experts[place]!r} has negative entries; a diagonal Fisher is a mean of squares. "
-                "Estimate it again, or use `sensitivity: delta2`."
+                f"the Fisher of {plan.experts[place]!r} has negative entries; a diagonal Fisher is a mean of squares. "
+                f"Estimate it again, or {plan.recipe.method.fisherless}."
             )
         self.fisher_size += fisher.shape[1]
         self.fisher_zero += np.count_nonzero(fisher == 0, axis=1)

@@ -319,6 +319,12 @@ class Method(ABC):
         """What is wrong with this number of models, within the arity, beside a base or without one; '' if nothing."""
         return ""
 
+    @property
+    def fisherless(self) -> str:
+        """The way out of every message about a Fisher: the choice that reads none, or another method."""
+        free = any(spec.name == "sensitivity" and "delta2" in spec.choices for spec in self.parameters)
+        return "set `sensitivity: delta2`" if free else "choose a method that needs no Fisher"
+
     def uses_fisher(self, values: Mapping[str, Any]) -> bool:
         """Whether these global parameters make the method read Fishers."""
         return False
