@@ -37,6 +37,7 @@ _HOMES = {
     "pack": "packs.write",
     "parse_recipe": "recipe",
     "recipe_from_parts": "recipe",
+    "recipe_schema": "schema",
     "unpack": "packs.restore",
     "verify": "verification",
 }
@@ -68,6 +69,7 @@ __all__ = [
     "pack",
     "parse_recipe",
     "recipe_from_parts",
+    "recipe_schema",
     "unpack",
     "verify",
 ]
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from .packs.write import Packed, Packing, pack
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
+    from .schema import recipe_schema
     from .verification import verify
     from .version import VERSION as __version__
 

@@ -46,6 +46,7 @@ RUNS: dict[str, Command] = {
     "explain": lambda good, tmp: ["explain", good / "recipe.yml"],
     "verify": lambda good, tmp: ["verify", good / "merged"],
     "methods": lambda good, tmp: ["methods"],
+    "schema": lambda good, tmp: ["schema"],
     "method": lambda good, tmp: ["methods", "ties"],
 }
 WRONG: dict[str, Command] = {
@@ -104,6 +105,7 @@ DEFECTS = {
     "explain": "rlmerge.preflight.explain",
     "verify": "rlmerge.verification.verify",
     "methods": "rlmerge.methods.method_names",
+    "schema": "rlmerge.schema.recipe_schema",
 }
 
 

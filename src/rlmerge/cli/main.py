@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "Check a recipe against headers, small files and a one-percent sample.",
     "explain": "Print which parameters hold for which tensors.",
     "methods": "List the merge methods, or describe one.",
+    "schema": "Print the JSON schema of a recipe, for editors.",
     "convert": "Convert pickled weights to safetensors.",
     "compare": "Compare models on the same problems, from results files.",
     "eval": "Evaluate a model on tasks with verifiable answers.",
