@@ -29,6 +29,7 @@ _HOMES = {
     "fisher_from_adam": "fisher.adam",
     "get_method": "methods",
     "judge_fishers": "fisher.stats",
+    "load_plugins": "plugins",
     "load_recipe": "recipe",
     "merge": "api",
     "merge_to": "api",
@@ -61,6 +62,7 @@ __all__ = [
     "fisher_from_adam",
     "get_method",
     "judge_fishers",
+    "load_plugins",
     "load_recipe",
     "merge",
     "merge_to",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from .methods import get_method, method_names
     from .packs.restore import Unpacked, unpack
     from .packs.write import Packed, Packing, pack
+    from .plugins import load_plugins
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
     from .schema import recipe_schema

@@ -228,7 +228,10 @@ def find_method(name: str, methods: Mapping[str, Method] | None) -> Method:
         names, get = list(methods), methods.__getitem__
     if name not in names:
         hint = did_you_mean(name, names)
-        raise ValueError(f"there is no merge method {show(name)}.\n {hint} The methods: {', '.join(sorted(names))}.")
+        raise ValueError(
+            f"there is no merge method {show(name)}.\n {hint} The methods: {', '.join(sorted(names))}. One of your own "
+            "comes with --plugin FILE."
+        )
     return get(name)
 
 
@@ -321,6 +324,11 @@ class Checker:
         return None
 
     def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str]) -> str:
+        if known is TOP_KEYS and key in ("plugin", "plugins"):
+            return (
+                "a recipe cannot name a plugin: it is data that people pass on, and a plugin is a program that runs. "
+                "Who merges names it: --plugin FILE."
+            )
         if known is TOP_KEYS and key in LATER:
             return f"mergekit's {key!r} is not supported by this version of rlmerge."
         if method is not None and key in {spec.name for spec in method.parameters}:

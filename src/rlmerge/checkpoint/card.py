@@ -60,8 +60,9 @@ def read_licence(folder: Path) -> str | None:
 
 
 def model_card(
-    title: str, recipe: dict[str, Any], recipe_yaml: str, licences: dict[str, str | None], total: dict[str, Any]
-) -> str:
+    title: str, recipe: dict[str, Any], recipe_yaml: str, licences: dict[str, str | None], total: dict[str, Any],
+    plugin: str = "",
+) -> str:  # fmt: skip
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
     References are those of the recipe, never made absolute. Licences that differ are named, not resolved.
@@ -78,7 +79,8 @@ def model_card(
         front["license"] = known.pop()
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [
-        f"A merge of {len(recipe['models'])} models by `{recipe['merge_method']}`, made with rlmerge {VERSION}.",
+        f"A merge of {len(recipe['models'])} models by `{recipe['merge_method']}`{plugin}, "
+        f"made with rlmerge {VERSION}.",
         "",
     ]
     if len({licence for licence in licences.values() if licence}) > 1:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlmerge.errors import RlmergeError, did_you_mean
+from rlmerge.errors import PluginError, RlmergeError, did_you_mean
 from rlmerge.version import VERSION
 
 COMMANDS = {
@@ -82,6 +82,13 @@ def main() -> None:
             run(sys.argv[1:])
         except SystemExit as stop:
             code = stop.code
+        except RlmergeError:
+            raise
+        except Exception as error:
+            plugins = sys.modules.get("rlmerge.plugins")
+            if plugins is not None and (message := plugins.blame(error)):
+                raise PluginError(message) from error
+            raise
         sys.stdout.flush()
     except RlmergeError as error:
         if "--json" in sys.argv:

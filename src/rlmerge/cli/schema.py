@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 
-from .options import Parser, declare_output
+from .options import Parser, declare_output, declare_plugins, registry
 
 USAGE = "[OPTIONS]"
 DESCRIPTION = """\
@@ -19,6 +19,7 @@ rlmerge schema > recipe.schema.json, and as the first line of a recipe
 
 def declare(parser: Parser) -> None:
     """Its arguments."""
+    declare_plugins(parser)
     declare_output(parser)
 
 
@@ -27,5 +28,7 @@ def run(given: Namespace) -> None:
     from rlmerge.schema import recipe_schema
 
     if given.json or not given.quiet:
-        json.dump(recipe_schema(), sys.stdout, indent=None if given.json else 1, ensure_ascii=False)
+        json.dump(
+            recipe_schema(registry(given.plugin)), sys.stdout, indent=None if given.json else 1, ensure_ascii=False
+        )
         print()

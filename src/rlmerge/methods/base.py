@@ -58,6 +58,14 @@ class Arity:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The plugin that a method comes from: the name of its file, and the xxh3-128 of its source."""
+
+    file: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a method knows of one tensor before it sees a number of it.
 
@@ -310,6 +318,8 @@ class Method(ABC):
     deterministic: bool = True
     symmetric: bool = True
     """Whether the order of the models means nothing; then they are processed in the order of their keys."""
+    origin: Origin | None = None
+    """Where a plugin's method comes from; rlmerge's own have none."""
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
         """What is wrong with this combination of parameters, one sentence each; nothing if all is well."""
