@@ -63,31 +63,34 @@ class FunctionMethod(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Calls the function for a block, and again for a few coordinates of it."""
-        if self.sees == "every":
-            where = np.arange(block.size, dtype=np.int32)
-        else:
-            where = np.sort(np.concatenate([np.empty(0, np.int32), *(patch.where for patch in block.patches)]))
+        changed = np.zeros(block.size, np.bool_)
+        for patch in block.patches:
+            changed[patch.where] = True
+        where = (np.arange(block.size) if self.sees == "every" else np.flatnonzero(changed)).astype(np.int32)
         if self.sees == "tensor" or not where.size:  # a tensor that nobody changed
             return Merged([])
         old, deltas = block.base_at(where), np.zeros((len(task.experts), where.size))
+        place = np.empty(block.size, np.int32)
+        place[where] = np.arange(where.size)
         for patch in block.patches:
-            deltas[patch.experts[:, None], np.searchsorted(where, patch.where)] = patch.delta
+            for row, k in enumerate(patch.experts.tolist()):
+                deltas[k, place[patch.where]] = patch.delta[row]
         some = np.arange(0, where.size, max(2, where.size // PROBES))
         few = deltas[:, some]  # a copy: the function may write into its deltas
         merged = self._call(old, deltas, task)
-        self._probe(block, task, where, (some, old[some], few, merged[some]))
+        candidates = np.arange(0, block.size, max(1, block.size // PROBES))
+        free = candidates[~changed[candidates]] if self.sees == "changed" else candidates[:0]
+        self._probe(task, old[some], few, merged[some], block.base_at(free.astype(np.int32)), where.size)
         return Merged(merged if self.sees == "every" else [Change(where, old, merged)])
 
-    def _probe(
-        self, block: Block, task: Task, where: NDArray[np.int32], known: tuple[NDArray[np.int64], F64, F64, F64]
-    ) -> None:
-        """Raises where the result depends on what is merged together, or where something unchanged would change."""
-        _, old, deltas, merged = known
-        free = np.setdiff1d(np.arange(0, block.size, max(1, block.size // PROBES), dtype=np.int32), where)
-        base = block.base_at(free)
+    def _probe(self, task: Task, old: F64, deltas: F64, merged: F64, base: F64, among: int) -> None:
+        """Raises where the result depends on what is merged together, or where something unchanged would change.
+
+        old, deltas and merged are those of a few coordinates among many; base is that of some which nobody changed.
+        """
         with np.errstate(all="ignore"):
             found = self._call(
-                np.concatenate([old, base]), np.concatenate([deltas, np.zeros((len(deltas), free.size))], axis=1), task
+                np.concatenate([old, base]), np.concatenate([deltas, np.zeros((len(deltas), base.size))], axis=1), task
             )
             # sums of K terms may be added in another order
             far = np.abs(found[: old.size] - merged) > 1e-12 * np.abs(old) + 1e-6 * np.abs(deltas).max(axis=0)
@@ -95,9 +98,9 @@ class FunctionMethod(Method):
         if far.any():
             raise PluginError(
                 f"{self.place}: method {self.name!r} at {task.tensor}: a coordinate comes out as "
-                f"{merged[far][0]:.6g} among {where.size} others and as {found[: old.size][far][0]:.6g} among "
-                f"{found.size}. Which ones are merged together is the engine's affair, so each must be on its own; "
-                "write sees='tensor' for a function that needs a whole tensor."
+                f"{merged[far][0]:.6g} among {among} and as {found[: old.size][far][0]:.6g} among {found.size}. Which "
+                "ones are merged together is the engine's affair, so each must be on its own; write sees='tensor' for "
+                "a function that needs a whole tensor."
             )
         if moved.any():
             raise PluginError(
