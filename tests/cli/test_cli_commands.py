@@ -26,7 +26,7 @@ from tests.cli.command_line import (
 
 from rlmerge.version import VERSION
 
-COMMANDS = ("pack", "unpack", "merge", "check", "explain", "convert", "verify", "methods")
+COMMANDS = ("pack", "unpack", "merge", "check", "explain", "convert", "verify", "methods", "schema")
 
 
 @pytest.fixture(scope="module")
