@@ -13,6 +13,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rlmerge
@@ -135,6 +136,30 @@ def test_recipes_in_pages_parse(page):
 def test_readme_shows_the_shipped_recipe():
     lines = (ROOT / "examples" / "sar.yml").read_text(encoding="utf-8").splitlines(keepends=True)
     assert "".join(line for line in lines if not line.startswith("#")) in README
+
+
+def test_the_guide_shows_the_shipped_plugin_and_what_is_said_of_it():
+    guide, plugin = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), ROOT / "examples" / "clipped.py"
+    text = plugin.read_text(encoding="utf-8")
+    assert f"```python\n{text}```" in guide
+    assert len(text.splitlines()) < 20
+    command = "rlmerge methods clipped --plugin examples/clipped.py"
+    run = subprocess.run(
+        [BINARY, *command.split()[1:]], cwd=ROOT, check=True, capture_output=True, text=True, env=QUIET
+    )
+    assert "".join(f"    {line}\n" for line in [f"$ {command}", *run.stdout.splitlines()]) in guide
+
+
+def test_the_shipped_plugin_merges(tmp_path):
+    golden = ROOT / "tests" / "golden"
+    methods = rlmerge.load_plugins(ROOT / "examples" / "clipped.py")
+    experts = [str(golden / "expert0"), str(golden / "expert1")]
+    recipe = rlmerge.recipe_from_parts(str(golden / "base"), experts, "clipped", {"limit": 0.01}, methods=methods)
+    plain = rlmerge.recipe_from_parts(str(golden / "base"), experts, "task_arithmetic", {"weight": 1.0})
+    base = dict(rlmerge.merge(rlmerge.recipe_from_parts(None, [str(golden / "base")], "linear", {"weight": 1.0})))
+    sums = dict(rlmerge.merge(plain))
+    for name, array in rlmerge.merge(recipe):
+        assert np.abs(array - np.clip(sums[name], base[name] - 0.01, base[name] + 0.01)).max() < 1e-6
 
 
 def test_file_tree_of_the_readme_is_true():

@@ -22,6 +22,7 @@ GOLDEN = Path(__file__).parent / "golden" / "recipes"
 
 class Ties(Method):
     name = "ties"
+    summary = formula = source = "words"
     parameters = (
         Parameter("weight", "number", 1.0, "weight", per_model=True),
         Parameter("density", "number", 1.0, "kept share", per_model=True, above=0, maximum=1),

@@ -29,6 +29,7 @@ _HOMES = {
     "fisher_from_adam": "fisher.adam",
     "get_method": "methods",
     "judge_fishers": "fisher.stats",
+    "load_plugins": "plugins",
     "load_recipe": "recipe",
     "merge": "api",
     "merge_to": "api",
@@ -37,6 +38,7 @@ _HOMES = {
     "pack": "packs.write",
     "parse_recipe": "recipe",
     "recipe_from_parts": "recipe",
+    "recipe_schema": "schema",
     "unpack": "packs.restore",
     "verify": "verification",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "fisher_from_adam",
     "get_method",
     "judge_fishers",
+    "load_plugins",
     "load_recipe",
     "merge",
     "merge_to",
@@ -68,6 +71,7 @@ __all__ = [
     "pack",
     "parse_recipe",
     "recipe_from_parts",
+    "recipe_schema",
     "unpack",
     "verify",
 ]
@@ -84,8 +88,10 @@ if TYPE_CHECKING:
     from .methods import get_method, method_names
     from .packs.restore import Unpacked, unpack
     from .packs.write import Packed, Packing, pack
+    from .plugins import load_plugins
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
+    from .schema import recipe_schema
     from .verification import verify
     from .version import VERSION as __version__
 

@@ -8,6 +8,7 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 │   ├── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties, a pack's base
 │   └── PackError               a delta pack that is damaged, or that cannot be made or used like this
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
+├── PluginError                 a merge method of the user's own: its file, its definition, an error in its code
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── OutputError                 the output folder: exists, locked, another plan's, disk full
 ├── EvaluationError, TaskError, VerifierError, WorkerError, ResultsError    what `evaluate` cannot do (defined there)
@@ -58,6 +59,10 @@ class PackError(CheckpointError):
 
 class FisherError(RlmergeError):
     """A Fisher folder that is missing, wrong, empty or negative."""
+
+
+class PluginError(RlmergeError):
+    """A merge method of the user's own that cannot be loaded, or whose code failed."""
 
 
 class NonFiniteError(RlmergeError):

@@ -1,7 +1,7 @@
 """A plan: what to compute, from which bytes, into which bytes, as plain data (JSON). `planner` makes it.
 
-With a plan and the paths in it, any worker can measure or merge any unit. Its digest covers the versions, the recipe
-and the inputs, so that a run is only ever continued by itself.
+With a plan and the paths in it, any worker can measure or merge any unit. Its digest covers the versions, the recipe,
+the plugin and the inputs, so that a run is only ever continued by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.layout import WIDTH, OutputFile
 from rlmerge.checkpoint.restack import Stack
+from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolved, Resolver, Spot
+from rlmerge.plugins import origin_of
 from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
 
@@ -139,6 +141,11 @@ class Plan:
         """The first variant; all variants agree on inputs, dtype and rounding."""
         return self.variants[0]
 
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that take part, each once."""
+        return list({id(recipe.method): recipe.method for recipe in self.variants}.values())
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data, without times and without anything that depends on this run."""
         return {
@@ -146,6 +153,7 @@ class Plan:
             "rlmerge": VERSION,
             "block": self.block,
             "variants": [recipe.to_dict() for recipe in self.variants],
+            "plugins": [asdict(origin) for origin in map(origin_of, self.methods) if origin],
             "experts": list(self.experts),
             "has_base": self.has_base,
             "layers": self.layers,
@@ -164,7 +172,7 @@ class Plan:
         return [self.experts.index(key) for key in self.experts_of(tensor)]
 
     def digest(self) -> str:
-        """xxh3-128 of the canonical JSON: versions, recipes, inputs (paths, sizes, headers), layout."""
+        """xxh3-128 of the canonical JSON: versions, recipes, plugins, inputs (paths, sizes, headers), layout."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
 

@@ -145,20 +145,20 @@ def _open_fishers(
     if not wanted:
         notes = [f"`fisher:` is given, but method {recipe.merge_method!r} does not read it with these parameters."]
         return (), nothing, notes if having else []
-    free = any(spec.name == "sensitivity" for spec in recipe.method.parameters)
+    method = recipe.method
+    free = any(spec.name == "sensitivity" for spec in method.parameters)
     if not having:
         raise FisherError(
             f"{recipe.merge_method!r} {'arbitrates' if free else 'averages'} by Fisher information, but no model has a "
             "`fisher:` folder.\n"
             "  Give each model one (`fisher: FOLDER` in the recipe, --fisher on the command line), or "
-            + ("set\n  `sensitivity: delta2`, which needs no data." if free else "choose another method.")
+            f"{method.fisherless}."
         )
     if len(having) < len(keys):
         missing = ", ".join(key for key in keys if key not in having)
         raise FisherError(
             f"these models have no `fisher:`: {missing}; the others have one. Sensitivities of different kinds cannot "
-            "be compared: give all models a Fisher, or "
-            + ("set `sensitivity: delta2`." if free else "choose another method.")
+            f"be compared: give all models a Fisher, or {method.fisherless}."
         )
     # an adapter's Fisher has the names of its base; with slices, models may differ in depth
     plain = all(piece.layers is None for piece in pieces)
@@ -181,7 +181,8 @@ def _open_fishers(
     notes = []
     if lacking:
         notes.append(
-            f"{len(lacking)} tensors are not in every Fisher and are arbitrated by δ² alone: "
+            f"{len(lacking)} tensors are not in every Fisher and are "
+            f"{'arbitrated by δ² alone' if free else 'averaged as if it were the same everywhere'}: "
             + ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
         )  # fmt: skip
     return tuple(opened.values()), of_pieces, notes

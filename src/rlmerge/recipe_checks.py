@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import RecipeError, did_you_mean
+from rlmerge.in_json import FLAG, JSON_OF, TEXT, either, in_json, items, mapping, number
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
 from rlmerge.slices import check_modules, check_slices
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rlmerge.recipe import ModelEntry, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
+PATH = mapping({"path": TEXT}, "path")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
@@ -26,7 +28,10 @@ LATER = ("tokenizer", "tokenizer_source", "chat_template")
 
 # ---- Values of keys -----------------------------------------------------------------------------------------------
 
+# Beside each function stands the JSON schema of what it accepts, for `rlmerge schema`.
 
+
+@in_json(TEXT)
 def _text(value: Any) -> Any:
     if isinstance(value, str) and value.strip():
         return value
@@ -34,6 +39,7 @@ def _text(value: Any) -> Any:
     raise ValueError("expected text, found nothing" if value == "" else f"expected text, found {show(value)}{hint}")
 
 
+@in_json(either(TEXT, PATH, mapping({"model": PATH}, "model")))
 def _reference(value: Any) -> Any:
     """A path, or mergekit's `{path: ...}` and `{model: {path: ...}}`."""
     if isinstance(value, dict):
@@ -68,6 +74,13 @@ def _fisher(value: Any) -> Any:
     return found
 
 
+@in_json(
+    either(
+        {"enum": list(DTYPES)},
+        {"type": "string", "pattern": rf"^(torch\.)?({'|'.join((*DTYPES, *ALIASES))})$"},
+        {"type": "null"},
+    )
+)
 def _dtype(value: Any) -> Any:
     word = str(value).removeprefix("torch.")
     word = ALIASES.get(word, word)
@@ -79,6 +92,7 @@ def _dtype(value: Any) -> Any:
     raise ValueError(f"{show(value)} is not a dtype that can be written; {known}.{did_you_mean(word, DTYPES)}")
 
 
+@in_json(either(TEXT, items(TEXT)))
 def _patterns(value: Any) -> Any:
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, (list, tuple)):
@@ -91,18 +105,21 @@ def _patterns(value: Any) -> Any:
     return tuple(patterns)
 
 
+@in_json(FLAG)
 def _flag(value: Any) -> Any:
     if not isinstance(value, bool):
         raise ValueError(f"expected true or false, found {show(value)}")
     return value
 
 
+@in_json(number(minimum=0))
 def _at_least_zero(value: Any) -> Any:
     if (number := as_number(value)) < 0:
         raise ValueError(f"expected a number >= 0, found {show(value)}")
     return number
 
 
+@in_json(number("integer", minimum=0, maximum=2**63 - 1))
 def _seed(value: Any) -> Any:
     if not 0 <= (number := as_integer(value)) < 2**63:
         raise ValueError(f"expected an integer from 0 to 2**63 - 1, found {show(value)}")
@@ -110,6 +127,7 @@ def _seed(value: Any) -> Any:
 
 
 def _one_of(*choices: str) -> Callable[[Any], Any]:
+    @in_json({"enum": list(choices)})
     def check(value: Any) -> Any:
         if value in choices:
             return value
@@ -119,6 +137,7 @@ def _one_of(*choices: str) -> Callable[[Any], Any]:
     return check
 
 
+@in_json(number("integer", minimum=1))
 def _positive(value: Any) -> Any:
     if (number := as_integer(value)) < 1:
         raise ValueError(f"expected an integer >= 1, found {show(value)}")
@@ -138,6 +157,7 @@ FISHER_VALUES: dict[str, Callable[[Any], Any]] = {
     "compute": _one_of("fp32", "bf16"),
 }
 """What `fisher: {data: …}` may say: settings of `rlmerge fisher`."""
+JSON_OF[_fisher] = either(TEXT, mapping({key: JSON_OF[check] for key, check in FISHER_VALUES.items()}, "data"))
 
 TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "name": _text,
@@ -211,7 +231,10 @@ def find_method(name: str, methods: Mapping[str, Method] | None) -> Method:
         names, get = list(methods), methods.__getitem__
     if name not in names:
         hint = did_you_mean(name, names)
-        raise ValueError(f"there is no merge method {show(name)}.\n {hint} The methods: {', '.join(sorted(names))}.")
+        raise ValueError(
+            f"there is no merge method {show(name)}.\n {hint} The methods: {', '.join(sorted(names))}. One of your own "
+            "comes with --plugin FILE."
+        )
     return get(name)
 
 
@@ -329,6 +352,11 @@ class Checker:
         return None
 
     def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str]) -> str:
+        if known is TOP_KEYS and key in ("plugin", "plugins"):
+            return (
+                "a recipe cannot name a plugin: it is data that people pass on, and a plugin is a program that runs. "
+                "Who merges names it: --plugin FILE."
+            )
         if known is TOP_KEYS and key in LATER:
             return f"mergekit's {key!r} is not supported by this version of rlmerge."
         if method is not None and key in {spec.name for spec in method.parameters}:

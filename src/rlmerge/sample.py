@@ -40,7 +40,7 @@ def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
     space = Space()
     try:
         for tensor, start, stop in runs:
-            total.add(inputs.block(tensor, start, stop, space), plan.experts, plan.places_of(plan.tensors[tensor]))
+            total.add(inputs.block(tensor, start, stop, space), plan, plan.places_of(plan.tensors[tensor]))
     finally:
         inputs.close()
     return total.to_dict(plan.experts)
@@ -76,7 +76,7 @@ class _Tally:
         self.fisher_zero = np.zeros(count, np.int64)
         self.fisher_size = 0
 
-    def add(self, block: Block, experts: tuple[str, ...], places: list[int]) -> None:
+    def add(self, block: Block, plan: Plan, places: list[int]) -> None:
         """One run of the sample; `places` are the numbers among all experts of those of the block."""
         self.size += block.size
         base = block.base.astype(np.float64)
@@ -97,16 +97,16 @@ class _Tally:
                     both = (signs[row] != 0) & (signs[before] != 0)
                     self.overlap[j, k2] += np.count_nonzero(both)
                     self.conflict[j, k2] += np.count_nonzero(both & (signs[row] != signs[before]))
-        self._add_fisher(block.fisher, experts, places)
+        self._add_fisher(block.fisher, plan, places)
 
-    def _add_fisher(self, fisher: NDArray[np.float32], experts: tuple[str, ...], places: list[int]) -> None:
+    def _add_fisher(self, fisher: NDArray[np.float32], plan: Plan, places: list[int]) -> None:
         if not fisher.size:
             return
         if (fisher < 0).any():
             place = int(np.flatnonzero((fisher < 0).any(axis=1))[0])
             raise FisherError(
-                f"the Fisher of {experts[places[place]]!r} has negative entries; a diagonal Fisher is a mean of "
-                "squares. Estimate it again, or use `sensitivity: delta2`."
+                f"the Fisher of {plan.experts[places[place]]!r} has negative entries; a diagonal Fisher is a mean of "
+                f"squares. Estimate it again, or {plan.recipe.method.fisherless}."
             )
         self.fisher_size += fisher.shape[1]
         self.fisher_zero[places] += np.count_nonzero(fisher == 0, axis=1)

@@ -117,7 +117,7 @@ def whole_cost(plan: Plan) -> list[tuple[int, int, int]]:
             )
             for resolver in resolvers
         ]
-        if any(number for number, _ in costs):
+        if any(number or held for number, held in costs):
             number, held = sum(number for number, _ in costs), max(held for _, held in costs)
             found.append((number, tensor.size * min(tensor.shape), held))
     return found

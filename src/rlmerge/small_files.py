@@ -22,6 +22,7 @@ from rlmerge.checkpoint.restack import restack_config
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
+from rlmerge.plugins import origin_of
 from rlmerge.version import VERSION
 
 PROVENANCE = "rlmerge.json"
@@ -79,14 +80,19 @@ def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:
     if plan.base is not None and recipe.base_model:
         licences = {recipe.base_model: read_licence(plan.base.folder), **licences}
     title = recipe.name or f"{recipe.merge_method} merge"
-    return model_card(title, recipe.to_dict(), len(recipe.models), recipe.to_yaml(), licences, report["total"])
+    origin = origin_of(recipe.method)
+    plugin = f" of a plugin ({origin.file})" if origin and origin.file else " of a plugin" if origin else ""
+    yaml, count = recipe.to_yaml(), len(recipe.models)
+    return model_card(title, recipe.to_dict(), count, yaml, licences, report["total"], plugin)
 
 
 def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journal, sha256: bool) -> dict[str, Any]:
+    origin = origin_of(plan.variants[variant].method)
     return {
         "format": 1,
         "rlmerge": VERSION,
         "recipe": plan.variants[variant].to_dict(),
+        **({"plugin": {"file": origin.file, "xxh3": origin.digest}} if origin else {}),
         "inputs": _inputs(plan, journal, sha256),
         "files": {},
         "weights": [

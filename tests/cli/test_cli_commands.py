@@ -26,7 +26,7 @@ from tests.cli.command_line import (
 
 from rlmerge.version import VERSION
 
-COMMANDS = ("pack", "unpack", "merge", "check", "explain", "convert", "verify", "methods")
+COMMANDS = ("pack", "unpack", "merge", "check", "explain", "convert", "verify", "methods", "schema")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ RUNS: dict[str, Command] = {
     "explain": lambda good, tmp: ["explain", good / "recipe.yml"],
     "verify": lambda good, tmp: ["verify", good / "merged"],
     "methods": lambda good, tmp: ["methods"],
+    "schema": lambda good, tmp: ["schema"],
     "method": lambda good, tmp: ["methods", "ties"],
 }
 WRONG: dict[str, Command] = {
@@ -104,6 +105,7 @@ DEFECTS = {
     "explain": "rlmerge.preflight.explain",
     "verify": "rlmerge.verification.verify",
     "methods": "rlmerge.methods.method_names",
+    "schema": "rlmerge.schema.recipe_schema",
 }
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.checkpoint.checkpoint_files import write_tensors
 from tests.methods.small_models import (
     FORMS,
     make_recipe,
@@ -123,6 +128,58 @@ def test_without_fishers_or_weights_it_says_so(tmp_path, method):
     _, experts, _ = given_models(tmp_path, 5, 2)
     message = refusal(lambda: merge_values(make_recipe(tmp_path, method, list(experts), fishers=False))) or ""
     assert "averages by Fisher information" in message
-    assert "delta2" not in message
     message = refusal(lambda: make_recipe(tmp_path, method, list(experts), {"weight": 0}, fishers=True)) or ""
     assert "all weights are 0" in message
+
+
+def spoiled(folder, experts, fishers, value, recorded=False):
+    """One entry of the Fisher of e1 becomes `value`; with `recorded`, every fisher.json says a sum and no digest."""
+    fishers["e1"]["c.weight"].flat[3] = value
+    for key in experts:
+        write_tensors(folder / f"fisher_{key}" / "fisher.safetensors", fishers[key], "F32")
+        sums = {n: {"sum": max(1.0, float(a.sum())), "count": a.size} for n, a in fishers[key].items()}
+        (folder / f"fisher_{key}" / "fisher.json").write_text(json.dumps({"tensors": sums} if recorded else {}))
+
+
+@pytest.mark.parametrize("method", ["sar", "fisher", "ota"])
+def test_the_way_out_is_one_that_the_method_has(tmp_path, method):
+    """`sensitivity: delta2` is offered by sar alone, whoever finds what is wrong with a Fisher."""
+    _, experts, fishers = given_models(tmp_path, 5, 2)
+    keys = list(experts)
+
+    def recipe(with_fishers=True):
+        return make_recipe(tmp_path, method, keys, fishers=with_fishers)
+
+    messages = {"none": refusal(lambda: rlmerge.check(recipe(False)))}
+    one = recipe()
+    lacking = dataclasses.replace(one, models=(one.models[0], dataclasses.replace(one.models[1], fisher=None)))
+    messages["of one"] = refusal(lambda: rlmerge.check(lacking))
+    on_demand = dataclasses.replace(lacking.models[0], fisher={"data": "math"})
+    lacking = dataclasses.replace(lacking, models=(on_demand, lacking.models[1]))
+    messages["of one, estimated"] = refusal(lambda: rlmerge.check(lacking))
+    spoiled(tmp_path, keys, fishers, -1.0)
+    messages["negative, sampled"] = refusal(lambda: rlmerge.check(recipe()))
+    messages["negative, summed"] = refusal(lambda: merge_values(recipe()))
+    spoiled(tmp_path, keys, fishers, -1.0, recorded=True)
+    with mock.patch("rlmerge.api.take_sample", return_value={}):  # in a larger model the sample misses it
+        messages["negative, recorded"] = refusal(lambda: rlmerge.merge_to_folder(recipe(), tmp_path / "out"))
+    spoiled(tmp_path, keys, fishers, np.nan)
+    messages["no number"] = refusal(lambda: merge_values(recipe()))
+    fishers["e1"] = {name: np.zeros_like(value) for name, value in fishers["e1"].items()}
+    spoiled(tmp_path, keys, fishers, 0.0)
+    messages["zero"] = refusal(lambda: merge_values(recipe()))
+    assert "holds -1.0 at coordinate" in (messages["negative, recorded"] or "")
+    for case, message in messages.items():
+        assert message is not None, case
+        assert ("sensitivity: delta2" in message) == (method == "sar"), f"{case}: {message}"
+        assert ("choose a method that needs no Fisher" in message) == (method != "sar"), f"{case}: {message}"
+
+
+def test_a_note_says_what_becomes_of_tensors_without_a_fisher(tmp_path):
+    _, experts, fishers = given_models(tmp_path, 5, 2)
+    for key in experts:
+        some = {name: value for name, value in fishers[key].items() if name != "c.weight"}
+        write_tensors(tmp_path / f"fisher_{key}" / "fisher.safetensors", some, "F32")
+    for method, words in (("sar", "arbitrated by δ² alone"), ("ota", "averaged as if it were the same everywhere")):
+        notes = rlmerge.check(make_recipe(tmp_path, method, list(experts), fishers=True)).notes
+        assert any("c.weight" in note and words in note for note in notes), notes

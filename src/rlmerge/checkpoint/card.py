@@ -66,6 +66,7 @@ def model_card(
     recipe_yaml: str,
     licences: dict[str, str | None],
     total: dict[str, Any],
+    plugin: str = "",
 ) -> str:
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
@@ -83,7 +84,7 @@ def model_card(
         front["license"] = known.pop()
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [
-        f"A merge of {models} models by `{recipe['merge_method']}`, made with rlmerge {VERSION}.",
+        f"A merge of {models} models by `{recipe['merge_method']}`{plugin}, made with rlmerge {VERSION}.",
         "",
     ]
     if len({licence for licence in licences.values() if licence}) > 1:

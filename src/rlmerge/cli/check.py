@@ -34,7 +34,9 @@ def run(given: Namespace) -> None:
     """Checks and prints what was found."""
     from rlmerge.preflight import check
 
-    recipe, _ = make_recipe(given.recipe, given.base, given.expert, given.fisher, given.method, given.set)
+    recipe, _ = make_recipe(
+        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
+    )
     report = check(recipe, threads=given.threads, accept_tokenizers=given.accept_tokenizers)
     show_report(report, given.json, given.quiet)
 

@@ -25,7 +25,9 @@ def run(given: Namespace) -> None:
     """Resolves and prints."""
     from rlmerge.preflight import explain
 
-    recipe, _ = make_recipe(given.recipe, given.base, given.expert, given.fisher, given.method, given.set)
+    recipe, _ = make_recipe(
+        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
+    )
     groups = explain(recipe)
     if given.json:
         json.dump(groups, sys.stdout)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlmerge.errors import RlmergeError, did_you_mean
+from rlmerge.errors import PluginError, RlmergeError, did_you_mean
 from rlmerge.version import VERSION
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "Check a recipe against headers, small files and a one-percent sample.",
     "explain": "Print which parameters hold for which tensors.",
     "methods": "List the merge methods, or describe one.",
+    "schema": "Print the JSON schema of a recipe, for editors.",
     "convert": "Convert pickled weights to safetensors.",
     "compare": "Compare models on the same problems, from results files.",
     "eval": "Evaluate a model on tasks with verifiable answers.",
@@ -81,6 +82,13 @@ def main() -> None:
             run(sys.argv[1:])
         except SystemExit as stop:
             code = stop.code
+        except RlmergeError:
+            raise
+        except Exception as error:
+            plugins = sys.modules.get("rlmerge.plugins")
+            if plugins is not None and (message := plugins.blame(error)):
+                raise PluginError(message) from error
+            raise
         sys.stdout.flush()
     except RlmergeError as error:
         if "--json" in sys.argv:

@@ -63,7 +63,9 @@ def run(given: Namespace) -> None:
     if given.second is None and not given.expert:
         raise RecipeError(f"give a recipe and an output folder: rlmerge merge {given.first} OUT")
     settings = [*(given.set or []), *([f"seed={given.seed}"] if given.seed is not None else [])]
-    recipe, sweep = make_recipe(path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True)
+    recipe, sweep = make_recipe(
+        path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True, plugins=given.plugin
+    )
     options: dict[str, Any] = {
         "sweep": sweep,
         "threads": given.threads,

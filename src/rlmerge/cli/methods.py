@@ -7,7 +7,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from .options import Parser, declare_output
+from rlmerge.errors import RecipeError
+
+from .options import Parser, declare_output, declare_plugins, registry
 
 USAGE = "[OPTIONS] [NAME]"
 DESCRIPTION = """\
@@ -18,15 +20,21 @@ laws."""
 def declare(parser: Parser) -> None:
     """Its arguments."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="a method; without it, all in one line each")
+    declare_plugins(parser)
     declare_output(parser)
 
 
 def run(given: Namespace) -> None:
     """Describes one method, or lists all."""
     from rlmerge.methods import get_method, method_names
+    from rlmerge.recipe_checks import find_method
 
-    wanted = [given.name] if given.name else method_names()
-    described = [describe(get_method(each)) for each in wanted]
+    known = registry(given.plugin)
+    names = [given.name] if given.name else method_names() if known is None else list(known)
+    try:
+        described = [describe(get_method(name) if known is None else find_method(name, known)) for name in names]
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if given.json:
         json.dump(described[0] if given.name else described, sys.stdout)
         print()
@@ -46,6 +54,7 @@ def describe(method: Any) -> dict[str, Any]:
         "summary": method.summary,
         "formula": method.formula,
         "source": method.source,
+        "plugin": method.origin.file if method.origin else None,
         "base": method.arity.base,
         "models": [method.arity.minimum, method.arity.maximum],
         "grain": method.grain,
@@ -67,6 +76,8 @@ def describe(method: Any) -> dict[str, Any]:
 
 def _show(entry: dict[str, Any]) -> None:
     print(f"{entry['name']}: {entry['summary']}\n  {entry['formula']}\n  source: {entry['source']}")
+    if entry["plugin"]:
+        print(f"  plugin: {entry['plugin']}")
     print(f"  base model: {entry['base']}; laws: {', '.join(entry['laws']) or 'none'}")
     for spec in entry["parameters"]:
         place = "per model or global" if spec["per_model"] else "global"

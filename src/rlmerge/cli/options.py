@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlmerge.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rlmerge.methods.base import Method
     from rlmerge.recipe import Recipe
 
 
@@ -48,6 +49,13 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
+def declare_plugins(parser: Parser) -> None:
+    """Methods of one's own."""
+    parser.add_argument(
+        "--plugin", metavar="FILE", action="append", help="Python file with merge methods; it is run; repeatable"
+    )
+
+
 def declare_parts(parser: Parser) -> None:
     """What a recipe is made of without a file, and what changes single values of one."""
     parser.add_argument("--base", metavar="FOLDER", help="base model folder (instead of a recipe)")
@@ -56,6 +64,7 @@ def declare_parts(parser: Parser) -> None:
         "--fisher", metavar="FOLDER", action="append", help="Fisher folder; once for each expert, in order"
     )
     parser.add_argument("--method", metavar="NAME", help="merge method, see 'rlmerge methods'")
+    declare_plugins(parser)
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", help="parameter or key; several values make a sweep"
     )
@@ -83,6 +92,15 @@ def declare_output(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
+def registry(plugins: list[str] | None) -> Mapping[str, Method] | None:
+    """All methods, those of plugins too; None for rlmerge's own."""
+    if not plugins:
+        return None
+    from rlmerge.plugins import load_plugins
+
+    return load_plugins(*plugins)
+
+
 def make_recipe(
     path: str | None,
     base: str | None,
@@ -91,6 +109,7 @@ def make_recipe(
     method: str | None,
     settings: list[str] | None,
     sweeps: bool = False,
+    plugins: list[str] | None = None,
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe of a file or of --base/--expert/--method, and the points of a sweep ([] for a single merge).
 
@@ -104,14 +123,15 @@ def make_recipe(
         raise RecipeError(f"a recipe file and {flags}: give one or the other. --set changes single values of a recipe.")
     points = parse_settings(settings) if settings else []
     single = points[0] if len(points) == 1 else {}
+    methods = registry(plugins)
     if path is not None:
-        recipe = load_recipe(Path(path))
+        recipe = load_recipe(Path(path), methods)
         recipe = recipe.with_settings(single) if single else recipe
     else:
         if not experts:
             raise RecipeError("give a recipe file, or --base, --expert (once for each) and --method.")
         first = single or (points[0] if points else {})
-        recipe = recipe_from_parts(base, experts, method or "sar", first, fishers=fishers or ())
+        recipe = recipe_from_parts(base, experts, method or "sar", first, fishers=fishers or (), methods=methods)
     if len(points) > 1 and not sweeps:
         raise RecipeError("--set: a sweep of several values works with 'rlmerge merge' only; here give one value each.")
     return recipe, points if len(points) > 1 else []

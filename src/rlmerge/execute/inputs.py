@@ -283,7 +283,7 @@ class Inputs:
             raise FisherError(
                 f"{self.plan.files[tensor.fishers[k].file].path}: the Fisher of tensor {tensor.name!r} holds "
                 f"{values[where]} at coordinate {start + where}; a diagonal Fisher is a mean of squares. Estimate it "
-                "again, or use `sensitivity: delta2`."
+                f"again, or {self.plan.recipe.method.fisherless}."
             )
         if tensor.fishers[k].kind == "sparse":
             where = start + int(np.flatnonzero(~np.isfinite(values))[0])
@@ -303,7 +303,7 @@ class Inputs:
             raise NonFiniteError(
                 f"{entry.path}: the Fisher of tensor {tensor.name!r} holds {values[where]} at coordinate "
                 f"{start + where}. A Fisher is a mean of squared gradients; these overflowed, or the file is damaged.\n"
-                "  Estimate it again with fp32 gradients, or set `sensitivity: delta2`, which needs none."
+                f"  Estimate it again with fp32 gradients, or {self.plan.recipe.method.fisherless}."
             )
         raise NonFiniteError(
             f"{entry.path}: tensor {tensor.name!r} holds {values[where]} at coordinate {start + where}. A merge would "

@@ -133,7 +133,8 @@ class Journal:
     def _check(path: Path, line: dict[str, Any], digest: str, stamps: list[list[int]]) -> None:
         if line.get("plan") != digest:
             raise OutputError(
-                f"{path.parent}: an unfinished merge of another recipe, other inputs or another version of rlmerge.\n"
+                f"{path.parent}: an unfinished merge of another recipe, other inputs, another plugin or another "
+                "version of rlmerge.\n"
                 "  Finish it with its own command, or throw it away with --overwrite."
             )
         if line.get("stamps") != stamps:

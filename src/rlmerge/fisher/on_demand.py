@@ -52,8 +52,8 @@ def check_given(recipe: Recipe) -> None:
             recipe.resolve(entry.fisher)
         elif entry.fisher is None:
             raise FisherError(
-                f"model {entry.key!r} has no `fisher:`, the others have one: give all models a Fisher, or set "
-                "`sensitivity: delta2`."
+                f"model {entry.key!r} has no `fisher:`, the others have one: give all models a Fisher, or "
+                f"{recipe.method.fisherless}."
             )
 
 

@@ -58,6 +58,14 @@ class Arity:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The plugin that a method comes from: the name of its file, and the xxh3-128 of its source."""
+
+    file: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a method knows of one tensor before it sees a number of it.
 
@@ -310,6 +318,8 @@ class Method(ABC):
     deterministic: bool = True
     symmetric: bool = True
     """Whether the order of the models means nothing; then they are processed in the order of their keys."""
+    origin: Origin | None = None
+    """Where a plugin's method comes from; rlmerge's own have none."""
 
     @property
     def averages_base(self) -> bool:
@@ -323,6 +333,12 @@ class Method(ABC):
     def misfit(self, models: int, has_base: bool) -> str:
         """What is wrong with this number of models, within the arity, beside a base or without one; '' if nothing."""
         return ""
+
+    @property
+    def fisherless(self) -> str:
+        """The way out of every message about a Fisher: the choice that reads none, or another method."""
+        free = any(spec.name == "sensitivity" and "delta2" in spec.choices for spec in self.parameters)
+        return "set `sensitivity: delta2`" if free else "choose a method that needs no Fisher"
 
     def uses_fisher(self, values: Mapping[str, Any]) -> bool:
         """Whether these global parameters make the method read Fishers."""

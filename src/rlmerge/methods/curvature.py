@@ -16,7 +16,6 @@ from .base import Block, Change, Merged, Method, Parameter, Result, Stage, Task
 from .sar_stages import FisherMean
 from .topk import Ranked, Scorer, cut, top_k
 
-ADVICE = "choose a method that needs no Fisher"
 EVERY = "factor of this model's curvature; 0 removes it"
 WEIGHT = Parameter("weight", "number", 1.0, EVERY, per_model=True, minimum=0)
 
@@ -66,7 +65,7 @@ class Fisher(Curvature):
 
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
         """The means of the Fishers."""
-        return (FisherMean(ADVICE),)
+        return (FisherMean(self.fisherless),)
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """θ0 + Σ c·δ / Σ c over all experts; by weight alone where all c are 0."""
@@ -145,7 +144,7 @@ class Ota(Curvature):
 
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
         """The means of the Fishers, then the thresholds."""
-        return (FisherMean(ADVICE), *top_k(Saliency(), values["scope"]))
+        return (FisherMean(self.fisherless), *top_k(Saliency(), values["scope"]))
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """θ0 + Σ c·δ / Σ c over what is kept; by weight alone where all c are 0."""

@@ -253,7 +253,7 @@ class Sar(Method):
         """Fisher means, conflict shares of pairs, thresholds (or ranks), norms: those that these choices need."""
         stages: list[Stage] = []
         if self.uses_fisher(values):
-            stages.append(FisherMean())
+            stages.append(FisherMean(self.fisherless))
         if values["agreement"] == "multiplicity":
             stages.append(PairConflict())
         if values["sparsify"] != "none":

@@ -20,7 +20,7 @@ class FisherMean(Stage):
     scope = "model"
     carried = True
 
-    def __init__(self, instead: str = "use `sensitivity: delta2`") -> None:
+    def __init__(self, instead: str) -> None:
         self.instead = instead
 
     def needed(self, task: Task, results: Mapping[str, Result]) -> bool:
@@ -51,7 +51,7 @@ class FisherMean(Stage):
                 )
             if total["sum"][place] == 0.0:
                 raise FisherError(
-                    f"the Fisher of {expert!r} is zero everywhere, so it cannot arbitrate. Estimate it again with data "
+                    f"the Fisher of {expert!r} is zero everywhere, so it says nothing. Estimate it again with data "
                     f"on which the model has a gradient, or {self.instead}."
                 )
         return {"mean": (total["sum"] / task.size).tolist()}
