@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import RecipeError, did_you_mean
+from rlmerge.mergekit_dialect import TOKENIZER_KEYS, misplaced_without_effect, not_here, without_effect
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
 from rlmerge.yaml_lines import Place, dotted
@@ -20,6 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
+BASE_ALONE = " The base is the only model: to write it alone, say merge_method: passthrough, without base_model."
 LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
 
 
@@ -248,7 +250,7 @@ class Checker:
         method = self._method(data.get("merge_method"), methods)
         for key in data:
             if key not in TOP_KEYS:
-                self.add((key,), self._unknown_key(key, method, "parameters:", TOP_KEYS))
+                self._other_key((key,), method, "parameters:", TOP_KEYS)
         self.data = {key: value for key, value in data.items() if key in TOP_KEYS and value is not None}
         if method is None:
             self.finish()
@@ -282,7 +284,7 @@ class Checker:
                 self.warn(("models", k), "this is the base, which has no difference to itself: the entry is ignored.")
                 del kept[k]
         self._keys(kept)
-        self._count(method, len(kept), recipe.base_model is not None)
+        self._count(method, len(kept), recipe.base_model is not None, BASE_ALONE if recipe.models and not kept else "")
         for spec in method.parameters:
             if spec.default is None and spec.name not in recipe.parameters:
                 lacking: list[Place] = [("models", k) for k, entry in kept.items() if spec.name not in entry.parameters]
@@ -300,12 +302,20 @@ class Checker:
             self.add(() if name is None else ("merge_method",), text)
         return None
 
-    def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str]) -> str:
+    def _other_key(self, place: Place, method: Method | None, home: str, known: Iterable[str]) -> None:
+        """Notes a key that is none of those that may stand here: a mistake, unless nothing can be meant by it."""
+        key = str(place[-1])
+        names = {spec.name for spec in method.parameters} if method else set()
         if known is TOP_KEYS and key in LATER:
-            return f"mergekit's {key!r} is not supported by this version of rlmerge."
-        if method is not None and key in {spec.name for spec in method.parameters}:
-            return f"{key!r} is a parameter of method {method.name!r}: write it under {home}"
-        return f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}."
+            self.add(place, f"mergekit's {key!r} is not supported by this version of rlmerge.")
+        elif method is not None and key in names:
+            self.add(place, f"{key!r} is a parameter of method {method.name!r}: write it under {home}")
+        elif method is not None and (text := misplaced_without_effect(method.name, key)):
+            self.warn(place, text)
+        elif key in TOKENIZER_KEYS:
+            self.add(place, f"{key!r} is a key of 'tokenizer:': write it there.")
+        else:
+            self.add(place, f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}.")
 
     def _models(self, method: Method) -> None:
         models = self.data.get("models")
@@ -329,7 +339,7 @@ class Checker:
     def _entry(self, method: Method, place: Place, entry: dict[str, Any]) -> dict[str, Any]:
         for key in entry:
             if key not in ENTRY_KEYS:
-                self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", ENTRY_KEYS))
+                self._other_key((*place, key), method, "the 'parameters:' of this model.", ENTRY_KEYS)
         given = {key: value for key, value in entry.items() if value is not None or key == "model"}
         parameters = self._parameters(method, (*place, "parameters"), given.get("parameters"), own=True)
         return {**self._values(place, ENTRY_VALUES, given), "parameters": parameters}
@@ -343,15 +353,16 @@ class Checker:
         values = {}
         for key, value in given.items():
             here = (*place, key)
-            if key not in specs and key == "int8_mask":
-                self.warn(here, "has no effect here (in mergekit it changes no bit of the result either).")
+            if key not in specs and here not in self.source.flags and (text := without_effect(method.name, key)):
+                self.warn(here, text)
             elif key not in specs:
                 known = [*specs, *SETTINGS] if here in self.source.flags else list(specs)
                 hint = did_you_mean(key, known)
-                self.add(here, f"unknown parameter of method {method.name!r}.\n {hint} {_takes(method)}")
+                what = not_here(method.name, key) or f"unknown parameter of method {method.name!r}."
+                self.add(here, f"{what}\n {hint} {_takes(method)}")
             elif own and not specs[key].per_model:
                 found = f"{key!r} is a global parameter of method {method.name!r}"
-                self.add(here, f"{found}: move it to the top-level 'parameters:'.")
+                self.add(here, f"{found}: move it to the top-level 'parameters:' (mergekit ignores it here).")
             else:
                 try:
                     values[key] = check_value(specs[key], value)
@@ -370,13 +381,13 @@ class Checker:
                 self.add(("models", k), f"{twice}: give each its own 'name:'.")
             seen.setdefault(entry.key, k)
 
-    def _count(self, method: Method, count: int, has_base: bool) -> None:
+    def _count(self, method: Method, count: int, has_base: bool, hint: str) -> None:
         low, high = method.arity.minimum, method.arity.maximum
         if count < low or (high is not None and count > high):
             limits = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             noun = "model" if limits.endswith(" 1") else "models"
             beside = " beside the base" if method.arity.base == "required" else ""
-            self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+            self.add(("models",), f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.{hint}")
         elif problem := method.misfit(count, has_base):
             self.add(("models",), problem)
 
