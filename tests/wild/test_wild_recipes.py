@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.methods.small_models import read_values, read_words, refusal
-from wild_models import WildRecipe, lay_out, model_shapes, read_wild
+from wild_models import WildRecipe, find_slices, lay_out, layer_shapes, model_shapes, read_wild
 
 import rlmerge
 
@@ -116,6 +117,8 @@ def test_recipes_of_other_people(tmp_path, name):
     assert [place_of(text) for text in rlmerge.load_recipe(recipe).warnings] == list(WARNED.get(name, ()))
     rlmerge.merge_to_folder(recipe, tmp_path / "out", threads=1)
     as_mergekit_writes(wild, KINDS.get(name, "llama"), tmp_path / "out")
+    if wild.last["merge_method"] == "passthrough":
+        layers_are_copies(wild, tmp_path)
 
 
 def as_mergekit_writes(wild: WildRecipe, kind: str, out: Path) -> None:
@@ -127,3 +130,28 @@ def as_mergekit_writes(wild: WildRecipe, kind: str, out: Path) -> None:
     assert {kind for kind, _ in found.values()} == {dtype}
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == wild.layers
     assert all(np.isfinite(value).all() for value in read_values(out).values())
+
+
+def layers_are_copies(wild: WildRecipe, folder: Path) -> None:
+    """Every layer of a frankenmerge is the layer that its slice names, times what `scale` says."""
+    found = read_values(folder / "out")
+    rows = [(part["sources"][0], layer) for part in find_slices(wild.last) for layer in layers_of(part)]
+    assert len(rows) == wild.layers
+    models = {reference: read_values(folder / place) for reference, place in wild.places.items()}
+    for number, (source, layer) in enumerate(rows):
+        for name in layer_shapes("llama") if source["model"] in models else ():
+            value = models[source["model"]][f"model.layers.{layer}.{name}"] * np.float32(scale_of(source, name))
+            value = value.astype(np.float16).astype(np.float32) if wild.last.get("dtype") == "float16" else value
+            np.testing.assert_array_equal(found[f"model.layers.{number}.{name}"], value, f"{number} {name}")
+
+
+def layers_of(part: dict[str, Any]) -> range:
+    """The layers that a slice takes from its source."""
+    start, end = part["sources"][0]["layer_range"]
+    return range(start, end)
+
+
+def scale_of(source: dict[str, Any], name: str) -> float:
+    """What a source multiplies a tensor by."""
+    entries = source.get("parameters", {}).get("scale", [{"value": 1.0}])
+    return next(entry["value"] for entry in entries if entry.get("filter", "") in name)

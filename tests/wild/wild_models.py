@@ -146,6 +146,11 @@ class WildRecipe:
     loras: list[str] = field(default_factory=list)
 
     @property
+    def places(self) -> dict[str, str]:
+        """The folder of each reference."""
+        return {reference: f"m{number}" for number, reference in enumerate([*self.models, *self.loras])}
+
+    @property
     def last(self) -> dict[str, Any]:
         """The document whose output is the result."""
         return self.documents[-1]
@@ -201,11 +206,10 @@ def seed_of(reference: str) -> int:
 
 def lay_out(wild: WildRecipe, kind: str, folder: Path) -> Path:
     """The recipe beside small models; only references are replaced, each by the name of its folder."""
-    places: dict[str, str] = {}
-    for number, reference in enumerate([*wild.models, *wild.loras]):
-        places[reference] = f"m{number}"
+    places = wild.places
+    for reference, place in places.items():
         write = write_lora if reference in wild.loras else write_model
-        write(folder / places[reference], kind, wild.depth, seed_of(reference))
+        write(folder / place, kind, wild.depth, seed_of(reference))
     longest = sorted(map(re.escape, places), key=len, reverse=True)
     pattern = rf"(?<![\w./\\-])({'|'.join(longest)})(?![\w/\\-]|\.\w)"
     path = folder / wild.file.name
