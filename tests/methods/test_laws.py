@@ -172,7 +172,7 @@ class Law:
         assert all(same_bits(results[0], other) for other in results[1:])
 
     def scaling(self) -> None:
-        """δ → 2^k·δ scales the merged delta by 2^k, bitwise (fp16 below 2^-14 has fewer bits: there to its last one)."""
+        """δ → 2^k·δ scales the merged delta by 2^k, bitwise; of subnormal fp16 numbers up to a step."""
         plain = self.deltas(1.0)
         for factor in (2.0**4, 2.0**-3):
             found = self.deltas(factor)
