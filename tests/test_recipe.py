@@ -366,7 +366,7 @@ MISTAKES = {
     "fraction": (GOOD.replace("lambda: 0.8", "rounds: 2.5"), ["r.yml:10: parameters.rounds: expected an integer"]),
     "integer out of range": (GOOD.replace("lambda: 0.8", "rounds: 0"), ["expected an integer >= 1 and <= 9, found 0"]),
     "integer gradient": (GOOD.replace("lambda: 0.8", "rounds: [1, 2]"), ["an integer cannot be a gradient"]),
-    "number for a flag": (GOOD.replace("lambda: 0.8", "normalize: 1"), ["expected true or false, found 1"]),
+    "number for a flag": (GOOD.replace("lambda: 0.8", "normalize: 2"), ["expected true or false, found 2"]),
     "choice": (
         GOOD.replace("lambda: 0.8", "scope: modle"),
         ["r.yml:10: parameters.scope: 'modle' is not one of: tensor, model. Did you mean 'model'?"],

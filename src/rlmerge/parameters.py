@@ -65,6 +65,13 @@ def as_integer(value: Any) -> int:
     return value if isinstance(value, int) else int(number)
 
 
+def as_flag(value: Any) -> bool:
+    """A flag from a flag, or from 0 or 1, which recipes for mergekit hold, too. Raises ValueError."""
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise ValueError(f"expected true or false, found {show(value)}")
+
+
 def check_value(spec: Parameter, value: Any) -> Any:
     """The canonical form of what a recipe gives for a parameter; ValueError says what is wrong with it.
 
@@ -112,11 +119,9 @@ def _check_scalar(spec: Parameter, value: Any) -> Any:
     if value is None:
         raise ValueError(f"there is no value; expected {expected(spec)}")
     if spec.kind == "flag":
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, found {show(value)}")
-        return value
+        return as_flag(value)
     if spec.kind == "choice":
-        if spec.flags and isinstance(value, bool):
+        if spec.flags and (isinstance(value, bool) or value in (0, 1)):
             return spec.flags[not value]
         if value not in spec.choices:
             hint = did_you_mean(value, spec.choices) if isinstance(value, str) else ""

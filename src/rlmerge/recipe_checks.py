@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import RecipeError, did_you_mean
 from rlmerge.in_json import FLAG, JSON_OF, TEXT, either, in_json, items, mapping, number
+from rlmerge.mergekit_dialect import TOKENIZER_KEYS, misplaced_without_effect, not_here, without_effect
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
 from rlmerge.slices import check_modules, check_slices
@@ -23,6 +24,7 @@ PATH = mapping({"path": TEXT}, "path")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
+BASE_ALONE = " The base is the only model: to write it alone, say merge_method: passthrough, without base_model."
 LATER = ("tokenizer", "tokenizer_source", "chat_template")
 
 
@@ -302,7 +304,7 @@ class Checker:
         home = "parameters:" if not place else "the 'parameters:' here."
         for key in given:
             if key not in known:
-                self.add((*place, key), self._unknown_key(key, method, home, known))
+                self._other_key((*place, key), method, home, known)
 
     def values(
         self, place: Place, checks: Mapping[str, Callable[[Any], Any]] | Sequence[str], given: Mapping[str, Any]
@@ -333,7 +335,9 @@ class Checker:
         places = {k: recipe.place(entry) for k, entry in kept.items()}
         home = next(iter(places.values()))[:-1] if places else ("models",)
         self._keys(kept, places)
-        self._count(method, home, len(kept), recipe.base_model is not None)
+        self._count(
+            method, home, len(kept), recipe.base_model is not None, BASE_ALONE if recipe.models and not kept else ""
+        )
         for spec in method.parameters:
             if spec.default is None and not any(spec.name in scope for scope in recipe.scopes):
                 lacking: list[Place] = [places[k] for k, entry in kept.items() if spec.name not in entry.parameters]
@@ -351,19 +355,28 @@ class Checker:
             self.add(() if name is None else ("merge_method",), text)
         return None
 
-    def _unknown_key(self, key: str, method: Method | None, home: str, known: Iterable[str]) -> str:
+    def _other_key(self, place: Place, method: Method | None, home: str, known: Iterable[str]) -> None:
+        """Notes a key that is none of those that may stand here: a mistake, unless nothing can be meant by it."""
+        key = str(place[-1])
+        names = {spec.name for spec in method.parameters} if method else set()
         if known is TOP_KEYS and key in ("plugin", "plugins"):
-            return (
+            self.add(
+                place,
                 "a recipe cannot name a plugin: it is data that people pass on, and a plugin is a program that runs. "
-                "Who merges names it: --plugin FILE."
+                "Who merges names it: --plugin FILE.",
             )
-        if known is TOP_KEYS and key in LATER:
-            return f"mergekit's {key!r} is not supported by this version of rlmerge."
-        if method is not None and key in {spec.name for spec in method.parameters}:
-            return f"{key!r} is a parameter of method {method.name!r}: write it under {home}"
-        if key == "layer_range":
-            return "layers are chosen under 'slices: - sources:', and 'models:' takes all of them."
-        return f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}."
+        elif known is TOP_KEYS and key in LATER:
+            self.add(place, f"mergekit's {key!r} is not supported by this version of rlmerge.")
+        elif method is not None and key in names:
+            self.add(place, f"{key!r} is a parameter of method {method.name!r}: write it under {home}")
+        elif method is not None and (text := misplaced_without_effect(method.name, key)):
+            self.warn(place, text)
+        elif key == "layer_range":
+            self.add(place, "layers are chosen under 'slices: - sources:', and 'models:' takes all of them.")
+        elif key in TOKENIZER_KEYS:
+            self.add(place, f"{key!r} is a key of 'tokenizer:': write it there.")
+        else:
+            self.add(place, f"unknown key.\n {did_you_mean(key, known)} The keys here: {', '.join(known)}.")
 
     def models(self, method: Method, place: Place, models: Any) -> list[dict[str, Any]]:
         """The canonical entries of a list of models."""
@@ -381,7 +394,7 @@ class Checker:
             return {"model": "?"}  # keeps the numbers of the others
         for key in entry:
             if key not in ENTRY_KEYS:
-                self.add((*place, key), self._unknown_key(key, method, "the 'parameters:' of this model.", ENTRY_KEYS))
+                self._other_key((*place, key), method, "the 'parameters:' of this model.", ENTRY_KEYS)
         parameters = self.parameters(method, (*place, "parameters"), entry.get("parameters"), own=True)
         found = self.values(place, ENTRY_VALUES, {**entry, "model": "" if entry["model"] is None else entry["model"]})
         return {"model": "?", **found, "parameters": parameters}
@@ -395,15 +408,16 @@ class Checker:
         values = {}
         for key, value in given.items():
             here = (*place, key)
-            if key not in specs and key == "int8_mask":
-                self.warn(here, "has no effect here (in mergekit it changes no bit of the result either).")
+            if key not in specs and here not in self.source.flags and (text := without_effect(method.name, key)):
+                self.warn(here, text)
             elif key not in specs:
                 known = [*specs, *SETTINGS] if here in self.source.flags else list(specs)
                 hint = did_you_mean(key, known)
-                self.add(here, f"unknown parameter of method {method.name!r}.\n {hint} {_takes(method)}")
+                what = not_here(method.name, key) or f"unknown parameter of method {method.name!r}."
+                self.add(here, f"{what}\n {hint} {_takes(method)}")
             elif own and not specs[key].per_model:
                 found = f"{key!r} is a global parameter of method {method.name!r}"
-                self.add(here, f"{found}: move it to the top-level 'parameters:'.")
+                self.add(here, f"{found}: move it to the top-level 'parameters:' (mergekit ignores it here).")
             else:
                 try:
                     values[key] = check_value(specs[key], value)
@@ -422,13 +436,13 @@ class Checker:
                 self.add(places[k], f"{twice}: give each its own 'name:'.")
             seen.setdefault(entry.key, k)
 
-    def _count(self, method: Method, home: Place, count: int, has_base: bool) -> None:
+    def _count(self, method: Method, home: Place, count: int, has_base: bool, hint: str) -> None:
         low, high = method.arity.minimum, method.arity.maximum
         if count < low or (high is not None and count > high):
             limits = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             noun = "model" if limits.endswith(" 1") else "models"
             beside = " beside the base" if method.arity.base == "required" else ""
-            self.add(home, f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.")
+            self.add(home, f"method {method.name!r} takes {limits} {noun}{beside}, found {count}.{hint}")
         elif problem := method.misfit(count, has_base):
             self.add(home, problem)
 

@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from rlmerge.in_json import FLAG, JSON_OF, Schema, either, items, mapping, number
+from rlmerge.mergekit_dialect import mergekit_names, without_effect
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import expected
 from rlmerge.recipe import Recipe
@@ -19,6 +20,7 @@ from rlmerge.version import VERSION
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NOTHING: Schema = {"type": "null"}
+NO_EFFECT: Schema = {"description": "mergekit's; has no effect here.", "deprecated": True}
 ANY_PARAMETERS: Schema = {"type": ["object", "null"]}
 
 TOP_MEANINGS = {
@@ -60,11 +62,22 @@ def recipe_schema(methods: Mapping[str, Method] | None = None) -> Schema:
         "$schema": DIALECT,
         "title": "rlmerge recipe",
         "description": f"What rlmerge {VERSION} merges, and how.",
-        **mapping(_top_keys(methods), "merge_method"),
+        **_with_misplaced(mapping(_top_keys(methods), "merge_method")),
         "anyOf": [{"required": [way]} for way in ("models", "slices", "modules")],
         "allOf": [_of_method(methods[name]) for name in sorted(methods)],
         "$defs": {_name_of(spec): _value(spec) for name in sorted(methods) for spec in methods[name].parameters},
     }
+
+
+def _harmless(schema: Schema, names: Iterable[str]) -> Schema:
+    """The same mapping with keys that an editor does not offer and does not mark as mistakes, either."""
+    names = [name for name in names if name not in schema["properties"]]
+    return schema | ({"patternProperties": {f"^({'|'.join(names)})$": NO_EFFECT}} if names else {})
+
+
+def _with_misplaced(schema: Schema) -> Schema:
+    """With parameters of mergekit's methods outside of `parameters:`, for some methods a warning and no mistake."""
+    return _harmless(schema, mergekit_names())
 
 
 def _top_keys(methods: Mapping[str, Method]) -> dict[str, Schema]:
@@ -88,13 +101,14 @@ def _slice() -> Schema:
     source = source | {"properties": {**source["properties"], "layer_range": layers}}
     source["required"] = [*source["required"], "layer_range"]
     base = _optional(JSON_OF[TOP_VALUES["base_model"]])
-    return mapping({"sources": items(source, 1), "base_model": base, "parameters": ANY_PARAMETERS}, "sources")
+    keys = {"sources": items(source, 1), "base_model": base, "parameters": ANY_PARAMETERS}
+    return _with_misplaced(mapping(keys, "sources"))
 
 
 def _module() -> Schema:
     """One value of `modules`."""
     ways = {"slices": either(items(_slice(), 1), NOTHING), "models": either(items(_entry()), NOTHING)}
-    schema = mapping({**ways, "parameters": ANY_PARAMETERS})
+    schema = _with_misplaced(mapping({**ways, "parameters": ANY_PARAMETERS}))
     return schema | {"anyOf": [{"required": [way]} for way in ways]}
 
 
@@ -102,7 +116,8 @@ def _entry() -> Schema:
     """One entry of `models`."""
     made: dict[str, Schema] = {key: _optional(JSON_OF[check]) for key, check in ENTRY_VALUES.items()}
     made |= {"model": JSON_OF[ENTRY_VALUES["model"]], "parameters": ANY_PARAMETERS}
-    return mapping({key: _described(schema, ENTRY_MEANINGS[key]) for key, schema in made.items()}, "model")
+    described = {key: _described(schema, ENTRY_MEANINGS[key]) for key, schema in made.items()}
+    return _with_misplaced(mapping(described, "model"))
 
 
 def _optional(schema: Schema) -> Schema:
@@ -122,12 +137,14 @@ def _of_method(method: Method) -> Schema:
     if method.arity.maximum is not None and not ignores_base:
         models["maxItems"] = method.arity.maximum
     own = [spec for spec in method.parameters if spec.per_model]
-    models["items"] = {"properties": {"parameters": _parameters(own)}}
+    elsewhere = {spec.name: False for spec in method.parameters if spec.name in mergekit_names()}
+    models["items"] = {"properties": {"parameters": _parameters(method.name, own), **elsewhere}}
     needed = [spec.name for spec in method.parameters if spec.default is None and not spec.per_model]
-    properties: dict[str, Schema] = {
+    properties: dict[str, Any] = {
         "merge_method": {"description": f"{method.summary}\n\n{method.formula}\n\nSource: {method.source}"},
         "models": models,
-        "parameters": _parameters(method.parameters, needed),
+        "parameters": _parameters(method.name, method.parameters, needed),
+        **elsewhere,
     }
     then: Schema = {"properties": properties}
     required = ["parameters"] if needed else []
@@ -150,11 +167,12 @@ def _given(spec: Parameter, ignores_base: bool) -> Schema:
     return either(there, of_models, {"required": ["slices"]}, {"required": ["modules"]})
 
 
-def _parameters(specs: Iterable[Parameter], needed: Iterable[str] = ()) -> Schema:
+def _parameters(method: str, specs: Iterable[Parameter], needed: Iterable[str] = ()) -> Schema:
     """A mapping of parameters; nothing at all where none is needed."""
-    mask = {"description": "mergekit's; has no effect here.", "deprecated": True}
     needed = list(needed)
-    schema = mapping({**{spec.name: _parameter(spec) for spec in specs}, "int8_mask": mask}, *needed)
+    harmless = [key for key in mergekit_names() if without_effect(method, key)]
+    own = {**{spec.name: _parameter(spec) for spec in specs}, "int8_mask": NO_EFFECT}
+    schema = _harmless(mapping(own, *needed), harmless)
     return schema if needed else schema | {"type": ["object", "null"]}
 
 
@@ -184,7 +202,7 @@ def _value(spec: Parameter) -> Schema:
 
 def _scalar(spec: Parameter) -> Schema:
     if spec.kind == "flag":
-        return FLAG
+        return either(FLAG, {"enum": [0, 1]})
     if spec.kind == "choice":
-        return either({"enum": list(spec.choices)}, *([FLAG] if spec.flags else []))
+        return either({"enum": list(spec.choices)}, *([FLAG, {"enum": [0, 1]}] if spec.flags else []))
     return number(spec.kind, minimum=spec.minimum, maximum=spec.maximum, exclusiveMinimum=spec.above)

@@ -30,7 +30,7 @@ def test_every_recipe_has_an_answer():
     assert not [name for name, entry in EXPECTED.items() if "error" in entry]
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "ignored_keys"])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_as_mergekit(name, home, tmp_path):
     """Every number but one rounding: so each came from the same layers, by the same parameters."""
     out = rlmerge.merge_to_folder(read(name, home), tmp_path / "out").out
@@ -41,7 +41,7 @@ def test_as_mergekit(name, home, tmp_path):
     assert not wrong
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "ignored_keys"])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_the_resolved_recipe_means_the_same(name, home):
     recipe = read(name, home)
     again = rlmerge.parse_recipe(recipe.to_yaml(), name, home)

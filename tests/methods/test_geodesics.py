@@ -203,6 +203,15 @@ def test_experts_of_equal_size_count_alike(size, count):
         np.testing.assert_allclose(geodesic_of(gram, 0.3), [0.7, 0.3], rtol=size**2)
 
 
+@pytest.mark.parametrize("value", [0.2109375, -0.7, 1.0, 3e-5])
+@pytest.mark.parametrize("size", [1, 7])
+def test_karcher_with_a_model_at_the_other_pole(value, size):
+    """One way to the other pole is as good as another: whoever is there turns nothing, and counts in the length."""
+    values = value * np.array([1.0, 1.0, 1.0, -8.0, 1.0])[:, None] * np.arange(1, size + 1)
+    found = karcher_mean(values @ values.T, 10, 1e-5) @ values
+    np.testing.assert_allclose(found, 12 / 5 * values[0], rtol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])
 @pytest.mark.parametrize("method", METHODS)
 def test_small_updates_scale(tmp_path, method, size):

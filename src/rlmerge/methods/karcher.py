@@ -10,6 +10,9 @@ import numpy as np
 from .base import Arity, Block, Merged, Method, Parameter, Result, Stage, Task
 from .gram import F64, GramOfWeights, combine_weights, cosines_of, gram_of, norms_of
 
+ROUNDING = 1e-12
+"""A squared distance between unit vectors that rounding of the Gram matrix makes of none, with room."""
+
 
 class Karcher(Method):
     """Source: Karcher 1977 (the point with the least sum of squared angles), as mergekit's `karcher`.
@@ -58,9 +61,11 @@ def karcher_mean(gram: F64, steps: int, tol: float) -> F64:
         step = np.zeros(len(cosines))
         for towards in np.eye(len(cosines)):
             chord, opposite = _square(place - towards, cosines), _square(place + towards, cosines)
+            if opposite < ROUNDING:
+                continue  # every way leads to the other pole, so none does
             angle = 2.0 * np.arctan2(np.sqrt(chord), np.sqrt(opposite))
             cosine = float(place @ cosines @ towards)
-            stretch = angle / np.sin(angle) if 0.0 < angle < np.pi else 1.0
+            stretch = angle / np.sin(angle) if angle > 0.0 else 1.0
             step += stretch / len(cosines) * (towards - cosine * place)
         length = np.sqrt(_square(step, cosines))
         if length < tol or length == 0.0:
