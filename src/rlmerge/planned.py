@@ -80,7 +80,7 @@ def planned_checkpoint(plan: Plan, reference: str, folder: Path) -> Checkpoint:
     for header in headers:
         for name, info in header.tensors.items():
             tensor = stored[name]
-            source = plan.donor.tensors[name] if tensor.carry is not None else None
+            source = plan.donor.tensors.get(name) if tensor.carry is not None else None
             tensors[name] = PlannedInfo(
                 name, info.dtype, info.shape, info.file, info.start, info.nbytes, tensor.known_as, source
             )

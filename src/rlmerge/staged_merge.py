@@ -39,10 +39,7 @@ def merge_stages(
     started = time.monotonic()
     place = StageFolder(out, folder)
     stages = stages.at(place.folder)
-    if not overwrite:
-        place.tidy_finished()
-    for name in stages.names:
-        place.tidy_stage(name)
+    place.tidy(stages.names, keep=overwrite)
     found = plan_stages(stages, sweep, shard_bytes, place.is_made)
     for planned in found:
         if planned.notes:

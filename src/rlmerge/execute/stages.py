@@ -113,9 +113,19 @@ class StageFolder:
         finally:
             os.close(lock)
 
-    def tidy_stage(self, name: str) -> None:
-        """Puts right what a merge that was killed in the last moments of a stage left."""
-        tidy(self.place(name))
+    def tidy(self, names: Iterable[str], keep: bool) -> None:
+        """Puts right what a merge that was killed in the last moments of a stage or of the output left.
+
+        Stages of an output that is whole are removed, unless they are to be kept.
+        """
+        try:
+            tidy(self.out)
+            for name in names:
+                tidy(self.place(name))
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be tidied: {error.strerror}.") from error
+        if self.temporary and not keep:
+            self._tidy_finished()
 
     def begin(self, name: str, plan: Plan) -> None:
         """Notes what a stage is about to be made of; removes what was made of something else."""
@@ -167,10 +177,10 @@ class StageFolder:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def tidy_finished(self) -> None:
+    def _tidy_finished(self) -> None:
         """Removes the stages of an OUT that is whole, if a merge was killed before it did that itself."""
         whole = standing_output(self.out) == self.out and self.out.is_dir() and any(self.out.iterdir())
-        if not self.temporary or not whole or work_folder(self.out).exists() or self.folder.is_symlink():
+        if not whole or work_folder(self.out).exists() or self.folder.is_symlink():
             return
         said = self._read()
         if said["finishing"] if said is not None else self.folder.is_dir() and self._is_ours():
