@@ -14,7 +14,7 @@ from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import PlannedInfo, parse_header
 from rlmerge.errors import OutputError
 from rlmerge.execute.folder import OutputFolder, nearest
-from rlmerge.execute.stages import StageFolder
+from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.plan import Plan
 from rlmerge.planner import make_plan

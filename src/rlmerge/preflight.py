@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlmerge.execute.stages import StageFolder
+from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.parameters import explain as explain_parameters
 from rlmerge.plan import PartResolver, Plan, sum_bytes
