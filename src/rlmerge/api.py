@@ -107,7 +107,7 @@ def merge_to_folder(
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
-    recipe = as_recipes(recipe)
+    recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
     if isinstance(recipe, Stages):
         from rlmerge.staged_merge import merge_stages  # which calls this function for each of them

@@ -72,7 +72,7 @@ def check(
     Writes nothing. Raises a subclass of RlmergeError for everything that would make the merge fail and can be known.
     """
     started = time.monotonic()
-    recipe = as_recipes(recipe)
+    recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
     place = StageFolder(Path(out), None if stages is None else Path(stages)) if out is not None else None
     documents = recipe if isinstance(recipe, Stages) else Stages((recipe,))

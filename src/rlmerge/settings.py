@@ -23,10 +23,18 @@ def as_recipe(recipe: Recipe | Path | str) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def as_recipes(recipe: Recipe | Stages | Path | str) -> Recipe | Stages:
-    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe."""
+def as_recipes(recipe: Recipe | Stages | Path | str, folder: Path | str | None = None) -> Recipe | Stages:
+    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe.
+
+    Raises RecipeError for a folder of stages where there are none.
+    """
     found = load_stages(recipe) if isinstance(recipe, (str, Path)) else recipe
-    return found.final if isinstance(found, Stages) and len(found.recipes) == 1 else found
+    found = found.final if isinstance(found, Stages) and len(found.recipes) == 1 else found
+    if folder is not None and not isinstance(found, Stages):
+        raise RecipeError(
+            f"--stages {folder}: {found.source_name} is one document, so there are no stages. Leave it out."
+        )
+    return found
 
 
 def default_threads() -> int:

@@ -117,6 +117,13 @@ def test_flags_of_a_single_recipe_have_no_names(recipe: Path) -> None:
     assert "unknown parameter" in message
 
 
+def test_a_single_recipe_has_no_stages(recipe: Path, tmp_path: Path) -> None:
+    for more in ((), ("--dry-run",)):
+        command = ("merge", recipe.with_name("ties.yml"), tmp_path / "out", "--stages", tmp_path / "kept", *more)
+        assert "ties.yml is one document" in refused(rlmerge(*command, *NUMPY))
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands_that_need_one_recipe_say_so(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     message = refused(rlmerge("eval", recipe, "--task", "math", "-o", tmp_path / "results", "--quiet"))
