@@ -118,6 +118,40 @@ def test_a_stage_that_stores_tied_weights_twice(models, tmp_path):
     check_against_reality(write(models, excluded, last), tmp_path / "again")
 
 
+def test_slices_of_stages_and_stages_of_slices(models, tmp_path):
+    """A stage of other depth: names, config.json and the copies of carried tensors are foreseen, too."""
+    rng = np.random.default_rng(3)
+    for name in ("base", "e0", "e1", "e2"):
+        layers = {f"layers.{k}.weight": (representable(rng.standard_normal((4, 6)), "BF16"), "BF16") for k in range(3)}
+        steps = {f"layers.{k}.steps": (np.arange(4) + k, "I64") for k in range(3)}
+        ends = {"embed_tokens.weight": np.ones((8, 6), np.float32), "norm.weight": np.ones(6, np.float32)}
+        write_model(models / name, {**layers, **steps, **ends}, {"num_hidden_layers": 3, "model_type": "none"})
+    deep = """\
+name: deep
+merge_method: linear
+parameters: {weight: 1}
+slices:
+  - sources: [{model: base, layer_range: [0, 2]}, {model: e0, layer_range: [0, 2]}]
+  - sources: [{model: base, layer_range: [1, 3]}, {model: e1, layer_range: [1, 3]}]
+"""
+    last = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: deep, layer_range: [0, 3]}]
+  - sources: [{model: e2, layer_range: [1, 3]}]
+"""
+    recipe = write(models, last, deep)
+    check_against_reality(recipe, tmp_path / "out")
+    rlmerge.merge_to_folder(recipe, tmp_path / "whole", kernels="numpy")
+    assert json.loads((tmp_path / "whole/config.json").read_text())["num_hidden_layers"] == 5
+    card = (tmp_path / "whole/README.md").read_text()
+    assert "base_model:\n- base\n- e0\n- e1\n- e2\n" in card
+    groups = rlmerge.explain(recipe)
+    assert [(group["stage"], group.get("slice")) for group in groups if "slice" in group] == [
+        ("deep", 0), ("deep", 1), ("", 0), ("", 1),
+    ]  # fmt: skip
+
+
 # ---- What the headers of stages show, before any stage is made -----------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlmerge.checkpoint.card import rewrite_config
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import PlannedInfo, parse_header
 from rlmerge.errors import OutputError
@@ -20,7 +19,7 @@ from rlmerge.plan import Plan
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.settings import DEFAULT_SHARD_BYTES, make_variants, sweep_names
-from rlmerge.small_files import main_dtype
+from rlmerge.small_files import written_config
 from rlmerge.stages import Stages
 
 
@@ -76,17 +75,17 @@ def planned_checkpoint(plan: Plan, reference: str, folder: Path) -> Checkpoint:
     """What `open_checkpoint` will find in a folder when the plan is carried out; its tensors have no bytes yet."""
     headers = tuple(parse_header(folder / file.name, file.header, file.size) for file in plan.outputs)
     stored = {tensor.name: tensor for tensor in plan.tensors}
+    given = {(str(i.file.absolute()), i.start): i for one in (plan.donor, *plan.models) for i in one.tensors.values()}
     tensors = {}
     for header in headers:
         for name, info in header.tensors.items():
             tensor = stored[name]
-            source = plan.donor.tensors.get(name) if tensor.carry is not None else None
+            at = tensor.base if tensor.carry is not None else None
+            source = given.get((plan.files[at.file].path, at.start)) if at is not None else None
             tensors[name] = PlannedInfo(
                 name, info.dtype, info.shape, info.file, info.start, info.nbytes, tensor.known_as, source
             )
-    config, dtype = plan.donor.config, main_dtype(plan)
-    if config and dtype:
-        config = json.loads(rewrite_config(json.dumps(config).encode(), dtype))
+    config = plan.donor.config and json.loads(written_config(plan, json.dumps(plan.donor.config).encode()))
     files = plan.donor.planned or plan.donor.folder
     return Checkpoint(reference, folder, tensors, headers, config, False, planned=files)
 
