@@ -18,6 +18,7 @@ import pytest
 
 import rlmerge
 from rlmerge import errors
+from rlmerge.stages import parse_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,7 +131,7 @@ def test_recipes_in_pages_parse(page):
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        rlmerge.parse_recipe(block, page)
+        parse_stages(block, page)
 
 
 def test_readme_shows_the_shipped_recipe():
@@ -160,6 +161,17 @@ def test_the_shipped_plugin_merges(tmp_path):
     sums = dict(rlmerge.merge(plain))
     for name, array in rlmerge.merge(recipe):
         assert np.abs(array - np.clip(sums[name], base[name] - 0.01, base[name] + 0.01)).max() < 1e-6
+
+
+def test_guide_quotes_what_a_check_of_its_stages_prints(tmp_path):
+    shutil.copytree(ROOT / "src/rlmerge/demo/data/models", tmp_path / "demo-out" / "models")
+    command = [BINARY, "check", str(ROOT / "examples" / "stages.yml")]
+    run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=QUIET)
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    for line in run.stdout.splitlines()[:-1]:  # the last one has the seconds
+        assert f"    {line.split('; memory')[0]}" in guide, line
+    recipe = (ROOT / "examples" / "stages.yml").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert "".join(line for line in recipe if not line.startswith("#")) in guide
 
 
 def test_file_tree_of_the_readme_is_true():

@@ -57,6 +57,11 @@ class Case:
     begun: bool = False
 
 
+STAGES = """\
+{name: one, merge_method: ties, base_model: base, models: [{model: e0, parameters: {weight: 1}}]}
+---
+{name: two, merge_method: ties, base_model: one, models: [{model: e1, parameters: {weight: 1}}]}
+"""
 CASES: list[Case] = []
 
 
@@ -262,7 +267,24 @@ case("recipe: a list", put("recipe.yml", "- model: e0\n"), "recipe.yml", "mappin
 case("recipe: not UTF-8", put("recipe.yml", b"merge_method: \xff\n"), "recipe.yml", "UTF-8")
 case("recipe: no YAML", put("recipe.yml", RECIPE + "x: [1, 2\n"), "recipe.yml:13", "YAML")
 case("recipe: tabs", recipe(("    fisher: f0", "\tfisher: f0")), "recipe.yml:5", "tabs")
-case("recipe: several documents", put("recipe.yml", RECIPE + "---\n" + RECIPE), "recipe.yml:12", "second document")
+case(
+    "stages: two outputs", put("recipe.yml", RECIPE + "---\n" + RECIPE), "recipe.yml:1 and", ":13", "no other document"
+)
+case(
+    "stages: a model that does not fit a stage",
+    both(put("recipe.yml", STAGES), tensors(E1, {"model.norm.weight": np.ones(9, np.float32)})),
+    "out.stages/one", "missing in",
+)  # fmt: skip
+case("stages: a circle", put("recipe.yml", STAGES.replace(": base", ": two")), "recipe.yml:1", "one → two → one")
+case(
+    "stages: a name that hides a path", put("recipe.yml", STAGES.replace("one", "f0")), "recipe.yml:1", "also the path"
+)
+case(
+    "stages: a folder in the way",
+    both(put("recipe.yml", STAGES), put("out.stages/mine", "")),
+    "out.stages",
+    "in the way",
+)
 case(
     "recipe: a folder", both(remove("recipe.yml"), lambda f: (f / "recipe.yml").mkdir()), "recipe.yml", "cannot be read"
 )  # type: ignore[func-returns-value]

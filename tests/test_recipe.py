@@ -244,7 +244,7 @@ MISTAKES = {
     "not yaml": ("a: [1, 2\nb: 3\n", ["r.yml:2: this is no recipe in YAML"]),
     "tab": ("merge_method: ties\nparameters:\n\tlambda: 1\n", ["r.yml:3", "not with tabs"]),
     "control character": ("merge_method: \x01\n", ["this is no recipe in YAML"]),
-    "two documents": (GOOD + "---\n" + GOOD, ["r.yml:12: a second document", "not supported yet"]),
+    "two documents": (GOOD + "---\n" + GOOD, ["r.yml:13: a second document", "load_stages"]),
     "duplicate key": (GOOD + "dtype: float32\n", ["r.yml:12: dtype: the same key stands in line 11 already"]),
     "duplicate deep key": (
         GOOD.replace("density: 0.5", "density: 0.5\n      density: 0.6"),

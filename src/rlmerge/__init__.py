@@ -19,6 +19,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RlmergeError": "errors",
     "SequenceChoice": "fisher.data",
+    "Stages": "stages",
     "Step": "api",
     "Unpacked": "packs.restore",
     "check": "preflight",
@@ -31,6 +32,7 @@ _HOMES = {
     "judge_fishers": "fisher.stats",
     "load_plugins": "plugins",
     "load_recipe": "recipe",
+    "load_stages": "stages",
     "merge": "api",
     "merge_to": "api",
     "merge_to_folder": "api",
@@ -51,6 +53,7 @@ __all__ = [
     "Recipe",
     "RlmergeError",
     "SequenceChoice",
+    "Stages",
     "Step",
     "Unpacked",
     "__version__",
@@ -64,6 +67,7 @@ __all__ = [
     "judge_fishers",
     "load_plugins",
     "load_recipe",
+    "load_stages",
     "merge",
     "merge_to",
     "merge_to_folder",
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
     from .schema import recipe_schema
+    from .stages import Stages, load_stages
     from .verification import verify
     from .version import VERSION as __version__
 

@@ -1,14 +1,14 @@
 """What `rlmerge merge` can do, as functions: merge to a folder, to arrays or into a loaded model.
 
-Every function takes a `Recipe` or the path of one.
+Every function takes a `Recipe` or the path of one; `merge_to_folder` also takes several documents, as `Stages`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
     KEPT_BYTES,
     as_recipe,
+    as_recipes,
     check_run,
     check_tokenizers,
     default_threads,
@@ -41,6 +42,7 @@ from rlmerge.settings import (
     sweep_names,
 )
 from rlmerge.small_files import write_log, write_small_files
+from rlmerge.stages import Stages
 
 Progress = Callable[["Step"], None]
 
@@ -57,7 +59,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished merge: where it is, and for each variant its settings and statistics (`total`, `tensors`)."""
+    """A finished merge: where it is, and for each variant its settings and statistics (`total`, `tensors`).
+
+    stages   what was merged before it, by name; None for a stage that was there already, whole and unchanged.
+             `seconds` and `bytes_read` are with them
+    """
 
     out: Path | None
     names: tuple[str, ...]
@@ -68,6 +74,7 @@ class Outcome:
     total_units: int
     seconds: float
     bytes_read: int
+    stages: Mapping[str, Outcome | None] = field(default_factory=dict)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -76,9 +83,10 @@ class Outcome:
 
 
 def merge_to_folder(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Stages | Path | str,
     out: Path | str,
     *,
+    stages: Path | str | None = None,
     sweep: Sequence[dict[str, Any]] = (),
     threads: int | None = None,
     memory: int | None = None,
@@ -92,13 +100,23 @@ def merge_to_folder(
 ) -> Outcome:
     """Merges into a folder that appears whole or, when interrupted, is continued by the same call.
 
+    recipe   of a file of several documents, the stages are merged first; those that are whole and unchanged are kept
+    stages   where they are made and stay; by default in OUT.stages, which goes when OUT is whole
     sweep    settings such as [{'lambda': 0.3}, {'lambda': 1.0}]: one sub-folder each, all from one reading
     threads  workers (default: the processors at hand); `memory` in bytes lowers them; no bit depends on it
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
-    recipe = as_recipe(recipe)
+    recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
+    if isinstance(recipe, Stages):
+        from rlmerge.staged_merge import merge_stages  # which calls this function for each of them
+
+        return merge_stages(
+            recipe, Path(out), None if stages is None else Path(stages), sweep=sweep, threads=threads, memory=memory,
+            kernels=kernels, overwrite=overwrite, fsync=fsync, sha256=sha256, accept_tokenizers=accept_tokenizers,
+            shard_bytes=shard_bytes, progress=progress,
+        )  # fmt: skip
     if recipe.to_estimate:  # hours, perhaps: first everything that can be known without them
         with recipe.located():
             OutputFolder(make_plan(without_fishers(recipe)), Path(out), sweep_names(sweep), overwrite, fsync).check()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
 from rlmerge.checkpoint.pack import check_base
@@ -50,9 +51,13 @@ class Piece:
 
 
 class Models:
-    """The checkpoints of a recipe, each opened once, by the path that a reference means."""
+    """The checkpoints of a recipe, each opened once, by the path that a reference means.
 
-    def __init__(self, recipe: Recipe) -> None:
+    planned  what will lie in folders that do not exist yet
+    """
+
+    def __init__(self, recipe: Recipe, planned: Mapping[Path, Checkpoint] = MappingProxyType({})) -> None:
+        self._planned = planned
         self._open: dict[str, Checkpoint] = {}
         paths = recipe.model_paths
         self.experts = {entry.key: self._get(paths[entry.key], entry.model) for entry in recipe.experts}
@@ -67,7 +72,7 @@ class Models:
     def _get(self, path: Path, reference: str) -> Checkpoint:
         key = f"{os.path.abspath(path)}\0{reference}"
         if key not in self._open:
-            self._open[key] = open_checkpoint(path, reference)
+            self._open[key] = self._planned[path] if path in self._planned else open_checkpoint(path, reference)
         return self._open[key]
 
     @property
@@ -124,7 +129,7 @@ def check_kinds(base: Checkpoint | None, donor: Checkpoint, experts: Iterable[Ch
                 f"{checkpoint.reference}: a delta pack is what changed in a model. Write that model as `base_model:`, "
                 "or unpack it first (rlmerge unpack)."
             )
-        if checkpoint.pack is not None and base is not None:
+        if checkpoint.pack is not None and base is not None and base.planned is None:
             check_base(checkpoint, base)
 
 

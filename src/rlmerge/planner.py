@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
@@ -67,13 +68,19 @@ class _Files:
         return ExpertSource("base")
 
 
-def make_plan(recipe: Recipe, variants: Sequence[Recipe] = (), shard_bytes: int = 5 * 10**9) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    variants: Sequence[Recipe] = (),
+    shard_bytes: int = 5 * 10**9,
+    planned: Mapping[Path, Checkpoint] = MappingProxyType({}),
+) -> Plan:
     """The plan of a recipe, or of several that share inputs (a sweep). Reads headers and small files only.
 
+    planned  what will lie in folders that do not exist yet
     Raises a subclass of RlmergeError for everything that recipe and headers can show.
     """
     variants = tuple(variants) or (recipe,)
-    models = Models(recipe)
+    models = Models(recipe, planned)
     pieces = open_pieces(recipe, models)
     keys = tuple(models.experts)
     if len(keys) > 64:

@@ -8,25 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.parameters import explain as explain_parameters
 from rlmerge.plan import PartResolver, Plan, sum_bytes
+from rlmerge.planned import Planned, check_places, plan_stages
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
-    as_recipe,
+    as_recipes,
     check_run,
     check_tokenizers,
     default_threads,
     limit_threads,
-    make_variants,
-    sweep_names,
     thread_bytes,
     whole_cost,
 )
 from rlmerge.slices import Part
+from rlmerge.stages import Stages
 
 RATE = 6e8
 """Bytes per second and thread that one pass handles, measured on two cores (docs/log.md); only for the estimate."""
@@ -36,7 +37,11 @@ DECOMPOSED = 4e-10
 
 @dataclass
 class CheckReport:
-    """What `rlmerge check` found. `alarms` are warnings: they never make a merge fail."""
+    """What `rlmerge check` found. `alarms` are warnings: they never make a merge fail.
+
+    stages  of a file of several documents: what was found of each stage; the rest is about the output
+    total   with stages: the estimate of all documents that are still to be merged
+    """
 
     notes: list[str]
     alarms: list[str]
@@ -44,13 +49,16 @@ class CheckReport:
     estimate: dict[str, Any]
     summary: dict[str, Any]
     seconds: float = field(default=0.0)
+    stages: dict[str, CheckReport] = field(default_factory=dict)
+    total: dict[str, Any] = field(default_factory=dict)
 
 
 def check(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Stages | Path | str,
     *,
     sweep: Sequence[dict[str, Any]] = (),
     out: Path | str | None = None,
+    stages: Path | str | None = None,
     threads: int | None = None,
     memory: int | None = None,
     kernels: str = "auto",
@@ -60,34 +68,68 @@ def check(
 ) -> CheckReport:
     """Plans the merge, compares tokenizers, looks at a sample of the weights; with `out`, at the output folder too.
 
+    Of several documents all are checked, those that need stages against what the headers of these will be.
     Writes nothing. Raises a subclass of RlmergeError for everything that would make the merge fail and can be known.
     """
     started = time.monotonic()
-    recipe, waiting = with_kept(as_recipe(recipe))
+    recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
-    variants = make_variants(recipe, sweep)
-    with recipe.located():
-        plan = make_plan(recipe, variants, shard_bytes)
-    notes = [*waiting, *plan.notes, *check_tokenizers(plan, accept_tokenizers)]
-    if out is not None:
-        from rlmerge.execute.folder import OutputFolder
-
-        target = OutputFolder(plan, Path(out), sweep_names(sweep), overwrite)
-        target.check()
-        target.check_space()
-    threads = limit_threads(threads or default_threads(), memory, plan)
-    # NumPy is done with a sample before numba is loaded
-    sample = take_sample(plan, "numpy")
-    report = CheckReport(notes, alarms(plan, sample), sample, estimate(plan, threads), summarise(plan))
+    place = StageFolder(Path(out), None if stages is None else Path(stages)) if out is not None else None
+    documents = recipe if isinstance(recipe, Stages) else Stages((recipe,))
+    if place is not None:
+        documents = documents.at(place.folder)
+    found = plan_stages(documents, sweep, shard_bytes, place.is_made if place is not None else None)
+    reports = {}
+    for planned in found:
+        notes = [*planned.notes, *planned.plan.notes, *check_tokenizers(planned.plan, accept_tokenizers)]
+        fitting = limit_threads(threads or default_threads(), memory, planned.plan)
+        reports[planned.name] = CheckReport(notes, [], {}, estimate(planned.plan, fitting), summarise(planned.plan))
+    if place is not None:
+        check_places(place, found, sweep, overwrite)
+    for planned in found:
+        _look(planned, reports[planned.name])
+    report = reports.pop("")
+    if reports:
+        report.stages = reports
+        making = [reports[planned.name].estimate for planned in found[:-1] if not planned.made]
+        report.total = _add([*making, report.estimate])
     report.seconds = time.monotonic() - started
     return report
 
 
-def explain(recipe: Recipe | Path | str) -> list[dict[str, Any]]:
-    """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried."""
-    recipe = as_recipe(recipe)
+def _look(planned: Planned, report: CheckReport) -> None:
+    """Adds the sample and its alarms to a report, where the weights are there and matter."""
+    if planned.made:
+        report.notes.append("is there already, whole and unchanged: it is not merged again")
+    elif planned.waits:
+        report.notes.append(f"no sample was taken: the weights of {', '.join(planned.waits)} are not there yet")
+    else:  # NumPy is done with a sample before numba is loaded
+        report.sample = take_sample(planned.plan, "numpy")
+        report.alarms = alarms(planned.plan, report.sample)
+
+
+def _add(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several merges take, one after the other: the sum, and the most memory of one."""
+    keys = ("bytes_read", "bytes_written", "disk_bytes", "hours")
+    return {key: sum(each[key] for each in estimates) for key in keys} | {
+        "memory_bytes": max(each["memory_bytes"] for each in estimates)
+    }
+
+
+def explain(recipe: Recipe | Stages | Path | str) -> list[dict[str, Any]]:
+    """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried.
+
+    Of several documents those of each, with its name as 'stage', '' for the output.
+    """
+    recipe = as_recipes(recipe)
+    if isinstance(recipe, Stages):
+        found = plan_stages(recipe)
+        return [{"stage": each.name, **group} for each in found for group in _groups(each.recipe, each.plan)]
     with recipe.located():
-        plan = make_plan(with_kept(recipe)[0])
+        return _groups(recipe, make_plan(with_kept(recipe)[0]))
+
+
+def _groups(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     groups = []
     for number, part in enumerate(recipe.parts):
         of_part = {t.name: t.spot for t in plan.tensors if t.part == number}

@@ -81,6 +81,7 @@ class Recipe:
     _folder: Path | None = field(default=None, repr=False, compare=False)
     _source: Source = field(default=Source("recipe"), repr=False, compare=False)
     _estimated: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
+    _stages: Mapping[str, tuple[Path, Recipe]] = field(default_factory=dict, repr=False, compare=False)
     _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
     _scopes: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
     _places: tuple[Place, ...] = field(default=(), repr=False, compare=False)
@@ -154,6 +155,47 @@ class Recipe:
         """The same recipe, with the folders of Fishers that were estimated, by key."""
         return replace(self, _estimated={**self._estimated, **folders})
 
+    @property
+    def references(self) -> dict[str, Place]:
+        """Base and models as written, in this order, and where each stands first."""
+        places: list[tuple[str | None, Place]] = [(self.base_model, ("base_model",))]
+        for part in self.parts:
+            places += [(part.recipe.base_model, ("base_model",))]
+            places += [(entry.model, part.recipe.place(entry, "model")) for entry in part.recipe.models]
+        found: dict[str, Place] = {}
+        for reference, place in places:
+            if reference is not None:
+                found.setdefault(reference, place)
+        return found
+
+    @property
+    def stages(self) -> Mapping[str, tuple[Path, Recipe]]:
+        """Those of its references that are made by another document of its file: folder and recipe, see `stages`."""
+        return self._stages
+
+    def with_stages(self, stages: Mapping[str, tuple[Path, Recipe]]) -> Recipe:
+        """The same recipe, with the folders and recipes of the stages that it refers to."""
+        return replace(self, _stages=stages)
+
+    @property
+    def all_stages(self) -> dict[str, tuple[Path, Recipe]]:
+        """The stages that it is made of, those of its stages included, each after what it is made of."""
+        found: dict[str, tuple[Path, Recipe]] = {}
+        for name, (folder, recipe) in self._stages.items():
+            found |= recipe.all_stages
+            found[name] = folder, recipe
+        return found
+
+    @property
+    def ancestors(self) -> dict[str, Path]:
+        """The folders of the models that it is made of, by reference, base first; those of a stage in its place."""
+        found: dict[str, Path] = {}
+        for reference, place in self.references.items():
+            inner = self._stages[reference][1].ancestors if reference in self._stages else None
+            for name, folder in ({reference: self._find(reference, place)} if inner is None else inner).items():
+                found.setdefault(name, folder)
+        return found
+
     def resolve(self, reference: str) -> Path:
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
         return self._find(reference, ())
@@ -201,9 +243,11 @@ class Recipe:
                 del own[key]
         flags = _apply_settings(data, settings)
         source = Source(source.name, source.lines, {**source.flags, **flags})
-        recipe = _build(data, source, self._folder, None if self._method is None else {self.merge_method: self._method})
+        recipe = build_recipe(
+            data, source, self._folder, None if self._method is None else {self.merge_method: self._method}
+        )
         warnings = tuple(dict.fromkeys((*self.warnings, *recipe.warnings)))
-        return replace(recipe, _warnings=warnings, _estimated=self._estimated)
+        return replace(recipe, _warnings=warnings, _estimated=self._estimated, _stages=self._stages)
 
     def _fisher_path(self, entry: ModelEntry) -> Path | None:
         if entry.fisher is None:
@@ -220,6 +264,8 @@ class Recipe:
         return (*(self._places[number] if self._places else ("models", number)), *rest)
 
     def _find(self, reference: str, place: Place) -> Path:
+        if reference in self._stages:
+            return self._stages[reference][0]
         try:
             path = Path(reference).expanduser()
         except RuntimeError:
@@ -261,18 +307,25 @@ def _path_hint(reference: str, tried: list[Path]) -> str:
 
 
 def load_recipe(path: Path | str, methods: Mapping[str, Method] | None = None) -> Recipe:
-    """Reads and checks a recipe file; relative paths in it start at its folder. `methods` replaces the registry."""
+    """Reads and checks a recipe file; relative paths in it start at its folder. `methods` replaces the registry.
+
+    A file of several documents is an error: `load_stages` reads it.
+    """
+    return parse_recipe(read_text(path), str(path), Path(path).parent, methods)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a recipe file. RecipeError if it cannot be read."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe.{_path_hint(path.name, [path])}") from None
     except (OSError, ValueError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
         raise RecipeError(f"{path}: the recipe cannot be read: {reason}.") from None
-    return parse_recipe(text, str(path), path.parent, methods)
 
 
 def parse_recipe(
@@ -280,7 +333,7 @@ def parse_recipe(
 ) -> Recipe:
     """Checks the text of a recipe; `source` is its name in messages, `folder` where its relative paths start."""
     data, lines = read_yaml(text, source)
-    return _build(data, Source(source, lines), folder, methods)
+    return build_recipe(data, Source(source, lines), folder, methods)
 
 
 def recipe_from_parts(
@@ -307,7 +360,7 @@ def recipe_from_parts(
     flags |= {("models", k): f"--expert {expert}" for k, expert in enumerate(experts)}
     flags |= {("models", k, "fisher"): f"--fisher {fisher}" for k, fisher in enumerate(fishers)}
     flags |= _apply_settings(data, settings or {})
-    return _build(data, Source("the command line", {}, flags), folder, methods)
+    return build_recipe(data, Source("the command line", {}, flags), folder, methods)
 
 
 def parse_settings(settings: Iterable[str]) -> list[dict[str, Any]]:
@@ -342,7 +395,7 @@ def _apply_settings(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[P
     return flags
 
 
-def _build(data: Any, source: Source, folder: Path | None, methods: Mapping[str, Method] | None) -> Recipe:
+def build_recipe(data: Any, source: Source, folder: Path | None, methods: Mapping[str, Method] | None) -> Recipe:
     """The checked recipe; one RecipeError lists every mistake, by line."""
     checker = Checker(source)
     method = checker.check(data, methods)

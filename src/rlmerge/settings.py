@@ -11,6 +11,7 @@ from rlmerge.errors import MismatchError, RecipeError
 from rlmerge.plan import PartResolver, Plan
 from rlmerge.planner import stage_names
 from rlmerge.recipe import Recipe, load_recipe
+from rlmerge.stages import Stages, load_stages
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 KEPT_BYTES = 128 * 2**20
@@ -20,6 +21,20 @@ KEPT_BYTES = 128 * 2**20
 def as_recipe(recipe: Recipe | Path | str) -> Recipe:
     """The recipe itself, or the one that lies at this path."""
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def as_recipes(recipe: Recipe | Stages | Path | str, folder: Path | str | None = None) -> Recipe | Stages:
+    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe.
+
+    Raises RecipeError for a folder of stages where there are none.
+    """
+    found = load_stages(recipe) if isinstance(recipe, (str, Path)) else recipe
+    found = found.final if isinstance(found, Stages) and len(found.recipes) == 1 else found
+    if folder is not None and not isinstance(found, Stages):
+        raise RecipeError(
+            f"--stages {folder}: {found.source_name} is one document, so there are no stages. Leave it out."
+        )
+    return found
 
 
 def default_threads() -> int:
@@ -70,7 +85,7 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     """Raises MismatchError if tokenizers differ although the vocabularies have one size; notes them if accepted."""
     from rlmerge.checkpoint.tokenizer import compare_tokenizers
 
-    folders = list(dict.fromkeys([plan.donor.folder, *(model.folder for model in plan.models)]))
+    folders = list(dict.fromkeys(model.planned or model.folder for model in (plan.donor, *plan.models)))
     lender = plan.base or plan.donor
     lent = {
         model.folder: {name: lender.folder / name for name, file in model.pack.files.items() if file.of_base}

@@ -23,6 +23,7 @@ from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
 from rlmerge.plugins import origin_of
+from rlmerge.recipe import Recipe
 from rlmerge.version import VERSION
 
 PROVENANCE = "rlmerge.json"
@@ -39,21 +40,25 @@ def write_small_files(
         target.write_small(variant, name, data)
         digests[name] = xxhash.xxh3_128_hexdigest(data)
 
-    dtype = _main_dtype(plan)
     for path in other_files(plan.donor.folder):
         data = path.read_bytes()
         name = path.relative_to(plan.donor.folder).as_posix()
-        if name == "config.json":
-            data = rewrite_config(data, dtype) if dtype else data
-            for stack in plan.stacks:
-                data = restack_config(data, stack)
-        put(name, data)
+        put(name, written_config(plan, data) if name == "config.json" else data)
     index = index_json(plan.outputs)
     if index is not None:
         put(INDEX, index.encode())
     put("README.md", _card(plan, variant, report).encode())
     provenance = _provenance(plan, variant, report, journal, sha256) | {"files": digests}
     target.write_small(variant, PROVENANCE, (json_lines(provenance) + "\n").encode())
+
+
+def written_config(plan: Plan, raw: bytes) -> bytes:
+    """The donor's config.json, as the output has it: with the dtype that is written, and the layers that there are."""
+    dtype = _main_dtype(plan)
+    data = rewrite_config(raw, dtype) if dtype else raw
+    for stack in plan.stacks:
+        data = restack_config(data, stack)
+    return data
 
 
 def json_lines(data: Any, depth: int = 3) -> str:
@@ -75,15 +80,12 @@ def json_lines(data: Any, depth: int = 3) -> str:
 
 def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:
     recipe = plan.variants[variant]
-    written = {entry.model: read_licence(model.folder) for entry, model in zip(recipe.experts, plan.models)}
-    licences = {entry.model: written[entry.model] for entry in recipe.models}
-    if plan.base is not None and recipe.base_model:
-        licences = {recipe.base_model: read_licence(plan.base.folder), **licences}
+    licences = {reference: read_licence(folder) for reference, folder in recipe.ancestors.items()}
     title = recipe.name or f"{recipe.merge_method} merge"
     origin = origin_of(recipe.method)
     plugin = f" of a plugin ({origin.file})" if origin and origin.file else " of a plugin" if origin else ""
-    yaml, count = recipe.to_yaml(), len(recipe.models)
-    return model_card(title, recipe.to_dict(), count, yaml, licences, report["total"], plugin)
+    written = "---\n".join([stage.to_yaml() for _, stage in recipe.all_stages.values()] + [recipe.to_yaml()])
+    return model_card(title, recipe.to_dict(), len(recipe.models), written, licences, report["total"], plugin)
 
 
 def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journal, sha256: bool) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journ
         "recipe": plan.variants[variant].to_dict(),
         **({"plugin": {"file": origin.file, "xxh3": origin.digest}} if origin else {}),
         "inputs": _inputs(plan, journal, sha256),
+        **({"stages": stages} if (stages := _stages(plan.variants[variant])) else {}),
         "files": {},
         "weights": [
             {"file": file.name, "size": file.size, "header": xxhash.xxh3_128_hexdigest(file.header)}
@@ -103,6 +106,16 @@ def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journ
         "notes": [portable(note, plan) for note in plan.notes],
         "statistics": report,
     }
+
+
+def _stages(recipe: Recipe) -> dict[str, Any]:
+    """What the stages of a recipe were made of, by name, each after its own stages: recipe, inputs, weights."""
+    found: dict[str, Any] = {}
+    for name, (folder, _) in recipe.stages.items():
+        said = json.loads((folder / PROVENANCE).read_bytes())
+        found |= said.get("stages", {})
+        found[name] = {key: said[key] for key in ("recipe", "plugin", "inputs", "weights", "notes") if key in said}
+    return found
 
 
 def portable(note: str, plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""One YAML document as plain data, with the line of every place in it, so that a message can say where a mistake is.
+"""YAML documents as plain data, with the line of every place in them, so that a message can say where a mistake is.
 
 Stricter than YAML: no tags of programming languages, no key twice, no alias bombs; `1e-5` is a number.
 """
@@ -77,11 +77,23 @@ for _name, _pattern in _WORDS.items():
 
 def read_yaml(text: str, source: str, kind: type = dict) -> tuple[Any, dict[Place, int]]:
     """One YAML document as plain data, and the line of every place in it. RecipeError for everything else."""
+    found = read_documents(text, source, kind)
+    if len(found) > 1:
+        line = found[1][1][()]
+        raise RecipeError(
+            f"{source}:{line}: a second document starts here, and one recipe is asked for. Several are stages of one "
+            "merge: 'rlmerge merge', 'check' and 'explain' take the file; in Python, load_stages reads it."
+        )
+    return found[0]
+
+
+def read_documents(text: str, source: str, kind: type = dict) -> list[tuple[Any, dict[Place, int]]]:
+    """Every YAML document that is not empty, and the lines of its places, counted in the whole text. RecipeError."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise RecipeError(f"{source}: the recipe is longer than {MAX_BYTES} bytes; that is no recipe.")
     try:
         loader = _Loader(text)
-        node = loader.get_single_node() if kind is not dict else _single_node(loader, source)
+        nodes = [loader.get_single_node()] if kind is not dict else _nodes(loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and kind is dict else ""
@@ -92,31 +104,34 @@ def read_yaml(text: str, source: str, kind: type = dict) -> tuple[Any, dict[Plac
         raise RecipeError(f"{source}: this is no recipe in YAML: {str(error).splitlines()[0]}.") from None
     except RecursionError:
         raise RecipeError(f"{source}: this is nested too deeply.") from None
-    if node is None:
+    found, count = [], 0
+    for node in nodes:
+        if node is not None:
+            reader = _Reader(source, count)
+            found.append((reader.read(node, ()), reader.lines))
+            count = reader.count
+    # a line of three dashes at the end begins a document of nothing
+    full = [document for document in found if document[0] is not None]
+    if not found:
         raise RecipeError(f"{source}: the recipe is empty.")
-    reader = _Reader(source)
-    data = reader.read(node, ())
-    return data, reader.lines
+    return full or found[:1]
 
 
-def _single_node(loader: _Loader, source: str) -> Any:
+def _nodes(loader: _Loader) -> list[Any]:
     loader.get_event()  # the start of the stream
-    if loader.check_event(yaml.StreamEndEvent):
-        return None
-    node = loader.compose_document()
-    if not loader.check_event(yaml.StreamEndEvent):
-        line = loader.peek_event().start_mark.line + 1
-        raise RecipeError(f"{source}:{line}: a second document starts here: several in one file are not supported yet.")
-    return node
+    nodes = []
+    while not loader.check_event(yaml.StreamEndEvent):
+        nodes.append(loader.compose_document())
+    return nodes
 
 
 class _Reader:
     """Turns nodes into plain data: no tags of programming languages, no key twice, no alias bombs."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, count: int = 0) -> None:
         self.source = source
         self.lines: dict[Place, int] = {}
-        self.count = 0
+        self.count = count
         self.open: set[int] = set()
 
     def fail(self, node: Any, place: Place, problem: str) -> RecipeError:

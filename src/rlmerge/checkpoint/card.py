@@ -70,12 +70,12 @@ def model_card(
 ) -> str:
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
+    `licences` has a line for every model, the base first: in a merge of several stages, those that were there before.
     References are those of the recipe, never made absolute. Licences that differ are named, not resolved.
     """
-    references = list(dict.fromkeys(([recipe["base_model"]] if recipe.get("base_model") else []) + list(licences)))
     known = {licence for licence in licences.values() if licence}
     front: dict[str, Any] = {
-        "base_model": references,
+        "base_model": list(licences),
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "rlmerge", recipe["merge_method"]],

@@ -42,6 +42,7 @@ class Checkpoint:
     adapter    a PEFT folder: the tensors are the adapter's, see `rlmerge.checkpoint.adapter`
     pack       a delta pack: the tensors are those of the expert that it was made of, see `rlmerge.checkpoint.pack`
     whole, seen_as  of a view (`rlmerge.checkpoint.restack`): all of it, and {own name: name in the view}
+    planned    the folder does not exist yet, see `rlmerge.planned`: where the small files are that it will have
     """
 
     reference: str
@@ -53,6 +54,7 @@ class Checkpoint:
     pack: Pack | None = None
     whole: Checkpoint | None = None
     seen_as: dict[str, str] | None = None
+    planned: Path | None = None
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A key of config.json, or of the text model inside it when the model also sees or hears."""

@@ -71,6 +71,18 @@ class PackedInfo(TensorInfo):
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedInfo(TensorInfo):
+    """A tensor of a merge that is still to be made, see `planned`.
+
+    known_as  the tensor of that merge with which it will be equal: itself, or the one that it repeats (tied weights)
+    source    the stored tensor of which it will be a copy, where it is carried
+    """
+
+    known_as: str = ""
+    source: TensorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """A proven header. `digest` is xxh3-128 (hex) of the header's bytes with its length field; tensors by offset."""
 
@@ -104,9 +116,18 @@ def parse_header(file: Path, raw: bytes, size: int) -> Header:
 def equal_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Whether two tensors hold the same bytes: a complete comparison, a mebibyte at a time, ended by a difference.
 
-    Two tensors of packs are compared by their digests. Raises CheckpointError when a file cannot be read or has been
-    cut since its header was read.
+    Two tensors of packs are compared by their digests; of one that is still to be made it is known with which it is
+    tied. Raises CheckpointError when a file cannot be read or has been cut since its header was read.
     """
+    while isinstance(first, PlannedInfo) and first.source is not None:
+        first = first.source
+    while isinstance(second, PlannedInfo) and second.source is not None:
+        second = second.source
+    if isinstance(first, PlannedInfo) or isinstance(second, PlannedInfo):
+        known = [
+            (info.file.parent, info.known_as) if isinstance(info, PlannedInfo) else None for info in (first, second)
+        ]
+        return known[0] == known[1]
     if isinstance(first, PackedInfo) and isinstance(second, PackedInfo):
         return (first.dtype, first.shape, first.digest) == (second.dtype, second.shape, second.digest)
     if first.nbytes != second.nbytes:

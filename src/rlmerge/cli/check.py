@@ -49,8 +49,25 @@ def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:
         return
     if quiet:
         return
+    for name, stage in report.stages.items():
+        print(f"--- {name}")
+        _show(stage, f"{name}: ")
+    if report.stages:
+        print("--- the output")
+    _show(report)
+    if report.total:
+        total = report.total
+        print(
+            f"--- all that is to be merged: reads {size(total['bytes_read'])}, writes {size(total['bytes_written'])}; "
+            f"disk {size(total['disk_bytes'])}, the stages included; memory about {size(total['memory_bytes'])}; "
+            f"roughly {duration(total['hours'] * 3600)}"
+        )
+    print(f"all right, checked in {duration(report.seconds)}")
+
+
+def _show(report: CheckReport, label: str = "") -> None:
     for text in (*report.notes, *report.alarms):
-        warn(text)
+        warn(f"{label}{text}")
     summary, estimate = report.summary, report.estimate
     print(f"{summary['method']} of {len(summary['experts'])} models: {', '.join(summary['experts'])}")
     print(
@@ -72,4 +89,3 @@ def show_report(report: CheckReport, json_: bool, quiet: bool) -> None:
         f"disk {size(estimate['disk_bytes'])}; memory about {size(estimate['memory_bytes'])}; "
         f"roughly {duration(estimate['hours'] * 3600)} on {estimate['threads']} threads"
     )
-    print(f"all right, checked in {duration(report.seconds)}")

@@ -33,7 +33,11 @@ def run(given: Namespace) -> None:
         json.dump(groups, sys.stdout)
         print()
     elif not given.quiet:
+        shown = None
         for group in groups:
+            if (stage := group.get("stage", shown)) != shown:
+                print(f"--- {stage or 'the output'}")
+                shown = stage
             _show(group)
 
 

@@ -18,6 +18,8 @@ from .show import ProgressLine, duration, show_statistics, size
 
 if TYPE_CHECKING:
     from rlmerge.api import Outcome
+    from rlmerge.recipe import Recipe
+    from rlmerge.stages import Stages
 
 USAGE = "[OPTIONS] RECIPE OUT"
 DESCRIPTION = """\
@@ -25,7 +27,8 @@ Merge models: rlmerge merge RECIPE OUT, or
 rlmerge merge OUT --base B --expert E --expert F --method sar.
 
 An interrupted merge is continued by the same command. `--set lambda=0.3,0.5,1`
-merges a sweep in one reading, one folder below OUT for each value."""
+merges a sweep in one reading, one folder below OUT for each value. A recipe of
+several documents is merged in stages: OUT.stages, removed when OUT is whole."""
 
 
 def hold_memory() -> None:
@@ -50,6 +53,7 @@ def declare(parser: Parser) -> None:
     add("--seed", metavar="N", type=at_least(0), help="seed of random choices and ties")
     add("--kernels", metavar="KIND", default="auto", help="numba, numpy (the same bits, slowly), or auto (default)")
     add("--shard-size", metavar="SIZE", default="5GB", help="largest weight file; default 5GB")
+    add("--stages", metavar="FOLDER", help="where the stages of several documents are made, and stay")
     add("--overwrite", action="store_true", help="replace an earlier output")
     add("--dry-run", action="store_true", help="check and stop before any weight moves")
     add("--fsync", action="store_true", help="sync files to disk, against power loss")
@@ -68,6 +72,7 @@ def run(given: Namespace) -> None:
     )
     options: dict[str, Any] = {
         "sweep": sweep,
+        "stages": given.stages,
         "threads": given.threads,
         "memory": parse_bytes(given.memory, "--memory"),
         "kernels": given.kernels,
@@ -97,7 +102,7 @@ def run(given: Namespace) -> None:
         json.dump(_as_json(out, outcome), sys.stdout)
         print()
     elif not given.quiet:
-        _show(recipe.merge_method, out, outcome)
+        _show(recipe, out, outcome)
 
 
 def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:
@@ -109,6 +114,9 @@ def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:
         "resumed_units": outcome.resumed_units,
         "notes": list(outcome.notes),
         "alarms": list(outcome.alarms),
+        "stages": {
+            name: None if stage is None else _as_json(str(stage.out), stage) for name, stage in outcome.stages.items()
+        },
         "merges": [
             {"folder": name or ".", "statistics": report["total"]}
             for name, report in zip(outcome.names, outcome.reports)
@@ -116,7 +124,15 @@ def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _show(method: str, out: str, outcome: Outcome) -> None:
+def _show(recipe: Recipe | Stages, out: str, outcome: Outcome) -> None:
+    from rlmerge.stages import Stages
+
+    *stages, final = recipe.recipes if isinstance(recipe, Stages) else [recipe]
+    for stage in stages:
+        made = outcome.stages[stage.name or ""]
+        if made is not None and "support" in made.report["total"]:
+            show_statistics(f"{stage.name}: {stage.merge_method}", made.report["total"])
+    method = final.merge_method
     for name, report in zip(outcome.names, outcome.reports):
         if "support" in report["total"]:
             show_statistics(f"{method} {name}".strip(), report["total"])

@@ -14,6 +14,7 @@ from rlmerge.errors import RecipeError
 if TYPE_CHECKING:
     from rlmerge.methods.base import Method
     from rlmerge.recipe import Recipe
+    from rlmerge.stages import Stages
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,12 +111,14 @@ def make_recipe(
     settings: list[str] | None,
     sweeps: bool = False,
     plugins: list[str] | None = None,
-) -> tuple[Recipe, list[dict[str, Any]]]:
+) -> tuple[Recipe | Stages, list[dict[str, Any]]]:
     """The recipe of a file or of --base/--expert/--method, and the points of a sweep ([] for a single merge).
 
-    A single point of --set is applied to the recipe; several need a command that `sweeps`.
+    A single point of --set is applied to the recipe; several need a command that `sweeps`. Of a file of several
+    documents the stages: there, 'NAME.KEY=VALUE' is of the document of that name.
     """
-    from rlmerge.recipe import load_recipe, parse_settings, recipe_from_parts
+    from rlmerge.recipe import parse_settings, recipe_from_parts
+    from rlmerge.stages import load_stages
 
     parts = [flag for flag, value in (("--base", base), ("--expert", experts), ("--method", method)) if value]
     if path is not None and (parts or fishers):
@@ -125,8 +128,12 @@ def make_recipe(
     single = points[0] if len(points) == 1 else {}
     methods = registry(plugins)
     if path is not None:
-        recipe = load_recipe(Path(path), methods)
-        recipe = recipe.with_settings(single) if single else recipe
+        stages = load_stages(Path(path), methods)
+        recipe = stages.final
+        if len(stages.recipes) > 1:
+            recipe, points = stages.with_settings(points)
+        elif single:
+            recipe = recipe.with_settings(single)
     else:
         if not experts:
             raise RecipeError("give a recipe file, or --base, --expert (once for each) and --method.")

@@ -77,12 +77,12 @@ class OutputFolder:
         if self.out.is_symlink() or self.work.is_symlink():
             link = self.out if self.out.is_symlink() else self.work
             raise OutputError(f"{link}: is a symbolic link. Write the folder that it points to, or another one.")
-        if self.work.exists() and not _is_unfinished(self.work):
+        if self.work.exists() and not is_unfinished(self.work):
             raise OutputError(f"{self.work}: exists, but is not an unfinished merge. Move it away.")
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file. Choose another output folder.")
         self._check_earlier(standing_output(self.out))
-        near = _nearest(self.out.parent)
+        near = nearest(self.out.parent)
         if not near.is_dir() or (near != self.out.parent and not os.access(near, os.W_OK)):
             raise OutputError(f"{self.out}: cannot be made, because {near} cannot be written.")
 
@@ -98,9 +98,13 @@ class OutputFolder:
                 "Move that away, or choose another folder."
             )
 
+    def is_begun(self) -> bool:
+        """Whether there is an unfinished merge to continue."""
+        return is_journal(self.work / JOURNAL)
+
     def check_space(self) -> None:
         """Raises OutputError where the disk is too small for what is still to be written; touches nothing."""
-        free = shutil.disk_usage(_nearest(self.work)).free
+        free = shutil.disk_usage(nearest(self.work)).free
         needed = self.needed_bytes()
         if needed > free:
             raise OutputError(
@@ -286,13 +290,13 @@ def _names_below(out: Path) -> Iterator[str]:
         yield from (str((here / name).relative_to(out)) for name in names)
 
 
-def _is_unfinished(work: Path) -> bool:
+def is_unfinished(work: Path) -> bool:
     """Whether a folder is an unfinished merge, or the beginning of one."""
     if not work.is_dir():
         return False
     return is_journal(work / JOURNAL) or all(path.name == "lock" for path in work.iterdir())
 
 
-def _nearest(folder: Path) -> Path:
+def nearest(folder: Path) -> Path:
     """The folder itself, or the first one around it that exists."""
     return next(place for place in (folder, *folder.parents) if place.exists())

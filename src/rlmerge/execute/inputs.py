@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from math import prod
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -80,11 +82,7 @@ class Inputs:
 
     def stamps(self) -> list[list[int]]:
         """Size and modification time (ns) of every input file: what a resumed run compares."""
-        found = []
-        for entry in self.plan.files:
-            status = os.stat(entry.path)
-            found.append([status.st_size, status.st_mtime_ns])
-        return found
+        return stamps_of(entry.path for entry in self.plan.files)
 
     def read_into(self, place: Place, first: int, data: NDArray[np.uint8]) -> None:
         """Fills `data` with bytes of a stored tensor from byte `first` of it."""
@@ -377,6 +375,12 @@ class Inputs:
             else:
                 cast(base.astype(np.float64), kind, self.kernels, space, rows[place])
         return rows, np.array(which, np.int64)
+
+
+def stamps_of(paths: Iterable[Path | str]) -> list[list[int]]:
+    """Size and modification time (ns) of files."""
+    found = map(os.stat, paths)
+    return [[status.st_size, status.st_mtime_ns] for status in found]
 
 
 def cast(

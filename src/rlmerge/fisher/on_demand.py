@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def check_given(recipe: Recipe) -> None:
             )
 
 
-def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def with_kept(recipe: Recipe, unmade: Collection[Path] = ()) -> tuple[Recipe, list[str]]:
     """The recipe with estimates that are there already, and for the others a note; nothing is estimated.
 
+    unmade  model folders that do not exist yet, of which no estimate can be there
     With some missing, Fishers are left out and sensitivities are those that need none: for who looks at headers.
     """
     found, notes = {}, []
@@ -67,13 +69,21 @@ def with_kept(recipe: Recipe) -> tuple[Recipe, list[str]]:
         check_given(recipe)
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
-        folder = kept_at(recipe.model_paths[entry.key], recipe.base_path, _data_of(recipe, entry), entry.fisher)
-        if (folder / "fisher.json").exists():
+        model, base = recipe.model_paths[entry.key], recipe.base_path
+        there = model not in unmade and base not in unmade
+        folder = kept_at(model, base, _data_of(recipe, entry), entry.fisher) if there else None
+        if folder is not None and (folder / "fisher.json").exists():
             found[entry.key] = folder
         else:
             _check_request(recipe, entry)
             notes.append(f"the Fisher of {entry.key} will be estimated on {entry.fisher['data']} by the merge, first")
     return (without_fishers(recipe), notes) if notes else (recipe.with_estimates(found), [])
+
+
+def check_extra() -> None:
+    """Raises MissingExtraError where nothing can be estimated, before hours of other work."""
+    if (missing := next((name for name in ("torch", "transformers") if find_spec(name) is None), None)) is not None:
+        raise MissingExtraError("`fisher: {data: …}`", missing, "model")
 
 
 def without_fishers(recipe: Recipe) -> Recipe:
