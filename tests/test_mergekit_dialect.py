@@ -8,7 +8,7 @@ import rlmerge
 from rlmerge.errors import RecipeError
 from rlmerge.mergekit_dialect import PARAMETERS, without_effect
 
-LACKING = {("ties", "rescale")}
+LACKING: set[tuple[str, str]] = set()
 """What mergekit uses and rlmerge does not have: an error, as the result would be another one."""
 
 DECLARED = [(method, key) for method, keys in PARAMETERS.items() for key in keys]
@@ -81,7 +81,6 @@ def test_outside_parameters_a_key_is_harmless_only_where_nothing_can_be_meant():
         ("ties", "smooth", "unknown parameter"),
         ("sar", "normalize", "unknown parameter"),  # not mergekit's method: there is nothing to agree with
         ("iso_c", "weight", "unknown parameter"),
-        ("ties", "rescale", "mergekit's 'rescale' of method 'ties' is not in this version of rlmerge"),
     ],
 )
 def test_other_keys_are_errors(method, key, says):

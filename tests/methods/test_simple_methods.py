@@ -79,16 +79,17 @@ def test_ram(tmp_path_factory, seed, epsilon, grid):
 @given(
     SEEDS, WEIGHTS, st.lists(st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), min_size=3, max_size=3), st.booleans(),
     st.sampled_from(["tensor", "model"]), st.sampled_from(["all", "support"]), st.sampled_from([None, 8]),
+    st.booleans(),
 )  # fmt: skip
-def test_ties(tmp_path_factory, seed, weights, densities, normalize, scope, density_of, block):
+def test_ties(tmp_path_factory, seed, weights, densities, normalize, scope, density_of, block, rescale):
     """Continuous deltas: none tie, so the reference's rule for ties and ours agree."""
     folder, base, experts = setup(tmp_path_factory, seed)
     own = own_of(experts, weights, density=densities)
-    parameters = {"normalize": normalize, "lambda": 1.2, "scope": scope, "density_of": density_of}
+    parameters = {"normalize": normalize, "lambda": 1.2, "scope": scope, "density_of": density_of, "rescale": rescale}
     recipe = make_recipe(folder, "ties", list(experts), parameters, own)
     expected = simple.ties(
         base, experts, weight=dict(zip(experts, weights)), density=dict(zip(experts, densities)), lam=1.2,
-        normalize=normalize, scope=scope, count="all" if density_of == "all" else "nonzero",
+        normalize=normalize, scope=scope, count="all" if density_of == "all" else "nonzero", rescale=rescale,
     )  # fmt: skip
     with small_blocks(block or 2**16):
         found = merge_values(recipe)

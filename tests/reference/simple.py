@@ -58,12 +58,13 @@ def ties(
     normalize: bool = True,
     scope: str = "tensor",
     count: str = "nonzero",
+    rescale: bool = False,
 ) -> Tensors:
     """TIES-Merging (arXiv 2306.01708): trim, elect the sign, mean (or sum, normalize=False) of those who agree.
 
     Trim keeps the max(1, int(density·n)) entries with the largest |δ|, and all that tie with the last of them; n counts
     the non-zero entries (count="nonzero", the design's density) or all entries (count="all": mergekit, the authors).
-    Where the weighted sum is 0, the sign is + at scope tensor (mergekit), the whole model's at scope model (authors).
+    `rescale` gives each trimmed delta its sum of |δ| back (mergekit). Where the weighted sum is 0, the sign is + at scope tensor (mergekit), the whole model's at scope model (authors).
     """
     w = _weights(experts, weight)
     trimmed: dict[str, Tensors] = {}
@@ -72,7 +73,11 @@ def ties(
         rho = density[key] if isinstance(density, dict) else density
         groups = [list(base)] if scope == "model" else [[name] for name in base]
         for group in groups:
+            before = sum(np.abs(deltas[name]).sum() for name in group)
             _trim(deltas, group, rho, count)
+            after = sum(np.abs(deltas[name]).sum() for name in group)
+            for name in group if rescale and after > 0.0 else ():
+                deltas[name] = deltas[name] * (before / after)
         trimmed[key] = deltas
     cancelled = dict.fromkeys(base, 1.0)
     if scope == "model":

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage, Task
+from .sparsified import Left, Norms, rescale
 from .task_arithmetic import LAMBDA, WEIGHT
 from .topk import Ranked, Scorer, cut, top_k
 
@@ -51,7 +52,8 @@ class Ties(Method):
     """Source: TIES-Merging (arXiv 2306.01708); weights and normalisation as mergekit's `ties`.
 
     Where the weighted deltas cancel exactly (often, between bf16 RLVR experts) nobody is elected and the base stays;
-    mergekit elects +, a bias that `cancelled: positive` reproduces.
+    mergekit elects +, a bias that `cancelled: positive` reproduces. `rescale: l1` (mergekit's `true`) gives each trimmed
+    delta back the sum of its absolute values, which is no part of the paper.
     """
 
     name = "ties"
@@ -79,24 +81,40 @@ class Ties(Method):
             choices=("base", "positive"),
         ),
         Parameter("scope", "choice", "tensor", "where density is counted", choices=("tensor", "model")),
+        rescale("none", "l1"),
     )
     laws = frozenset({"permutation", "scaling", "identity", "sign", "zero"})
 
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
-        """Thresholds of |δ|."""
-        return top_k(Magnitude(values["density_of"]), values["scope"])
+        """Thresholds of |δ|, and norms where one is given back."""
+        norms = (Norms(self, 1, values["scope"]),) if values["rescale"] == "l1" else ()
+        return top_k(Magnitude(values["density_of"]), values["scope"]) + norms
+
+    def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
+        """The rescale factor of each expert."""
+        return results["norms"]["factor"] if "norms" in results else []
+
+    def left(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
+        """The trimmed deltas of a block, patch by patch."""
+        found = []
+        for part in Magnitude(task.values["density_of"]).score(block, task, results):
+            where, deltas, kept, _ = cut(part, block, task, results)
+            found.append(Left(part.rows, where, deltas, kept))
+        return found
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """Trim, elect, merge."""
         changes, stats = [], {"kept": np.zeros(len(task.experts), np.int64), "counts": np.zeros(2, np.int64)}
-        for part in Magnitude(task.values["density_of"]).score(block, task, results):
-            where, deltas, kept, _ = cut(part, block, task, results)
-            stats["kept"][part.rows] += kept
+        for part in self.left(block, task, results):
+            where, deltas = part.where, part.values
+            if "norms" in results:
+                deltas = deltas * np.array(results["norms"]["factor"])[part.experts, None]
+            stats["kept"][part.experts] += part.kept
             old, out = block.base_at(where), np.empty(where.size)
             block.kernels.ties(
                 old,
                 deltas,
-                task.per_model["weight"][part.rows],
+                task.per_model["weight"][part.experts],
                 float(task.values["lambda"]),
                 bool(task.values["normalize"]),
                 int(task.values["cancelled"] == "positive"),
