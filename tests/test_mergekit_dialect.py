@@ -31,7 +31,8 @@ def parse(method: str, top: str = "", own: str = "", beside: str = "", **extra: 
     lines = "".join(f"{key}: {value}\n" for key, value in extra.items())
     parameters = ", ".join(part for part in (top, needed) if part)
     text = f"merge_method: {method}\nparameters: {{{parameters}}}\n{lines}models:\n{''.join(entries)}"
-    return rlmerge.parse_recipe(text + ("base_model: base\n" if method != "passthrough" else ""), "r.yml")
+    needs_base = rlmerge.get_method(method).arity.base == "required"
+    return rlmerge.parse_recipe(text + ("base_model: base\n" if needs_base else ""), "r.yml")
 
 
 @pytest.mark.parametrize(("method", "key"), DECLARED)

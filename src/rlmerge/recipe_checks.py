@@ -335,9 +335,9 @@ class Checker:
         places = {k: recipe.place(entry) for k, entry in kept.items()}
         home = next(iter(places.values()))[:-1] if places else ("models",)
         self._keys(kept, places)
-        self._count(
-            method, home, len(kept), recipe.base_model is not None, BASE_ALONE if recipe.models and not kept else ""
-        )
+        named = recipe.models or "slices" in self.data or "modules" in self.data
+        hint = BASE_ALONE if named and not kept and recipe.base_model is not None else ""
+        self._count(method, home, len(kept), recipe.base_model is not None, hint)
         for spec in method.parameters:
             if spec.default is None and not any(spec.name in scope for scope in recipe.scopes):
                 lacking: list[Place] = [places[k] for k, entry in kept.items() if spec.name not in entry.parameters]

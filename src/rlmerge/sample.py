@@ -145,9 +145,9 @@ def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
     """What the sample says that a user should think about."""
     found = []
     method = plan.recipe.merge_method
-    # an average may list its base on purpose
-    averaged = zip(plan.experts, plan.models) if plan.base and method == "linear" else ()
-    same = {key for key, model in averaged if plan.base and model.folder.samefile(plan.base.folder)}
+    # an average, or a path that starts at the base, lists it on purpose
+    listed = zip(plan.experts, plan.models) if plan.base and plan.recipe.method.arity.base == "optional" else ()
+    same = {key for key, model in listed if plan.base and model.folder.samefile(plan.base.folder)}
     for key, entry in sample.get("experts", {}).items():
         if key in same:
             continue

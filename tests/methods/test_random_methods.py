@@ -235,3 +235,13 @@ def test_the_report_says_factors_and_kept_shares(tmp_path):
     report = rlmerge.merge_to_folder(recipe, tmp_path / "out").report
     assert 0.2 < report["total"]["kept"]["e0"]["share"] < 0.8
     assert report["tensors"]["a.weight"]["rescale"]["e0"] > 1.0
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_rows_run_along_the_second_dimension(tmp_path, method):
+    """With chances of 1/10000 and its complement the larger of two neighbours in a row stays, also in a kernel."""
+    delta = np.random.default_rng(4).permutation(600).reshape(50, 2, 6).astype(np.float32) + 1
+    write_all(tmp_path, {"w": np.zeros_like(delta)}, {"e0": {"w": delta}})
+    parameters = {"density": 0.5, "epsilon": 0.4999, "rescale": "none", "weight": 1.0}
+    found = merge_values(make_recipe(tmp_path, method, ["e0"], parameters))["w"]
+    assert np.count_nonzero((found != 0) != (delta == delta.max(axis=1, keepdims=True))) <= 2
