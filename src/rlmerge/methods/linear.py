@@ -13,8 +13,8 @@ from .base import Arity, Block, Merged, Method, Parameter, Result, Task
 class Linear(Method):
     """Source: Model soups (arXiv 2203.05482); parameters as mergekit's `linear`.
 
-    As in mergekit, a `base_model` that is not listed is averaged in, too, where `weight` is given for all models at once;
-    where each model has its own, the base only lends names, small files and the reference of the statistics.
+    As in mergekit, a `base_model` that is not listed is averaged in, too, where `weight` is given for all models at
+    once; where each model has its own, the base only lends names, small files and the reference of the statistics.
     """
 
     name = "linear"

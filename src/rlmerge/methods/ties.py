@@ -52,8 +52,8 @@ class Ties(Method):
     """Source: TIES-Merging (arXiv 2306.01708); weights and normalisation as mergekit's `ties`.
 
     Where the weighted deltas cancel exactly (often, between bf16 RLVR experts) nobody is elected and the base stays;
-    mergekit elects +, a bias that `cancelled: positive` reproduces. `rescale: l1` (mergekit's `true`) gives each trimmed
-    delta back the sum of its absolute values, which is no part of the paper.
+    mergekit elects +, a bias that `cancelled: positive` reproduces. `rescale: l1` (mergekit's `true`) gives each
+    trimmed delta back the sum of its absolute values, which is no part of the paper.
     """
 
     name = "ties"
