@@ -64,8 +64,8 @@ def ties(
 
     Trim keeps the max(1, int(density·n)) entries with the largest |δ|, and all that tie with the last of them; n counts
     the non-zero entries (count="nonzero", the design's density) or all entries (count="all": mergekit, the authors).
-    `rescale` gives each trimmed delta its sum of |δ| back (mergekit). Where the weighted sum is 0, the sign is + at scope
-    tensor (mergekit), the whole model's at scope model (authors).
+    `rescale` gives each trimmed delta its sum of |δ| back (mergekit). Where the weighted sum is 0, the sign is + at
+    scope tensor (mergekit), the whole model's at scope model (authors).
     """
     w = _weights(experts, weight)
     trimmed: dict[str, Tensors] = {}
