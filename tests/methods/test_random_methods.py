@@ -21,6 +21,7 @@ from tests.reference.sparsified import chances, drawn, generalised
 
 import rlmerge
 
+PUBLISHED = "inverse_probability"
 METHODS = ("dare_linear", "dare_ties", "della_linear", "della")
 SEEDS = st.integers(0, 2**32)
 
@@ -78,7 +79,7 @@ def one_model(tmp_path, method, size, parameters, seed=0):
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_dare_keeps_the_density_and_the_mean(tmp_path, method, density):
     """20,000 coordinates: five standard deviations of a binomial count; halves and quarters, too."""
-    found = one_model(tmp_path, method, np.ones(SHAPE), {"density": density})
+    found = one_model(tmp_path, method, np.ones(SHAPE), {"density": density, "rescale": PUBLISHED})
     kept = found != 0
     assert set(np.unique(found[kept])) == {np.float32(1 / density)}
     for part in (kept, kept[:20], kept[:, ::2], kept[::2, 1::4]):
@@ -92,7 +93,7 @@ def test_della_keeps_large_ones_more_often(tmp_path, method, epsilon):
     rng = np.random.default_rng(0)
     order = np.argsort(rng.random(SHAPE), axis=1)
     size = (1.0 + order) * 2.0 ** rng.integers(-9, 9, (SHAPE[0], 1))
-    found = one_model(tmp_path, method, size, {"density": 0.5, "epsilon": epsilon})
+    found = one_model(tmp_path, method, size, {"density": 0.5, "epsilon": epsilon, "rescale": PUBLISHED})
     rank = order / (SHAPE[1] - 1)
     chance = 0.5 - epsilon + 2 * epsilon * rank
     kept = found != 0
@@ -110,7 +111,7 @@ def test_published_rescaling_is_unbiased(tmp_path, method):
     size = np.arange(1, 25, dtype=np.float64).reshape(3, 8)
     write_all(tmp_path, {"w": np.zeros((3, 8), np.float32)}, {"a": {"w": size.astype(np.float32)}})
     epsilon = 0.2 if method.startswith("della") else 0.0
-    parameters = {"density": 0.6} | ({"epsilon": epsilon} if epsilon else {})
+    parameters = {"density": 0.6, "rescale": PUBLISHED} | ({"epsilon": epsilon} if epsilon else {})
     own = {"a": {"weight": 1.0}}
     found = np.mean(
         [merge_values(make_recipe(tmp_path, method, ["a"], parameters, own, seed=s))["w"] for s in range(400)], axis=0

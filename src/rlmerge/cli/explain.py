@@ -44,6 +44,14 @@ def run(given: Namespace) -> None:
 def _show(group: dict[str, Any]) -> None:
     names = ", ".join(group["tensors"][:6]) + (", …" if len(group["tensors"]) > 6 else "")
     print(f"{group['count']} tensor(s): {names}")
+    if "module" in group:
+        print(f"  module {group['module']}")
+    if "slice" in group:
+        ranges = {**group["layers"], **({"the base": group["base_layers"]} if "base_layers" in group else {})}
+        print(f"  slice {group['slice']}: " + ", ".join(f"{key}[{a}:{b}]" for key, (a, b) in ranges.items()))
+    for word in ("before", "after"):
+        if word in group:
+            print(f"  {word} the layers: {', '.join(group[word])}")
     if "carried" in group:
         print(f"  copied from the base ({group['carried']})")
     for key, value in group["values"].items():

@@ -18,16 +18,16 @@ from .task_arithmetic import LAMBDA, WEIGHT
 class DareLinear(Sparsified):
     """Source: DARE (arXiv 2311.03099), algorithm 1, with task arithmetic.
 
-    `inverse_probability` divides what is kept by the density, as published: unbiased. mergekit's rescaling gives each
-    tensor its l1 norm back instead, which in small tensors depends on whether one large entry was dropped.
-    Cost: the updates are read once; `l1` reads them twice.
+    `inverse_probability` divides what is kept by the density, as published: unbiased. The default is mergekit's, `l1`
+    (`true`): each tensor gets its l1 norm back, which in small tensors depends on whether one large entry was dropped.
+    Cost: with `l1` the updates are read twice, else once.
     """
 
     name = "dare_linear"
     summary = "drop updates by chance, rescale the rest, add"
     formula = "θ = θ0 + λ·Σ wi·mi·δi/ρi, mi ~ Bernoulli(ρi)"
     source = "DARE (arXiv 2311.03099)"
-    parameters = (WEIGHT, DENSITY, LAMBDA, normalize(False), rescale("inverse_probability", "l1", "none"))
+    parameters = (WEIGHT, DENSITY, LAMBDA, normalize(False), rescale("l1", "inverse_probability", "none"))
     deterministic = False
     consensus = "sum"
 
@@ -57,7 +57,7 @@ class DareTies(DareLinear):
         DENSITY,
         LAMBDA,
         normalize(False, "the weights of those who agree"),
-        rescale("inverse_probability", "l1", "none"),
+        rescale("l1", "inverse_probability", "none"),
         CANCELLED,
     )
     consensus = "sign"

@@ -24,7 +24,8 @@ class DellaLinear(Sparsified):
     A row is what one index of the other dimensions leaves along the second one; a vector is one row. An update whose
     magnitude has the rank r in its row, 0 for the smallest and 1 for the largest, is kept with the chance
     density − ε + 2ε·r. Equal magnitudes share their middle rank; a row of one coordinate has the rank 1/2.
-    Cost: the updates of each row are sorted, twice with `rescale: l1`.
+    `inverse_probability` divides by these chances, as published; the default, `l1`, is mergekit's. Cost: the updates of
+    each row are sorted, with `l1` twice.
     """
 
     name = "della_linear"
@@ -37,7 +38,7 @@ class DellaLinear(Sparsified):
         EPSILON,
         LAMBDA,
         normalize(False),
-        rescale("inverse_probability", "l1", "none"),
+        rescale("l1", "inverse_probability", "none"),
         DENSITY_OF,
     )
     deterministic = False
@@ -106,7 +107,7 @@ class Della(DellaLinear):
         EPSILON,
         LAMBDA,
         normalize(True, "the weights of those who agree"),
-        rescale("inverse_probability", "l1", "none"),
+        rescale("l1", "inverse_probability", "none"),
         DENSITY_OF,
         CANCELLED,
     )
