@@ -70,21 +70,20 @@ def write_recipe(
     def shown(path: Path) -> str:
         return os.path.relpath(path, out.parent)
 
+    method, settings, own = get_method(contender.method), dict(contender.settings), {}
+    if method.averages_base:  # parameters for all, or none at all, would make the base one more model
+        own = {
+            spec.name: settings.pop(spec.name) for spec in method.parameters if spec.per_model and spec.name in settings
+        }
     models = []
     for name, path in experts.items():
         entry: dict[str, Any] = {"model": shown(path), "name": name}
         entry |= {kind: shown(inputs[kind][name]) for kind in contender.inputs}
-        if name in contender.each:
-            entry["parameters"] = contender.each[name]
-        models.append(entry)
+        parameters = own | contender.each.get(name, {})
+        models.append(entry | ({"parameters": parameters} if parameters else {}))
     recipe: dict[str, Any] = {"merge_method": contender.method, "base_model": shown(base), "models": models}
-    settings, method = dict(contender.settings), get_method(contender.method)
-    if method.averages_base:  # parameters for all, or none at all, would make the base one more model
-        own = {spec.name: settings.pop(spec.name) for spec in method.parameters if spec.per_model}
-        for entry in models:
-            entry |= {"parameters": own} if own else {}
-        if not own:
-            del recipe["base_model"]
+    if method.averages_base and not any("parameters" in entry for entry in models):
+        del recipe["base_model"]
     if settings:
         recipe["parameters"] = settings
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,22 @@ def _grids(name: str) -> tuple[Axes, ...]:
     return (grid,) if isinstance(grid, dict) else grid
 
 
+def at_end(entry: Entry, chosen: int) -> bool:
+    """Whether the chosen setting has the least or largest of three or more numbers that are tried of a parameter, which
+    could go on there: a wider grid might have found a better one.
+    """
+    parameters = {parameter.name: parameter for parameter in get_method(entry.method).parameters}
+    for axes in _grids(entry.method):
+        for key, values in axes.items():
+            value = entry.settings[chosen].get(key)
+            if len(values) < 3 or not isinstance(value, float | int):
+                continue
+            known = parameters[key]
+            if value in (min(values), max(values)) and value not in (known.minimum, known.maximum):
+                return True
+    return False
+
+
 def said(setting: Setting) -> str:
     """'density 0.5, lambda 1.5'; 'weight 0.3 : 0.7' for math and code."""
     parts = []

@@ -27,14 +27,15 @@ held-out problems of each domain, in percent with 95 % intervals over problems.
 **This table supports no scientific claim, and is no ranking.** A model of 1.1 million parameters, two pairs of
 experts of one base, one-digit tasks: it shows that every method runs, what its defaults do, and how differences are
 judged. Rows are in the order of their names. Intervals are those of problems; what other training runs would bring,
-two pairs cannot tell.
+two pairs cannot tell. All numbers, every setting's among them: [methods-table.json](methods-table.json).
 """
 TUNING = """\
 ## Tuning
 
 On {tuning} validation problems of each domain, with pair {first}. *Models*: how many of the settings gave different
 weights. Accuracies are means of both domains in percent. The best of several noisy ones reads too high: the tables
-above are of other problems.
+above are of other problems. †: the least or largest number that was tried of a parameter which could go on there, so a
+wider grid might have found better.
 """
 HOW = """\
 ## How
@@ -49,23 +50,25 @@ HOW = """\
 - **Rows**: `passthrough` and `subspace_rewiring` take one model, and have a row for each expert; `passthrough` is the
   expert itself. `nearswap` and `arcee_fusion` take one model, too, and merge two where one expert is the base: `code
   onto math` has the math expert as `base_model` and the code expert as the model; its survival counts changes of that
-  base. `sar-delta2` is `sar` without Fishers.
+  base. `sar-delta2` is `sar` without Fishers. `linear` and `karcher` average the two experts; the base, which they
+  can take as one more model, is left out (for `karcher` altogether, so nothing counts its survival).
 - **Retained**: (merge − base) / (expert − base) in percent, with Fieller's interval.
 - **Less {reference}**: the mean accuracy of both domains less that of `{reference}` in the same table, in points, on
   the same problems, with the paired interval of [Comparing models](compare.md). A star: McNemar's mid-p over the
   problems of both domains is below {level} after Holm's correction over all rows of the table. Where there is no
   star, the sign means nothing.
 - **Survival**: share of the intended updates that the cast to bf16 leaves.
-- **Seconds, MB**: of the merge to a folder, on one thread, in a process of its own, by NumPy's kernels, which rlmerge
-  chooses for models of this size. Seconds: wall time of the fastest of {repeats} merges after a first one, without
-  the start of the process, while other processes work. MB: the most resident memory of that process, most of it
-  Python, NumPy and our modules. At a million parameters both are fixed costs, and say nothing about large models."""
+- **Seconds, CPU, MB**: of the merge to a folder, on one thread, in a process of its own, by NumPy's kernels, which
+  rlmerge chooses for models of this size. Seconds: wall time of the fastest of {repeats} merges after a first one,
+  without the start of the process. Other processes work at the same time, so the processor's seconds of that merge
+  say more. MB: the most resident memory of that process, most of it Python, NumPy and our modules. At a million
+  parameters these are fixed costs, and say nothing about large models."""
 
 
 def write_table(root: Path, preset: TablePreset) -> Path:
     """Writes ROOT/methods-table.md, .svg and .json from what the cells left; returns the page."""
     found = table_summary(root, preset)
-    (root / f"{NAME}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    (root / f"{NAME}.json").write_text(json.dumps(found, separators=(",", ":"), ensure_ascii=False) + "\n")
     write_plot(found, root / f"{NAME}.svg")
     lines = [*_head(preset, found), *_models(found)]
     clean = [seed for seed in preset.seeds if seed != preset.seeds[0]]
@@ -109,7 +112,7 @@ def _pair(seed: int, tuned_on: bool, found: dict[str, Any]) -> list[str]:
 
 def _table(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
     head = [text for domain in DOMAINS for text in (domain, "retained")]
-    table = [["method", "setting", *head, f"less {REFERENCE}", "survival", "seconds", "MB"]]
+    table = [["method", "setting", *head, f"less {REFERENCE}", "survival", "seconds", "CPU", "MB"]]
     for label, row in rows.items():
         cells = []
         for domain in DOMAINS:
@@ -117,7 +120,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> list[list[str]]:
             cells += [shown(Interval(**row[domain]["accuracy"])), shown(Interval(**kept)) if kept else "-"]
         survival = "-" if row["survival"] is None else f"{100 * row['survival']:.1f} %"
         memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        cells += [_less(row.get("difference")), survival, f"{row['seconds']:.2f}", memory]
+        cells += [_less(row.get("difference")), survival, f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", memory]
         table.append([f"`{label}`", row["setting"], *cells])
     return table
 
@@ -126,7 +129,8 @@ def _less(difference: dict[str, Any] | None) -> str:
     """'−1.2 [−2.5, 0.1]' in points, with a star where it is beyond noise."""
     if difference is None:
         return ""
-    value, low, high = (f"{100 * difference[key]:.1f}".replace("-", "−") for key in ("value", "low", "high"))
+    rounded = (round(100 * difference[key], 1) + 0.0 for key in ("value", "low", "high"))  # no −0.0
+    value, low, high = (f"{points:.1f}".replace("-", "−") for points in rounded)
     star = " \\*" if difference["p_holm"] < LEVEL else ""
     return f"{value} [{low}, {high}]{star}"
 
@@ -156,7 +160,7 @@ def _tuning(preset: TablePreset, found: dict[str, Any]) -> list[str]:
     for label, one in found["tuning"].items():
         means = [sum(tried[domain] for domain in DOMAINS) / len(DOMAINS) for tried in one["tried"]]
         chosen = one["chosen"]
-        name = "the defaults" if chosen == 0 else one["tried"][chosen]["setting"]
+        name = "the defaults" if chosen == 0 else one["tried"][chosen]["setting"] + (" †" if one["at_end"] else "")
         cells = [str(len(means)), str(one["different"]), f"{100 * means[0]:.1f}", name, f"{100 * means[chosen]:.1f}"]
         table.append([f"`{label}`", one["grid"], *cells])
     return [TUNING.format(tuning=preset.tuning, first=preset.seeds[0]), *as_markdown(table), ""]

@@ -16,7 +16,7 @@ def write_plot(found: dict[str, Any], out: Path) -> None:
 
     labels = [label for label, row in next(iter(found["pairs"].values()))["default"].items() if "difference" in row]
     figure = Figure(figsize=(9, 1.2 + 0.24 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, len(found["pairs"]), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(found["pairs"]), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (seed, variants) in zip(panels, found["pairs"].items()):
         for shift, (variant, colour) in zip((-0.17, 0.17), COLOURS.items()):
             for place, label in enumerate(labels):
@@ -31,7 +31,9 @@ def write_plot(found: dict[str, Any], out: Path) -> None:
         axes.set_xlabel("mean accuracy of both domains less sar's, points", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
+    panels[0].plot([], [], "o", color="#777777", markersize=4, label="filled: beyond noise")
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    panels[0].margins(y=0.02)
     panels[0].invert_yaxis()
     panels[0].legend(fontsize=7, loc="lower left")
     figure.patch.set_facecolor("white")

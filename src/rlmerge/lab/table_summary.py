@@ -13,7 +13,7 @@ from rlmerge.evaluate import statistics
 from rlmerge.evaluate.compare import Interval, Model, compare
 from rlmerge.evaluate.results import Results, scores
 from rlmerge.lab.cells import read_cell
-from rlmerge.lab.grids import Entry, entries, grid_said, said
+from rlmerge.lab.grids import Entry, at_end, entries, grid_said, said
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.table import VARIANTS, TablePreset, chosen_results, experts_of
 
@@ -27,7 +27,7 @@ def table_summary(root: Path, preset: TablePreset) -> dict[str, Any]:
     for name in ("base", *(expert for seed in preset.seeds for expert in experts_of(seed).values())):
         models[name] = {domain: _accuracy(root / "results" / name / f"{domain}.jsonl") for domain in DOMAINS}
     rows = entries(preset.methods)
-    return {
+    found = {
         "tasks": preset.tasks,
         "problems": {"test": preset.problems, "validation": preset.tuning},
         "models": models,
@@ -36,6 +36,16 @@ def table_summary(root: Path, preset: TablePreset) -> dict[str, Any]:
             str(seed): {variant: _rows(root, seed, variant, rows) for variant in VARIANTS} for seed in preset.seeds
         },
     }
+    return _short(found)
+
+
+def _short(found: Any) -> Any:
+    """The same with six digits of each number."""
+    if isinstance(found, dict):
+        return {key: _short(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_short(value) for value in found]
+    return float(f"{found:.6g}") if isinstance(found, float) else found
 
 
 def _accuracy(path: Path) -> dict[str, Any]:
@@ -54,6 +64,7 @@ def _tuning(root: Path, entry: Entry) -> dict[str, Any]:
         "grid": grid_said(entry.method),
         "tried": tried,
         "chosen": found["chosen"],
+        "at_end": at_end(entry, found["chosen"]),
         "different": different,
     }
 
