@@ -174,6 +174,17 @@ def test_a_per_model_parameter_may_be_global():
 def test_references_as_mergekit_dumps_them():
     recipe = parse(GOOD.replace("model: b\n", "model: {model: {path: b}}\n").replace("model: a", "model: {path: a}"))
     assert [entry.model for entry in recipe.models] == ["b", "a"]
+    both = "{model: {path: o/b, revision: v1}, lora: {path: l, revision: null}}"
+    assert parse(GOOD.replace("model: b\n", f"model: {both}\n")).models[0].model == "o/b@v1+l"
+    both = "{model: b, lora: {path: o/l, revision: v2}}"
+    assert parse(GOOD.replace("model: b\n", f"model: {both}\n")).models[0].model == "b+o/l@v2"
+    for wrong, part in [
+        ("{model: {path: b, override: c}}", "'override' of a model"),
+        ("{model: {path: b}, adapter: c}", "'adapter' of a model"),
+        ("{lora: {path: b}}", "expected text"),
+    ]:
+        with pytest.raises(RecipeError, match=part):
+            parse(GOOD.replace("model: b\n", f"model: {wrong}\n"))
 
 
 def test_merge_keys_and_aliases():
@@ -554,8 +565,14 @@ def test_missing_paths(tree):
     )
     with pytest.raises(RecipeError, match="Hugging Face id: nothing is downloaded"):
         recipe.resolve("Qwen/Qwen2-0.5B")
-    with pytest.raises(RecipeError, match="write the path of the LoRA folder"):
-        recipe.resolve("base+zzzzzzzz")
+    with pytest.raises(RecipeError, match="'bsae' does not exist"):
+        _ = parse(GOOD.replace("model: a", "model: bsae+b")).model_paths
+    with pytest.raises(RecipeError, match="'zzzz' does not exist"):
+        _ = parse(GOOD.replace("model: a", "model: a+zzzz")).adapter_paths
+    with pytest.raises(RecipeError, match="neither of these is there"):
+        _ = parse(GOOD.replace("model: a", "model: y+z")).model_paths
+    with pytest.raises(RecipeError, match="a folder has none"):
+        _ = parse(GOOD.replace("model: a", "model: a@main")).model_paths
     for odd in ("x\0y", "~nobody-at-all/x", "x" * 5000, "/nowhere/at/all"):
         with pytest.raises(RecipeError, match="does not exist"):
             recipe.resolve(odd)

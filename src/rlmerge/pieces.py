@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
+from rlmerge.checkpoint.folder import Checkpoint
+from rlmerge.checkpoint.hub import has_headers_only
 from rlmerge.checkpoint.pack import check_base
+from rlmerge.checkpoint.reference import open_model
 from rlmerge.checkpoint.restack import Layers, Stack, find_layers, inside, module_of, place_outside, view
 from rlmerge.errors import MismatchError, RecipeError
 from rlmerge.parameters import Spot
@@ -59,8 +61,12 @@ class Models:
     def __init__(self, recipe: Recipe, planned: Mapping[Path, Checkpoint] = MappingProxyType({})) -> None:
         self._planned = planned
         self._open: dict[str, Checkpoint] = {}
-        paths = recipe.model_paths
-        self.experts = {entry.key: self._get(paths[entry.key], entry.model) for entry in recipe.experts}
+        paths, adapters = recipe.model_paths, recipe.adapter_paths
+        # a part may have a base of its own
+        base = None if recipe.slices or recipe.modules else recipe.base_path
+        self.experts = {
+            entry.key: self._get(paths[entry.key], entry.model, adapters[entry.key], base) for entry in recipe.experts
+        }
         self.base = self.base_of(recipe)
         self.donor = self.base if self.base is not None else self.experts[recipe.models[0].key]
 
@@ -69,10 +75,11 @@ class Models:
         path = recipe.base_path
         return None if path is None or recipe.base_model is None else self._get(path, recipe.base_model)
 
-    def _get(self, path: Path, reference: str) -> Checkpoint:
+    def _get(self, path: Path, reference: str, adapter: Path | None = None, base: Path | None = None) -> Checkpoint:
         key = f"{os.path.abspath(path)}\0{reference}"
         if key not in self._open:
-            self._open[key] = self._planned[path] if path in self._planned else open_checkpoint(path, reference)
+            known = path in self._planned
+            self._open[key] = self._planned[path] if known else open_model(path, adapter, reference, base)
         return self._open[key]
 
     @property
@@ -116,7 +123,7 @@ def check_kinds(base: Checkpoint | None, donor: Checkpoint, experts: Iterable[Ch
         if checkpoint.adapter and base is None:
             raise RecipeError(
                 f"{checkpoint.reference}: a LoRA adapter is an update and not a model. Write the model it was trained "
-                "from as `base_model:`."
+                "from as `base_model:`, or before it, 'MODEL+ADAPTER'."
             )
     if base is not None and base.pack is not None:
         raise MismatchError(
@@ -129,7 +136,8 @@ def check_kinds(base: Checkpoint | None, donor: Checkpoint, experts: Iterable[Ch
                 f"{checkpoint.reference}: a delta pack is what changed in a model. Write that model as `base_model:`, "
                 "or unpack it first (rlmerge unpack)."
             )
-        if checkpoint.pack is not None and base is not None and base.planned is None:
+        absent = base is not None and (base.planned is not None or has_headers_only(base.folder))
+        if checkpoint.pack is not None and base is not None and not absent:
             check_base(checkpoint, base)
 
 

@@ -45,7 +45,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSource:
-    """One expert's version of a tensor: 'tensor' (stored values), 'low_rank' (scale·B·A), 'base' (unchanged)."""
+    """One expert's version of a tensor: 'tensor' (stored values), 'low_rank' (the base's + scale·B·A), 'sum' (stored
+    values + scale·B·A), 'base' (unchanged).
+    """
 
     kind: str
     place: Place | None = None

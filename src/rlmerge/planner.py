@@ -58,14 +58,12 @@ class _Files:
         return replace(found, kind=kind, parts=tuple(self.place(part) for part in parts))
 
     def source(self, source: Source) -> ExpertSource:
-        if source.info is not None:
-            return ExpertSource("tensor", self.place(source.info))
+        stored = self.place(source.info) if source.info is not None else None
         if source.low_rank is not None:
             low = source.low_rank
-            rank = low.a.shape[0]
             a, b = self.place(low.a), self.place(low.b)
-            return ExpertSource("low_rank", None, a, b, rank, low.scale, low.transposed)
-        return ExpertSource("base")
+            return ExpertSource(source.kind, stored, a, b, low.a.shape[0], low.scale, low.transposed)
+        return ExpertSource(source.kind, stored)
 
 
 def make_plan(

@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
+from rlmerge.checkpoint.hub import cached_snapshot, lacking, split_id
+from rlmerge.checkpoint.reference import split_reference
 from rlmerge.errors import RecipeError, did_you_mean
 from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolver, show
@@ -81,6 +82,7 @@ class Recipe:
     _folder: Path | None = field(default=None, repr=False, compare=False)
     _source: Source = field(default=Source("recipe"), repr=False, compare=False)
     _estimated: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
+    _fetched: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
     _stages: Mapping[str, tuple[Path, Recipe]] = field(default_factory=dict, repr=False, compare=False)
     _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
     _scopes: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
@@ -131,12 +133,47 @@ class Recipe:
     @property
     def base_path(self) -> Path | None:
         """The folder of the base."""
-        return None if self.base_model is None else self._find(self.base_model, ("base_model",))
+        if self.base_model is None:
+            return None
+        model, adapter = self.split(self.base_model)
+        if adapter is not None:
+            raise RecipeError(
+                f"{self.at(('base_model',))}: {show(self.base_model)}: a base is copied wherever nothing changed, and "
+                "a model with an adapter on it is stored nowhere.\n  Store it first, with `merge_method: linear` and "
+                "this one model, and write that folder."
+            )
+        return self._find(model, ("base_model",))
 
     @property
     def model_paths(self) -> dict[str, Path]:
-        """The folder of each model by its key, in the order of `experts`."""
-        return {entry.key: self._find(entry.model, self.place(entry, "model")) for entry in self.experts}
+        """The folder of each model by its key, in the order of `experts`; of 'A+B' that of A."""
+        return {entry.key: self._find(self.split(entry.model)[0], self.place(entry, "model")) for entry in self.experts}
+
+    @property
+    def adapter_paths(self) -> dict[str, Path | None]:
+        """The folder of the adapter B of each model that is written 'A+B' by its key, in the order of `experts`."""
+        found = {entry.key: (self.split(entry.model)[1], entry) for entry in self.experts}
+        return {key: self._find(b, self.place(e, "model")) if b else None for key, (b, e) in found.items()}
+
+    @property
+    def remote(self) -> dict[str, Place]:
+        """What the recipe names that is in no folder and may be on the hub, with the (first) place that names it."""
+        named = [(part, at) for name, at in self.references.items() for part in self.split(name) if part]
+        named += [(e.fisher, self.place(e, "fisher")) for e in self.models if isinstance(e.fisher, str)]
+        found: dict[str, Place] = {}
+        for part, place in named:
+            if split_id(part) and part not in self._stages and not self._exists(part):
+                found.setdefault(part, place)
+        return found
+
+    @property
+    def fetched(self) -> dict[str, Path]:
+        """What was fetched from the hub, as written, and its folders."""
+        return dict(self._fetched)
+
+    def with_fetched(self, folders: Mapping[str, Path]) -> Recipe:
+        """The same recipe, with the folders of what was fetched from the hub, as it is written."""
+        return replace(self, _fetched={**self._fetched, **folders})
 
     @property
     def fisher_paths(self) -> dict[str, Path | None]:
@@ -188,17 +225,24 @@ class Recipe:
 
     @property
     def ancestors(self) -> dict[str, Path]:
-        """The folders of the models that it is made of, by reference, base first; those of a stage in its place."""
+        """The folders of the models that it is made of, by reference, base first; those of a stage in its place, and
+        an adapter after its model.
+        """
         found: dict[str, Path] = {}
         for reference, place in self.references.items():
             inner = self._stages[reference][1].ancestors if reference in self._stages else None
-            for name, folder in ({reference: self._find(reference, place)} if inner is None else inner).items():
+            parts = [part for part in self.split(reference) if part]
+            for name, folder in ({part: self._find(part, place) for part in parts} if inner is None else inner).items():
                 found.setdefault(name, folder)
         return found
 
     def resolve(self, reference: str) -> Path:
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
         return self._find(reference, ())
+
+    def split(self, reference: str) -> tuple[str, str | None]:
+        """Model and adapter of a reference, as written; no adapter, as a rule."""
+        return split_reference(reference, self._exists)
 
     def at(self, place: Place) -> str:
         """How a message names a place: 'recipe.yml:12: models[1].parameters.density', or the flag that set it."""
@@ -247,7 +291,9 @@ class Recipe:
             data, source, self._folder, None if self._method is None else {self.merge_method: self._method}
         )
         warnings = tuple(dict.fromkeys((*self.warnings, *recipe.warnings)))
-        return replace(recipe, _warnings=warnings, _estimated=self._estimated, _stages=self._stages)
+        return replace(
+            recipe, _warnings=warnings, _estimated=self._estimated, _fetched=self._fetched, _stages=self._stages
+        )
 
     def _fisher_path(self, entry: ModelEntry) -> Path | None:
         if entry.fisher is None:
@@ -263,19 +309,36 @@ class Recipe:
         number = next((k for k, one in enumerate(self.models) if one is entry), 0)
         return (*(self._places[number] if self._places else ("models", number)), *rest)
 
-    def _find(self, reference: str, place: Place) -> Path:
-        if reference in self._stages:
-            return self._stages[reference][0]
+    def _tried(self, reference: str) -> list[Path]:
         try:
             path = Path(reference).expanduser()
         except RuntimeError:
             path = Path(reference)
         folders = [Path.cwd()] if path.is_absolute() or self._folder is None else [self._folder, Path.cwd()]
-        tried = list(dict.fromkeys(folder / path for folder in folders))
+        return list(dict.fromkeys(folder / path for folder in folders))
+
+    def _exists(self, reference: str) -> bool:
+        return any(map(os.path.exists, self._tried(reference)))
+
+    def _find(self, reference: str, place: Place) -> Path:
+        if reference in self._stages:
+            return self._stages[reference][0]
+        tried = self._tried(reference)
         for candidate in tried:
             if os.path.exists(candidate):
                 return candidate
         where = self.at(place) + ": " if place else ""
+        if reference in self._fetched:
+            return self._fetched[reference]
+        named = split_id(reference)
+        snapshot = cached_snapshot(*named) if named else None
+        if snapshot is not None and (lacks := lacking(snapshot)):
+            raise RecipeError(
+                f"{where}{show(reference)} is only in part in the hub's cache ({snapshot}): it lacks {lacks}.\n"
+                "  Nothing is downloaded unless asked: add --download, which fetches the rest."
+            )
+        if snapshot is not None:
+            return snapshot
         places = list(dict.fromkeys(os.path.abspath(candidate) for candidate in tried))
         missing = f"there is {'neither' if len(places) > 1 else 'no'} {' nor '.join(places)}."
         message = f"{where}{show(reference)} does not exist: {missing}"
@@ -286,8 +349,6 @@ def _path_hint(reference: str, tried: list[Path]) -> str:
     for candidate in tried:
         if os.path.lexists(candidate):
             return f"\n  {candidate} is a symbolic link that leads nowhere."
-    if "+" in reference:
-        return "\n  'model+lora' is not read: write the path of the LoRA folder, and its base as base_model."
     for candidate in tried:
         try:
             siblings = sorted(os.listdir(candidate.parent))[:1000]
@@ -295,11 +356,16 @@ def _path_hint(reference: str, tried: list[Path]) -> str:
             continue
         if hint := did_you_mean(candidate.name, siblings):
             return f"\n {hint}"
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", reference):
+    if "+" in reference:
+        return "\n  'model+adapter' means a model with a LoRA adapter on it, and neither of these is there."
+    if named := split_id(reference):
+        revision = f" --revision {named[1]}" if named[1] else ""
         return (
-            "\n  It looks like a Hugging Face id: nothing is downloaded. Fetch it first, "
-            f"'hf download {reference} --local-dir FOLDER', and write that folder."
+            "\n  It looks like a Hugging Face id: nothing is downloaded unless asked, and the hub's cache on this "
+            f"machine does not have it.\n  Add --download, or fetch it first ('hf download {named[0]}{revision}')."
         )
+    if "@" in reference and os.path.exists(reference.rpartition("@")[0]):
+        return "\n  '@revision' belongs to models of the Hugging Face hub; a folder has none. Leave it out."
     return ""
 
 

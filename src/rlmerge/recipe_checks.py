@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlmerge.recipe import ModelEntry, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
-PATH = mapping({"path": TEXT}, "path")
+PATH = mapping({"path": TEXT, "revision": either(TEXT, {"type": "null"})}, "path")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
@@ -41,18 +41,33 @@ def _text(value: Any) -> Any:
     raise ValueError("expected text, found nothing" if value == "" else f"expected text, found {show(value)}{hint}")
 
 
-@in_json(either(TEXT, PATH, mapping({"model": PATH}, "model")))
+@in_json(
+    either(TEXT, PATH, mapping({"model": either(TEXT, PATH), "lora": either(TEXT, PATH, {"type": "null"})}, "model"))
+)
 def _reference(value: Any) -> Any:
-    """A path, or mergekit's `{path: ...}` and `{model: {path: ...}}`."""
-    if isinstance(value, dict):
-        if isinstance(value.get("model"), dict) and set(value) == {"model"}:
-            value = value["model"]
-        if other := [key for key in value if key != "path"]:
+    """A path, or mergekit's `{path: ..., revision: ...}` and `{model: {path: ...}, lora: {path: ...}}` as one."""
+    if not isinstance(value, dict):
+        return _text(value)
+    parts = {"model": value} if "path" in value else value
+    for key in parts:
+        if key not in ("model", "lora"):
             raise ValueError(
-                f"{other[0]!r} of a model is not supported by this version of rlmerge; write the path alone"
+                f"{show(key)} of a model is not supported by this version of rlmerge; write {{model: {{path: ...}}, "
+                "lora: {path: ...}}, or 'path+lora'"
             )
-        value = value.get("path")
-    return _text(value)
+    found = []
+    for part in ("model", "lora"):
+        given = parts.get(part)
+        if given is None and part == "lora":
+            continue
+        if not isinstance(given, dict):
+            found.append(_text(given))
+            continue
+        if other := [key for key in given if key not in ("path", "revision")]:
+            raise ValueError(f"{show(other[0])} of a {part} is not supported by this version of rlmerge")
+        revision = given.get("revision")
+        found.append(_text(given.get("path")) + (f"@{_text(revision)}" if revision is not None else ""))
+    return "+".join(found)
 
 
 def _fisher(value: Any) -> Any:

@@ -150,11 +150,16 @@ def thread_bytes(plan: Plan) -> int:
     count = len(plan.experts)
     block = max((min(tensor.block, tensor.size) for tensor in plan.tensors), default=0)
     kept = min(KEPT_BYTES, 16 * sum(tensor.size for tensor in plan.tensors))
-    factors = 0
+    factors = sums = 0
     for tensor in plan.tensors:
         for source in tensor.experts:
             if source.a is not None and source.b is not None:
                 factors = max(factors, 4 * (source.a.nbytes + source.b.nbytes))
+        sums = max(sums, sum(source.kind == "sum" for source in tensor.experts))
     return (
-        kept + whole_bytes(plan) + block * (24 + count * 60) + count * 7 * 2**18 * len(plan.variants) + count * factors
+        kept
+        + whole_bytes(plan)
+        + block * (24 + count * 60 + (sums > 0) * 8 * count + sums * 16)
+        + count * 7 * 2**18 * len(plan.variants)
+        + count * factors
     )

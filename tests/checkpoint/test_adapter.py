@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_files import random, write_model, write_tensors
+from tests.checkpoint.checkpoint_files import random, write_model, write_tensors
 
 from rlmerge.checkpoint.adapter import Adapter, open_adapter
 from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint

@@ -41,6 +41,7 @@ class Checkpoint:
     config     config.json, or {} when there is none
     adapter    a PEFT folder: the tensors are the adapter's, see `rlmerge.checkpoint.adapter`
     pack       a delta pack: the tensors are those of the expert that it was made of, see `rlmerge.checkpoint.pack`
+    lora       an adapter that is applied to the tensors; `headers` are then those of both
     whole, seen_as  of a view (`rlmerge.checkpoint.restack`): all of it, and {own name: name in the view}
     planned    the folder does not exist yet, see `rlmerge.planned`: where the small files are that it will have
     """
@@ -52,6 +53,7 @@ class Checkpoint:
     config: dict[str, Any]
     adapter: bool
     pack: Pack | None = None
+    lora: Checkpoint | None = None
     whole: Checkpoint | None = None
     seen_as: dict[str, str] | None = None
     planned: Path | None = None
@@ -311,8 +313,8 @@ def _check_folder(folder: Path, reference: str) -> None:
     message = f"{reference}: there is no such folder."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
         message += (
-            " If it is a model of the Hugging Face Hub: nothing is downloaded unless asked. "
-            f"Run 'hf download {reference} --local-dir FOLDER' and write FOLDER."
+            " If it is a model of the Hugging Face Hub: nothing is downloaded unless asked. Add --download, or run "
+            f"'hf download {reference} --local-dir FOLDER' and write FOLDER."
         )
     else:
         message += " Write the folder that holds model.safetensors; relative paths begin at the recipe's folder."

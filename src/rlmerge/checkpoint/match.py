@@ -32,10 +32,11 @@ class Source:
 
     tensor    `info` is the tensor itself
     low_rank  the base's tensor plus the product that `low_rank` describes
+    sum       the tensor `info` plus that product
     base      the base's tensor, unchanged (an adapter that does not touch it)
     """
 
-    kind: Literal["tensor", "low_rank", "base"]
+    kind: Literal["tensor", "low_rank", "sum", "base"]
     info: TensorInfo | None = None
     low_rank: LowRank | None = None
 
@@ -185,6 +186,8 @@ def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: 
     for name, info in expert.tensors.items():
         if name not in base.tensors and name in chosen:
             _extra(base, expert, info, found)
+    if expert.lora is not None:
+        _apply_adapter(expert, expert.lora, found)
     return found
 
 
@@ -294,9 +297,12 @@ def _untied(base: Checkpoint, ties: list[tuple[str, str]], found: _Found) -> lis
     """Matrices that are one in the base and two in an expert: a loader of the merged model would use one of them."""
     problems = []
     for pair in ties:
-        sources = (found.sources.get(name) for name in pair)
-        infos = [source.info for source in sources if source is not None and source.info is not None]
-        if len(infos) == 2 and infos[0] != infos[1] and not equal_bytes(*infos):
+        sources = [source for name in pair if (source := found.sources.get(name)) is not None]
+        infos = [source.info for source in sources if source.info is not None]
+        if len(infos) < 2:
+            continue
+        same = sources[0].low_rank == sources[1].low_rank and (infos[0] == infos[1] or equal_bytes(*infos))
+        if not same:
             twin, head = sorted(infos, key=lambda info: HEAD.search(info.name) is not None)
             text = f"{head.name}: in {head.file} it differs from {twin.name}, and {base.folder} ties the two"
             problems.append(_Problem(head.name, f"{text} (tie_word_embeddings: true)"))
@@ -319,6 +325,25 @@ def _match_adapter(base: Checkpoint, expert: Checkpoint, adapter: Adapter, wante
     if base.setting("tie_word_embeddings") is True:
         _follow_ties(base, expert, changed, found)
     return found
+
+
+def _apply_adapter(model: Checkpoint, lora: Checkpoint, found: _Found) -> None:
+    """Puts an adapter on the tensors of a full model, which may lie under other names than the base's."""
+    from rlmerge.checkpoint.adapter import open_adapter
+
+    whole, names = model.whole or model, {seen: own for own, seen in (model.seen_as or {}).items()}
+    used = {
+        name: names.get(source.info.name, source.info.name) for name, source in found.sources.items() if source.info
+    }
+    wanted = list(whole.tensors) if model.whole else [name for name in whole.tensors if name in used.values()]
+    adapted = _match_adapter(whole, lora, open_adapter(lora, whole), wanted)
+    for name, own in used.items():
+        source, update = found.sources[name], adapted.sources[own]
+        if update.kind == "low_rank":
+            found.sources[name] = Source("sum", source.info, update.low_rank)
+        elif update.kind == "tensor":
+            found.sources[name] = update
+    found.notes += adapted.notes
 
 
 def _follow_ties(base: Checkpoint, expert: Checkpoint, changed: set[str], found: _Found) -> None:

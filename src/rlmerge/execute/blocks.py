@@ -109,10 +109,22 @@ class InputBlock(Block):
                     out[k] = self.base
                 elif source.place is None:
                     self._inputs.low_rank(self._tensor, k, self.start, out[k], self._space, self._hashes)
+                elif source.kind == "sum":
+                    out[k] = self._add_up(k, source.place)
                 else:
                     self._decode(1 + k, source.place, out[k])
             self._made["expert"] = out
         return self._made["expert"]
+
+    def _add_up(self, k: int, place: Place) -> NDArray[np.float32]:
+        """Stored values plus scale·B·A of expert number k; both stay in the space, for deltas that are not rounded."""
+        stored, update = (self._space.get(f"{part} {k}", (self.size,), np.float32) for part in ("stored", "update"))
+        fresh = self._hashes is not None and self._hashes.is_new(1 + k, self.start)
+        self._decode(1 + k, place, stored)
+        digest = self._inputs.low_rank(self._tensor, k, self.start, update, self._space, None)
+        if fresh and self._hashes is not None:
+            self._hashes.states[1 + k].update(digest)
+        return stored + update
 
     def _decode(self, number: int, place: Place, out: NDArray[np.float32]) -> None:
         if place.dtype == "F32":
@@ -144,7 +156,8 @@ class InputBlock(Block):
     @property
     def comparable(self) -> NDArray[np.bool_]:
         """From the plan."""
-        return np.array([reference_of(self._plan, source) == "base" for source in self._plan.experts], np.bool_)
+        experts = self._plan.experts
+        return np.array([s.kind != "sum" and reference_of(self._plan, s) == "base" for s in experts], np.bool_)
 
     # -- what changed ---------------------------------------------------------------------------------------------
 
@@ -190,7 +203,28 @@ class InputBlock(Block):
 
     def _compared(self) -> tuple[object, ...]:
         reference, which = self._inputs.references(self._plan, self.base, self._space)
-        return self.base, self.expert, reference, which, self.additive, self._inputs.min_change
+        compared = self.base, self.expert, reference, which, self.additive, self._inputs.min_change
+        sums = [k for k, source in enumerate(self._plan.experts) if source.kind == "sum"]
+        return self._apart(sums, *compared) if sums else compared
+
+    def _apart(
+        self, sums: list[int], base: NDArray[np.float32], expert: NDArray[np.float32], reference: NDArray[np.float32],
+        which: NDArray[np.int64], additive: NDArray[np.bool_], min_change: float,
+    ) -> tuple[object, ...]:  # fmt: skip
+        """What `_compared` returns, where updates were added to stored values: δ = update − (reference − stored).
+
+        The sum in fp32 would cost small updates their last digits.
+        """
+        count, rows = expert.shape[0], reference.shape[0]
+        apart = self._space.get("apart", (count + rows + len(sums), self.size), np.float32)
+        values, references, which, additive = apart[:count], apart[count:], which.copy(), additive.copy()
+        values[:], references[:rows] = expert, reference
+        for row, k in enumerate(sums, rows):
+            stored, update = (self._space.get(f"{part} {k}", (self.size,), np.float32) for part in ("stored", "update"))
+            values[k] = update
+            np.subtract(reference[which[k]], stored, references[row])
+            which[k], additive[k] = row, True
+        return base, values, references, which, additive, min_change
 
     def _patch(self, experts: NDArray[np.int64], where: NDArray[np.int32], delta: NDArray[np.float64]) -> Patch:
         return Patch(experts, where.copy(), delta.copy()) if self._keeps else Patch(experts, where, delta)
@@ -287,7 +321,8 @@ def reads_words(plan: TensorPlan) -> bool:
     """Whether base and experts are bf16 throughout, so that stored words say what changed."""
     if plan.base is None or plan.base.dtype != "BF16" or not plan.experts:
         return False
-    return all(source.place is not None and source.place.dtype == "BF16" for source in plan.experts)
+    places = [source.place for source in plan.experts if source.kind == "tensor"]
+    return len(places) == len(plan.experts) and all(place is not None and place.dtype == "BF16" for place in places)
 
 
 def reference_of(plan: TensorPlan, source: ExpertSource) -> str:

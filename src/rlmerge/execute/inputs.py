@@ -311,8 +311,11 @@ class Inputs:
 
     def low_rank(
         self, tensor: int, k: int, start: int, out: NDArray[np.float32], space: Space, hashes: Hashes | None
-    ) -> None:
-        """Fills out fp32[n] with scale·B·A (or its transpose) from coordinate `start` of adapter number k."""
+    ) -> bytes:
+        """Fills out fp32[n] with scale·B·A (or its transpose) from coordinate `start` of adapter number k.
+
+        Returns the digest of the bytes of A and B.
+        """
         plan = self.plan.tensors[tensor]
         source = plan.experts[k]
         a, b, digest = self._factors(tensor, k, source, plan, space)
@@ -324,6 +327,7 @@ class Inputs:
         offset = start - first * row
         # fp32 of the fp64 product, never rounded to the storage dtype (design, section 5)
         out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
+        return digest
 
     def _factors(
         self, tensor: int, number: int, source: ExpertSource, plan: TensorPlan, space: Space

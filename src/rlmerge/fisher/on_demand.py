@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from rlmerge.checkpoint.folder import is_pack
+from rlmerge.checkpoint.hub import has_headers_only
 from rlmerge.checkpoint.layout import hash_range
 from rlmerge.errors import FisherError, MissingExtraError, RecipeError
 from rlmerge.recipe import ModelEntry, Recipe
@@ -37,11 +37,11 @@ def with_estimates(recipe: Recipe, tell: Callable[[str], None] = lambda text: No
         with_kept(recipe)  # everything that can be known before hours of work
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
-        model, data = recipe.model_paths[entry.key], _data_of(recipe, entry)
-        folder = kept_at(model, recipe.base_path, data, entry.fisher)
+        data = _data_of(recipe, entry)
+        folder = kept_at(recipe, entry, data)
         if not (folder / "fisher.json").exists():
             tell(f"estimating the Fisher of {entry.key} on {entry.fisher['data']}: once, kept in {folder}")
-            _estimate(recipe, entry, model, data, folder, tell)
+            _estimate(recipe, entry, data, folder, tell)
         found[entry.key] = folder
     return recipe.with_estimates(found) if found else recipe
 
@@ -69,9 +69,9 @@ def with_kept(recipe: Recipe, unmade: Collection[Path] = ()) -> tuple[Recipe, li
         check_given(recipe)
     for entry in recipe.to_estimate:
         assert isinstance(entry.fisher, dict)
-        model, base = recipe.model_paths[entry.key], recipe.base_path
-        there = model not in unmade and base not in unmade
-        folder = kept_at(model, base, _data_of(recipe, entry), entry.fisher) if there else None
+        needed = [path for path in (recipe.model_paths[entry.key], recipe.base_path) if path is not None]
+        there = not any(path in unmade or has_headers_only(path) for path in needed)
+        folder = kept_at(recipe, entry, _data_of(recipe, entry)) if there else None
         if folder is not None and (folder / "fisher.json").exists():
             found[entry.key] = folder
         else:
@@ -96,14 +96,19 @@ def without_fishers(recipe: Recipe) -> Recipe:
     return bare.with_settings(settings) if settings else bare
 
 
-def kept_at(model: Path, base: Path | None, data: str, request: dict[str, Any]) -> Path:
-    """Where the Fisher of a model folder on some data is kept: named by what is in both, and by the settings.
+def kept_at(recipe: Recipe, entry: ModelEntry, data: str) -> Path:
+    """Where the Fisher of a model on some data is kept: named by what is in both, and by the settings.
 
     What a LoRA folder or a delta pack makes depends on its base, too.
     """
+    assert isinstance(entry.fisher, dict)
+    request = entry.fisher
+    model, adapter, base = recipe.model_paths[entry.key], recipe.adapter_paths[entry.key], recipe.base_path
     state = xxhash.xxh3_128(VERSION.encode())
     update = (model / "adapter_config.json").exists() or is_pack(model)
-    for folder in (model, base) if update and base is not None else (model,):
+    for folder in (model, adapter or (base if update else None)):
+        if folder is None:
+            continue
         for file in sorted({file for pattern in CONTENT for file in folder.glob(pattern)}):
             state.update(file.name.encode() + b"\0")
             with file.open("rb") as opened:
@@ -137,14 +142,14 @@ def _data_of(recipe: Recipe, entry: ModelEntry) -> str:
         raise RecipeError(f"{recipe.at(('models', recipe.models.index(entry), 'fisher'))}: data: {error}") from None
 
 
-def _estimate(
-    recipe: Recipe, entry: ModelEntry, model: Path, data: str, folder: Path, tell: Callable[[str], None]
-) -> None:
+def _estimate(recipe: Recipe, entry: ModelEntry, data: str, folder: Path, tell: Callable[[str], None]) -> None:
     try:
         from .estimate import FisherSettings, Progress, estimate_fisher
     except ModuleNotFoundError as error:
         raise MissingExtraError("`fisher: {data: …}`", error.name or "torch", "model") from None
     assert isinstance(entry.fisher, dict)
+    model, adapter = recipe.model_paths[entry.key], recipe.adapter_paths[entry.key]
+    reference = str(model) if adapter is None else f"{model}+{adapter}"
     request = {key: value for key, value in entry.fisher.items() if key != "data"}
     outer = {key: request.pop(key) for key in ("reduce", "compute") if key in request}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +159,7 @@ def _estimate(
 
     try:
         estimate_fisher(
-            model, data, folder, FisherSettings(SequenceChoice(**request), **outer), base=recipe.base_path,
+            reference, data, folder, FisherSettings(SequenceChoice(**request), **outer), base=recipe.base_path,
             overwrite=True, wait=True, progress=progress,
         )  # fmt: skip
     except FisherError as error:
