@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.downloads import with_all_downloads, with_downloads, without_weights
 from rlmerge.errors import MismatchError
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.execute.local import LocalRun
 from rlmerge.execute.report import collect
+from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.execute.work import Worker
 from rlmerge.fisher.on_demand import with_estimates, without_fishers
 from rlmerge.kernels import Backend, choose, is_compiled, load_kernels
@@ -96,6 +98,7 @@ def merge_to_folder(
     sha256: bool = False,
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    download: bool = False,
     progress: Progress = lambda step: None,
 ) -> Outcome:
     """Merges into a folder that appears whole or, when interrupted, is continued by the same call.
@@ -104,11 +107,15 @@ def merge_to_folder(
     stages   where they are made and stay; by default in OUT.stages, which goes when OUT is whole
     sweep    settings such as [{'lambda': 0.3}, {'lambda': 1.0}]: one sub-folder each, all from one reading
     threads  workers (default: the processors at hand); `memory` in bytes lowers them; no bit depends on it
+    download  fetches models of the hub: headers first, weights once headers show no mistake
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
     recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
+    if download:
+        recipe = _fetch(recipe, StageFolder(Path(out), None if stages is None else Path(stages)), sweep, overwrite,
+                        shard_bytes, progress)  # fmt: skip
     if isinstance(recipe, Stages):
         from rlmerge.staged_merge import merge_stages  # which calls this function for each of them
 
@@ -166,13 +173,15 @@ def merge(
     threads: int | None = None,
     kernels: Backend = "auto",
     accept_tokenizers: bool = False,
+    download: bool = False,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Merges without touching the disk: yields (name, array) tensor by tensor, in the order of the base's files.
 
     fp32 and fp16 tensors are arrays of that dtype. NumPy has no bf16: such tensors come as fp32 holding bf16 values
     exactly. Tensors that are carried come in their own dtype. Memory: one tensor and a few blocks.
     """
-    recipe = with_estimates(as_recipe(recipe))
+    recipe = as_recipe(recipe)
+    recipe = with_estimates(with_downloads(recipe) if download else recipe)
     with recipe.located():
         plan = without_records(make_plan(recipe))
     check_tokenizers(plan, accept_tokenizers)
@@ -198,6 +207,7 @@ def merge_to(
     threads: int | None = None,
     kernels: Backend = "auto",
     accept_tokenizers: bool = False,
+    download: bool = False,
 ) -> Any:
     """Fills a loaded torch model with the merge and returns it; nothing is written to disk.
 
@@ -208,7 +218,9 @@ def merge_to(
 
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, array in merge(recipe, threads=threads, kernels=kernels, accept_tokenizers=accept_tokenizers):
+        for name, array in merge(
+            recipe, threads=threads, kernels=kernels, accept_tokenizers=accept_tokenizers, download=download
+        ):
             if name not in state:
                 raise MismatchError(
                     f"the model has no parameter {name!r}: load the recipe's base (or a model like it)."
@@ -218,6 +230,25 @@ def merge_to(
                 raise MismatchError(f"{name}: the model has shape {shape}, the merge {array.shape}.")
             state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
     return model
+
+
+def _fetch(
+    recipe: Recipe | Stages, place: StageFolder, sweep: Sequence[dict[str, Any]], overwrite: bool, shard_bytes: int,
+    progress: Progress,
+) -> Recipe | Stages:  # fmt: skip
+    """The recipe with what is on the hub fetched: everything that headers show is raised before any weight moves."""
+    from rlmerge.planned import check_places, plan_stages
+
+    def tell(text: str) -> None:
+        progress(Step(0, 0, 0, text))
+
+    known = with_all_downloads(recipe, headers=True, tell=tell)
+    documents = known if isinstance(known, Stages) else Stages((known,))
+    if not any(map(without_weights, documents.recipes)):
+        return known
+    found = plan_stages(documents.at(place.folder), sweep, shard_bytes, place.is_made)
+    check_places(place, found, sweep, overwrite)
+    return with_all_downloads(recipe, tell=tell)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 RlmergeError                    the user's mistake: one message, no traceback, exit code 2
 ├── RecipeError                 the recipe: keys, types, values, paths that do not exist
 ├── CheckpointError             a model folder that cannot be read or trusted
+│   ├── DownloadError           a model of the hub that cannot be fetched
 │   ├── HeaderError             a safetensors header that is truncated, overlapping, oversized, …
 │   ├── AdapterError            a LoRA folder with something that cannot be merged exactly
 │   ├── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties, a pack's base
@@ -39,6 +40,10 @@ class RecipeError(RlmergeError):
 
 class CheckpointError(RlmergeError):
     """A model folder that cannot be read or trusted."""
+
+
+class DownloadError(CheckpointError):
+    """A model of the hub that cannot be fetched."""
 
 
 class HeaderError(CheckpointError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlmerge.downloads import with_all_downloads, without_weights
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.parameters import explain as explain_parameters
@@ -65,14 +66,17 @@ def check(
     overwrite: bool = False,
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    download: bool = False,
 ) -> CheckReport:
     """Plans the merge, compares tokenizers, looks at a sample of the weights; with `out`, at the output folder too.
 
     Of several documents all are checked, those that need stages against what the headers of these will be.
-    Writes nothing. Raises a subclass of RlmergeError for everything that would make the merge fail and can be known.
+    Writes nothing; with `download`, headers and small files of models on the hub into the cache. Raises a subclass of
+    RlmergeError for everything that would make the merge fail and can be known.
     """
     started = time.monotonic()
     recipe = as_recipes(recipe, stages)
+    recipe = with_all_downloads(recipe, headers=True) if download else recipe
     check_run(threads, kernels, shard_bytes)
     place = StageFolder(Path(out), None if stages is None else Path(stages)) if out is not None else None
     documents = recipe if isinstance(recipe, Stages) else Stages((recipe,))
@@ -101,6 +105,11 @@ def _look(planned: Planned, report: CheckReport) -> None:
     """Adds the sample and its alarms to a report, where the weights are there and matter."""
     if planned.made:
         report.notes.append("is there already, whole and unchanged: it is not merged again")
+    elif absent := without_weights(planned.recipe):
+        report.notes.append(
+            f"only headers are here of {', '.join(absent)}: no sample of the weights was looked at, and tied weights "
+            "and the bases of packs were not compared"
+        )
     elif planned.waits:
         report.notes.append(f"no sample was taken: the weights of {', '.join(planned.waits)} are not there yet")
     else:  # NumPy is done with a sample before numba is loaded
@@ -116,12 +125,14 @@ def _add(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def explain(recipe: Recipe | Stages | Path | str) -> list[dict[str, Any]]:
+def explain(recipe: Recipe | Stages | Path | str, *, download: bool = False) -> list[dict[str, Any]]:
     """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried.
 
     Of several documents those of each, with its name as 'stage', '' for the output.
+    download   fetches headers of models on the hub
     """
     recipe = as_recipes(recipe)
+    recipe = with_all_downloads(recipe, headers=True) if download else recipe
     if isinstance(recipe, Stages):
         found = plan_stages(recipe)
         return [{"stage": each.name, **group} for each in found for group in _groups(each.recipe, each.plan)]

@@ -17,6 +17,7 @@ import xxhash
 from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
 from rlmerge.checkpoint.copied import other_files
 from rlmerge.checkpoint.header import Header
+from rlmerge.checkpoint.hub import origin, split_id
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
 from rlmerge.checkpoint.restack import restack_config
 from rlmerge.execute.folder import OutputFolder
@@ -80,21 +81,29 @@ def json_lines(data: Any, depth: int = 3) -> str:
 
 def _card(plan: Plan, variant: int, report: dict[str, Any]) -> str:
     recipe = plan.variants[variant]
-    licences = {reference: read_licence(folder) for reference, folder in recipe.ancestors.items()}
+    commits = {reference: origin(folder) for reference, folder in recipe.ancestors.items()}
+    ids = {reference: split_id(reference) if commit else None for reference, commit in commits.items()}
+    licences = {
+        named[0] if (named := ids[reference]) else reference: read_licence(folder)
+        for reference, folder in recipe.ancestors.items()
+    }
     title = recipe.name or f"{recipe.merge_method} merge"
-    origin = origin_of(recipe.method)
-    plugin = f" of a plugin ({origin.file})" if origin and origin.file else " of a plugin" if origin else ""
+    home = origin_of(recipe.method)
+    plugin = f" of a plugin ({home.file})" if home and home.file else " of a plugin" if home else ""
     written = "---\n".join([stage.to_yaml() for _, stage in recipe.all_stages.values()] + [recipe.to_yaml()])
-    return model_card(title, recipe.to_dict(), len(recipe.models), written, licences, report["total"], plugin)
+    return model_card(
+        title, recipe.to_dict(), len(recipe.models), written, licences, report["total"], plugin,
+        list(dict.fromkeys(commit for commit in commits.values() if commit)),
+    )  # fmt: skip
 
 
 def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journal, sha256: bool) -> dict[str, Any]:
-    origin = origin_of(plan.variants[variant].method)
+    home = origin_of(plan.variants[variant].method)
     return {
         "format": 1,
         "rlmerge": VERSION,
         "recipe": plan.variants[variant].to_dict(),
-        **({"plugin": {"file": origin.file, "xxh3": origin.digest}} if origin else {}),
+        **({"plugin": {"file": home.file, "xxh3": home.digest}} if home else {}),
         "inputs": _inputs(plan, journal, sha256),
         **({"stages": stages} if (stages := _stages(plan.variants[variant])) else {}),
         "files": {},
@@ -137,7 +146,8 @@ def _main_dtype(plan: Plan) -> str | None:
 
 
 def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
-    """Every model: reference as written, files with sizes and header digests, and the digest of the bytes read.
+    """Every model: reference as written, files with sizes and header digests, the digest of the bytes read, and for
+    what came from the hub the commit that it is of.
 
     `xxh3` is the xxh3-128 of the digests of the units in plan order, each of which is the xxh3-128 of the unit's bytes.
     A file that two models share is listed with both.
@@ -155,7 +165,9 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
                 with open(header.file, "rb") as file:
                     hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
             item["sha256"] = hubs[header.file]
-        found.append({"role": role, "reference": reference, "files": listed, "xxh3": state.hexdigest()})
+        commits = dict(known for header in headers if (known := origin(header.file.parent)))
+        entry = {"role": role, "reference": reference, "files": listed, "xxh3": state.hexdigest()}
+        found.append(entry | ({"commits": commits} if commits else {}))
     return found
 
 

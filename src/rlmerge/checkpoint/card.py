@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def model_card(
     licences: dict[str, str | None],
     total: dict[str, Any],
     plugin: str = "",
+    commits: Sequence[tuple[str, str]] = (),
 ) -> str:
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
     `licences` has a line for every model, the base first: in a merge of several stages, those that were there before.
+    `commits` are those of what came from the hub, with their ids.
     References are those of the recipe, never made absolute. Licences that differ are named, not resolved.
     """
     known = {licence for licence in licences.values() if licence}
@@ -91,6 +94,9 @@ def model_card(
         lines += ["**Licences differ**; whoever publishes this must satisfy all of them:", ""]
         lines += [f"- {name}: {licence or 'not stated'}" for name, licence in licences.items()]
         lines += [""]
+    if commits:
+        lines += ["What came from the hub, and of which commit it is:", ""]
+        lines += [*(f"- `{name}`: `{commit}`" for name, commit in commits), ""]
     lines += ["## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
     table = statistics_table(total)
     if len(table) > 1:

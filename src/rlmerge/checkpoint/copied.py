@@ -15,7 +15,7 @@ _NOT_COPIED = frozenset({
     "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
     "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
 })  # fmt: skip
-_NOT_COPIED_FOLDER = re.compile(
+NOT_COPIED_FOLDER = re.compile(
     r"\..*|__pycache__|(tmp-)?checkpoint-.*|(global_|epoch_)?step_?\d+|runs|wandb|mlruns|logs|tensorboard|completions"
 )
 
@@ -42,13 +42,13 @@ def _homes(folder: Path) -> tuple[Path, ...]:
 
 def _files_below(entry: Path, homes: tuple[Path, ...]) -> list[Path]:
     """All files of a folder that go into an output; none if it is a link, or anything in it says weights."""
-    if entry.is_symlink() or not entry.is_dir() or _NOT_COPIED_FOLDER.fullmatch(entry.name):
+    if entry.is_symlink() or not entry.is_dir() or NOT_COPIED_FOLDER.fullmatch(entry.name):
         return []
     found: list[Path] = []
     for here, folders, names in os.walk(entry):
-        if any(map(_is_weight_file, names)):
+        if any(map(is_weight_file, names)):
             return []
-        folders[:] = sorted(name for name in folders if not _NOT_COPIED_FOLDER.fullmatch(name))
+        folders[:] = sorted(name for name in folders if not NOT_COPIED_FOLDER.fullmatch(name))
         for name in sorted(names):
             file = Path(here) / name
             target = file.resolve()
@@ -58,7 +58,7 @@ def _files_below(entry: Path, homes: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def _is_weight_file(name: str) -> bool:
+def is_weight_file(name: str) -> bool:
     """Whether a file says that its folder holds a model, or the state of a training."""
     return Path(name).suffix.lower() in _WEIGHT_SUFFIXES or TRAINER_STATE.match(name) is not None
 

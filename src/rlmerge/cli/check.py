@@ -37,7 +37,7 @@ def run(given: Namespace) -> None:
     recipe, _ = make_recipe(
         given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
     )
-    report = check(recipe, threads=given.threads, accept_tokenizers=given.accept_tokenizers)
+    report = check(recipe, threads=given.threads, accept_tokenizers=given.accept_tokenizers, download=given.download)
     show_report(report, given.json, given.quiet)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from rlmerge.errors import MissingExtraError, RlmergeError
 
-from .options import Parser, at_least, declare_output
+from .options import Parser, at_least, declare_download, declare_output
+from .show import told
 
 USAGE = "[OPTIONS] MODEL --task TASK -o FOLDER"
 DESCRIPTION = """\
@@ -57,6 +58,7 @@ def declare(parser: Parser) -> None:
     add("--parallel", metavar="N", type=at_least(1), default=8, help="requests to the server at once; default 8")
     add("--key-env", metavar="NAME", default="", help="environment variable that holds the server's key")
     add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
+    declare_download(parser)
     declare_output(parser)
 
 
@@ -85,7 +87,7 @@ def run(given: Namespace) -> None:
 def _refuse_ours(given: Namespace) -> None:
     """The harness has settings of its own: what it would not hear of is an error."""
     standard = {"backend": "transformers", "samples": 1, "temperature": None, "top_p": 1.0, "top_k": 0,
-                "max_new_tokens": 256, "split": "test", "base": None, "threads": None,
+                "max_new_tokens": 256, "split": "test", "base": None, "threads": None, "download": False,
                 "unsafe_exec": False}  # fmt: skip
     for name, value in standard.items():
         if getattr(given, name) != value:
@@ -148,9 +150,15 @@ def _backend(given: Namespace) -> Any:
         return backend
     from rlmerge.evaluate.run import TransformersBackend, load_model
 
+    if given.download:
+        from rlmerge.downloads import fetch_model, find_folder
+
+        fetch_model(given.model, told(given.quiet))
+        given.base = find_folder(given.base, True, told(given.quiet)) if given.base else None
     if not given.quiet:
         print(f"loading {given.model}", file=sys.stderr)
-    return TransformersBackend(*load_model(given.model, given.threads, given.dtype, given.base), given.batch)
+    loaded = load_model(given.model, given.threads, given.dtype, given.base)
+    return TransformersBackend(*loaded, given.batch)
 
 
 def _by_harness(given: Namespace) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def run(given: Namespace) -> None:
     recipe, _ = make_recipe(
         given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
     )
-    groups = explain(recipe)
+    groups = explain(recipe, download=given.download)
     if given.json:
         json.dump(groups, sys.stdout)
         print()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import FisherError, MissingExtraError
 
-from .options import Parser, at_least, declare_output, parse_bytes
-from .show import duration
+from .options import Parser, at_least, declare_download, declare_output, parse_bytes
+from .show import duration, told
 
 if TYPE_CHECKING:
     from rlmerge.fisher.estimate import FisherSettings, Progress
@@ -59,6 +59,7 @@ def declare(parser: Parser) -> None:
     add("--threads", metavar="N", type=at_least(1), help="threads of torch")
     add("--overwrite", action="store_true", help="replace an earlier Fisher, or an unfinished one")
     add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
+    declare_download(parser)
     declare_output(parser)
 
 
@@ -132,6 +133,12 @@ def _estimate(given: Namespace) -> dict[str, Any]:
             print(f"gradients: {step.done} of {step.total} sequences{rate}", file=sys.stderr)
 
     settings = _settings(given)
+    if given.download:
+        from rlmerge.downloads import fetch_model, find_folder
+
+        for name in filter(None, (given.model, given.only)):
+            fetch_model(name, told(given.quiet))
+        given.base = find_folder(given.base, True, told(given.quiet)) if given.base else None
     made = estimate_fisher(
         given.model, given.data, given.out, settings, base=given.base, only=given.only, sparse=given.sparse,
         overwrite=given.overwrite, progress=tell,

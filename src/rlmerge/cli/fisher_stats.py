@@ -9,7 +9,8 @@ from typing import Any
 
 from rlmerge.errors import MissingExtraError
 
-from .options import Parser, declare_output
+from .options import Parser, declare_download, declare_output
+from .show import told
 
 USAGE = "[OPTIONS] DIR [DIR ...]"
 DESCRIPTION = """\
@@ -26,6 +27,7 @@ def declare(parser: Parser) -> None:
     add("folders", metavar="DIR", nargs="+", help="Fisher folder")
     add("--base", metavar="BASE", help="the base of their models")
     add("--model", metavar="MODEL", action="append", default=[], help="model of each Fisher, in their order")
+    declare_download(parser)
     declare_output(parser)
 
 
@@ -35,7 +37,12 @@ def run(given: Namespace) -> None:
         from rlmerge.fisher.stats import judge_fishers
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge fisher-stats", error.name or "torch", "model") from None
-    found = judge_fishers(given.folders, given.base, given.model)
+    from rlmerge.downloads import find_folder
+
+    asked = given.download, told(given.quiet)
+    folders, models = ([find_folder(name, *asked) for name in names] for names in (given.folders, given.model))
+    base = find_folder(given.base, *asked) if given.base else None
+    found = judge_fishers(folders, base, models)
     if given.json:
         json.dump(found, sys.stdout)
         print()

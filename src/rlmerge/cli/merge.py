@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from rlmerge import kernels
 from rlmerge.errors import RecipeError
 
-from .options import Parser, at_least, declare_output, declare_parts, declare_run, make_recipe, parse_bytes
+from .options import (
+    Parser,
+    at_least,
+    declare_download,
+    declare_output,
+    declare_parts,
+    declare_run,
+    make_recipe,
+    parse_bytes,
+)
 from .show import ProgressLine, duration, show_statistics, size
 
 if TYPE_CHECKING:
@@ -47,6 +56,7 @@ def declare(parser: Parser) -> None:
     parser.add_argument("first", metavar="RECIPE", help="recipe file; left out with --base/--expert")
     parser.add_argument("second", metavar="OUT", nargs="?", help="output folder")
     declare_parts(parser)
+    declare_download(parser)
     declare_run(parser)
     add = parser.add_argument
     add("--memory", metavar="SIZE", help="bound on memory, such as 600MB")
@@ -78,6 +88,7 @@ def run(given: Namespace) -> None:
         "kernels": given.kernels,
         "overwrite": given.overwrite,
         "accept_tokenizers": given.accept_tokenizers,
+        "download": given.download,
         "shard_bytes": parse_bytes(given.shard_size, "--shard-size") or 0,
     }
     if given.dry_run:

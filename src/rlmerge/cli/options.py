@@ -75,6 +75,12 @@ def declare_recipe(parser: Parser) -> None:
     """The recipe file, or its parts."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="recipe file (YAML)")
     declare_parts(parser)
+    declare_download(parser)
+
+
+def declare_download(parser: Parser) -> None:
+    """What every command takes that reads models."""
+    parser.add_argument("--download", action="store_true", help="fetch models that are named by id from the hub")
 
 
 def declare_run(parser: Parser) -> None:

@@ -7,8 +7,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from .options import Parser, at_least, declare_output
-from .show import PackingLine, duration, size, warn
+from .options import Parser, at_least, declare_download, declare_output
+from .show import PackingLine, duration, size, told, warn
 
 USAGE = "[OPTIONS] EXPERT --base BASE -o PACK"
 DESCRIPTION = """\
@@ -20,23 +20,24 @@ wherever they take the expert; `rlmerge unpack` makes the expert again."""
 def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
-    add("expert", metavar="EXPERT", type=Path, help="model folder that was trained from the base")
-    add("--base", metavar="BASE", type=Path, required=True, help="model folder that it was trained from")
+    add("expert", metavar="EXPERT", help="model folder that was trained from the base")
+    add("--base", metavar="BASE", required=True, help="model folder that it was trained from")
     add("-o", "--out", metavar="PACK", type=Path, required=True, help="folder for the pack")
     add("--overwrite", action="store_true", help="replace an earlier pack")
     add("--threads", metavar="N", type=at_least(1), help="worker threads; default: all processors")
+    declare_download(parser)
     declare_output(parser)
 
 
 def run(given: Namespace) -> None:
     """Packs, and prints sizes, support and bits per changed coordinate."""
+    from rlmerge.downloads import find_folder
     from rlmerge.packs.write import pack
 
+    expert, base = (find_folder(name, given.download, told(given.quiet)) for name in (given.expert, given.base))
     line = PackingLine(given.quiet)
     try:
-        made = pack(
-            given.expert, given.base, given.out, overwrite=given.overwrite, threads=given.threads, progress=line
-        )
+        made = pack(expert, base, given.out, overwrite=given.overwrite, threads=given.threads, progress=line)
     finally:
         line.close()
     if given.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.figures import as_text, statistics_table
@@ -34,6 +35,11 @@ def duration(seconds: float) -> str:
 def warn(text: str) -> None:
     """A warning on stderr."""
     print(f"warning: {text}", file=sys.stderr)
+
+
+def told(quiet: bool) -> Callable[[str], None]:
+    """What tells a user on stderr how a download goes."""
+    return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)
 
 
 class _Line:

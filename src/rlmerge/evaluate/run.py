@@ -40,10 +40,12 @@ def load_model(
     threads: int | None = None,
     dtype: str = "float32",
     base: Path | str | None = None,
+    download: bool = False,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a folder, a delta pack, or the merge of a recipe (a .yml), in this dtype on the CPU.
 
-    base    the base of a pack, where it is not where the pack says
+    base      the base of a pack, where it is not where the pack says
+    download  fetches models of the hub
     Raises EvaluationError for what transformers cannot load, PackError or MismatchError for a pack that does not fit,
     and what `rlmerge.merge_to` raises.
     """
@@ -53,12 +55,15 @@ def load_model(
     logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    recipe = None if isinstance(reference, (str, Path)) else reference
-    folder = Path() if recipe is not None else Path(str(reference))
-    if folder.suffix in (".yml", ".yaml"):
-        from rlmerge.recipe import load_recipe
+    from rlmerge.downloads import find_model, with_downloads
+    from rlmerge.recipe import load_recipe
 
+    found = find_model(str(reference), download) if isinstance(reference, (str, Path)) else reference
+    recipe, folder = (None, found) if isinstance(found, Path) else (found, Path())
+    if folder.suffix in (".yml", ".yaml"):
         recipe = load_recipe(folder)
+    if recipe is not None and download:
+        recipe = with_downloads(recipe)
     if recipe is not None:
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     if not folder.is_dir():

@@ -6,6 +6,7 @@ F = mean over units of (∂ log p(y|x)/∂θ)² at θ, one sequence a unit (desi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 
 from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpoint, read_json_object
 from rlmerge.checkpoint.pack import find_base
-from rlmerge.errors import FisherError, NonFiniteError
+from rlmerge.downloads import find_folder, find_model, with_downloads
+from rlmerge.errors import FisherError, NonFiniteError, RecipeError
 from rlmerge.evaluate.run import TransformersBackend, load_model
 from rlmerge.evaluate.tasks import Task
 from rlmerge.packs.restore import small_files
@@ -123,12 +125,14 @@ def estimate_fisher(
     sparse: bool = False,
     overwrite: bool = False,
     wait: bool = False,
+    download: bool = False,
     progress: Callable[[Progress], None] = lambda step: None,
 ) -> Estimate:
     """Estimates the Fisher of `model` (a folder, a pack, or a recipe merged in memory) on `data` (.jsonl, or a task).
 
     base       the base of a LoRA folder or a pack, where it is not where they say
     only       a recipe: just the tensors whose Fishers it reads; with `sparse`, just the coordinates
+    download   fetches a model of the hub
     wait       for another process that makes the same, instead of an error
     Raises FisherError for what cannot be done, TaskError for the data, EvaluationError for the model.
     """
@@ -137,7 +141,7 @@ def estimate_fisher(
     data = str(data)
     choice = settings.choice
     task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
-    source = _as_source(Path(model), base)
+    source = _as_source(str(model), base, download)
     stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
     _check(settings, sparse, task, data)
     asked = _Asked.by(only, sparse, stored)
@@ -328,18 +332,25 @@ def _check(settings: FisherSettings, sparse: bool, task: Task, data: str) -> Non
         raise FisherError(f"--part {place}/{parts}: write I/N with 1 ≤ I ≤ N.")
 
 
-def _as_source(model: Path, base: Path | str | None) -> Path | Recipe:
-    """A model folder, or the recipe that makes one in memory: a .yml, or a LoRA folder on its base."""
+def _as_source(reference: str, base: Path | str | None, download: bool) -> Path | Recipe:
+    """A model folder, or the recipe that makes one in memory: a .yml, a LoRA folder on its base, or 'A+B'."""
+    model = find_model(reference, download)
+    if isinstance(model, Recipe):
+        return model
     if model.suffix in (".yml", ".yaml"):
-        return load_recipe(model)
+        recipe = load_recipe(model)
+        return with_downloads(recipe) if download else recipe
     if not (model / "adapter_config.json").exists() or any(model.glob("model*.safetensors")):
         return model
     named = str(base or read_json_object(model / "adapter_config.json").get("base_model_name_or_path") or "")
-    if not named or not Path(named).is_dir():
+    home = None
+    with contextlib.suppress(RecipeError):
+        home = find_folder(named, download) if named else None
+    if home is None or not home.is_dir():
         raise FisherError(
             f"{model}: a LoRA folder, and its base {named or '(not named)'} is no folder here. Say where it is: --base."
         )
-    return recipe_from_parts(str(Path(named).absolute()), [str(model.absolute())], "task_arithmetic", {"weight": 1.0})
+    return recipe_from_parts(str(home.absolute()), [str(model.absolute())], "task_arithmetic", {"weight": 1.0})
 
 
 def _base_of(recipe: Recipe) -> Path:
