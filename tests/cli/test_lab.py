@@ -27,10 +27,22 @@ def test_the_plan_lists_cells_and_hours(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
+    found = json.loads(rlmerge("lab", "plan", "methods", "--json", cwd=tmp_path).stdout)
+    cells = [one["cell"] for one in found["cells"]]
+    assert {"tune-tsv_m", "score-1-default-ties", "score-2-tuned-passthrough-code", "fisher-rlvr-code-2"} <= set(cells)
+    assert 0 < found["seconds_left"] < 3600
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("plan",), "of which preset"),
+        (("methods", "tiny"), "leave 'tiny' out"),
+        (("methods", "--steps", "5"), "--steps means nothing"),
+        (("methods", "-o", "nothing/../file"), "cannot be a folder"),
+        (("run", "methods"), "made by 'rlmerge lab methods'"),
         (("plan", "tinny"), "Did you mean 'tiny'?"),
         (("rlvr", "--task", "math:0"), "where to?"),
         (("rlvr", "-o", "out", "--task", "math:0"), "of which base?"),

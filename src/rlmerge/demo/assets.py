@@ -12,13 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlmerge.lab.cells import model_of
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS, TINY
-from rlmerge.lab.runs import weights_digest
 
 DATA = Path(__file__).resolve().parent / "data"
 EXPERTS = tuple(f"rlvr-{domain}-{seed}" for seed in TINY.seeds for domain in DOMAINS)
+
+
+def models_digest() -> str:
+    """Which models the package brings."""
+    state = xxhash.xxh3_128()
+    for file in sorted(DATA.rglob("*")):
+        if file.is_file():
+            state.update(file.read_bytes())
+    return state.hexdigest()
 
 
 def write_assets(root: Path, out: Path) -> None:
@@ -40,6 +50,8 @@ def write_assets(root: Path, out: Path) -> None:
 
 def made_of(root: Path) -> dict[str, Any]:
     """What made.json says: the command of each model, the digests of their weights, the accuracies of the run."""
+    from rlmerge.lab.runs import weights_digest
+
     experts = json.loads((root / "summary.json").read_text())["experts"]
     names = ("base", *EXPERTS)
     return {

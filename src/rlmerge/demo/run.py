@@ -12,15 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import xxhash
-
-from rlmerge.demo.assets import DATA, EXPERTS
+from rlmerge.demo.assets import DATA, EXPERTS, models_digest
 from rlmerge.errors import OutputError
 from rlmerge.evaluate.compare import Interval, Model, compare
 from rlmerge.execute.safe_files import write_inside
 from rlmerge.figures import as_text, statistics_table
 from rlmerge.lab.cells import Cell, Group, cells, groups, opened_root
-from rlmerge.lab.contenders import contenders
+from rlmerge.lab.contenders import INPUTS, contenders
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.page import group_summary, merges_table, shown
 from rlmerge.lab.presets import DOMAINS, TINY, Preset
@@ -52,22 +50,13 @@ def run_demo(
     problems   of each domain. Raises LabError if `out` holds something else.
     """
     preset = replace(TINY, name="demo", problems=problems, kinds=("rlvr",), methods=METHODS)
-    with opened_root(out, preset, _models(), {"models"}):
+    with opened_root(out, preset, models_digest(), {"models"}):
         copy_models(out)
         run(out, preset, workers, tell, demo_cells(preset))
         report = make_report(out, preset)
         write_inside(out, "demo.json", json.dumps(report.data, indent=1).encode())
         write_inside(out, "demo.txt", ("\n".join(report.lines) + "\n").encode())
     return report
-
-
-def _models() -> str:
-    """Which models the package brings."""
-    state = xxhash.xxh3_128()
-    for file in sorted(DATA.rglob("*")):
-        if file.is_file():
-            state.update(file.read_bytes())
-    return state.hexdigest()
 
 
 def copy_models(out: Path) -> None:
@@ -98,11 +87,11 @@ def demo_cells(preset: Preset) -> list[Cell]:
         wanted = (
             cell.name.removeprefix("eval-") in models
             if cell.kind == "eval"
-            else cell.name.removeprefix("fisher-") in models
-            if cell.kind == "fisher"
+            else cell.name.removeprefix(f"{cell.kind}-") in models
+            if cell.kind in INPUTS
             else any(cell.name.startswith(f"merge-{group}-") for group in SHOWN)
         )
-        if wanted and cell.kind in ("eval", "fisher", "merge"):
+        if wanted and cell.kind in ("eval", *INPUTS, "merge"):
             found.append(cell)
     names = {cell.name for cell in found}
     return [replace(cell, needs=tuple(need for need in cell.needs if need in names)) for cell in found]

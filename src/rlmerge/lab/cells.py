@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import OutputError
 from rlmerge.execute.safe_files import take_lock, write_inside
-from rlmerge.lab.contenders import contenders, write_recipe
+from rlmerge.lab.contenders import INPUTS, contenders, write_recipe
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS, Preset
 from rlmerge.version import VERSION
@@ -33,6 +33,10 @@ class Cell:
     kind: str
     needs: tuple[str, ...] = ()
     threads: int = 1
+
+
+Work = Callable[[Path, Preset, Cell], Iterator[tuple[str, Any]]]
+"""Does a cell; yields what it measured, by name."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,12 @@ def cells(preset: Preset) -> list[Cell]:
     found = [Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",))]
     experts = [f"{kind}-{domain}-{seed}" for kind in preset.kinds for seed in preset.seeds for domain in DOMAINS]
     found += [Cell(name, name.split("-")[0], ("base",)) for name in experts]
-    found += [Cell(f"fisher-{name}", "fisher", (name,)) for name in experts]
+    found += [Cell(f"{kind}-{name}", kind, (name,)) for kind in INPUTS for name in experts]
     found += [Cell(f"eval-{name}", "eval", (name,)) for name in ("base", *experts)]
     for group in groups(preset):
         for contender in contenders(len(group.experts), preset.methods):
-            needs = tuple(f"fisher-{name}" for name in group.experts) if contender.fishers else group.experts
-            found.append(Cell(f"merge-{group.name}-{contender.label}", "merge", needs))
+            made = tuple(f"{kind}-{name}" for kind in contender.inputs for name in group.experts)
+            found.append(Cell(f"merge-{group.name}-{contender.label}", "merge", made or group.experts))
     return found
 
 
@@ -77,13 +81,21 @@ def is_done(root: Path, cell: Cell) -> bool:
     return _note(root, cell.name).exists()
 
 
-def run_cell(root: Path, preset: Preset, cell: Cell, threads: int) -> dict[str, Any]:
-    """Does one cell, in this process; returns and keeps what it measured."""
+def read_cell(root: Path, name: str) -> dict[str, Any]:
+    """What a cell that is done measured."""
+    return json.loads(_note(root, name).read_text())
+
+
+def run_cell(root: Path, preset: Preset, cell: Cell, threads: int, work: Work | None = None) -> dict[str, Any]:
+    """Does one cell, in this process; returns and keeps what it measured.
+
+    work    what cells are, where they are not those of the lab
+    """
     import torch
 
     torch.set_num_threads(threads)
     started = time.monotonic()
-    measured = dict(_work(root, preset, cell))
+    measured = dict((work or lab_work)(root, preset, cell))
     measured["seconds"] = round(time.monotonic() - started, 2)
     write_inside(root, f"cells/{cell.name}.json", json.dumps({"cell": cell.name, **measured}, indent=1).encode())
     return measured
@@ -141,13 +153,19 @@ def _note(root: Path, name: str) -> Path:
     return root / "cells" / f"{name}.json"
 
 
-def _work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+def input_of(root: Path, kind: str, name: str) -> Path:
+    """What is made for an expert beside its model: the folder of its Fisher, for instance."""
+    return root / f"{kind}s" / name
+
+
+def lab_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    """Does a cell of the lab; yields what it measured."""
     if cell.kind == "eval":
         yield from _evaluated(root, preset, cell.name.removeprefix("eval-"), DOMAINS)
     elif cell.kind == "merge":
         yield from _merged(root, preset, cell)
-    elif cell.kind == "fisher":
-        _fisher(root, preset, cell.name.removeprefix("fisher-"))
+    elif cell.kind in MAKERS:
+        MAKERS[cell.kind](root, preset, cell.name.removeprefix(f"{cell.kind}-"))
     else:
         _trained(root, preset, cell)
 
@@ -196,13 +214,17 @@ def _fisher(root: Path, preset: Preset, name: str) -> None:
     from rlmerge.fisher.data import SequenceChoice
     from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
 
-    out = root / "fishers" / name
+    out = input_of(root, "fisher", name)
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     domain = name.split("-")[1]
     choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
     estimate_fisher(model_of(root, name), preset.tasks[domain], out, FisherSettings(choice=choice))
+
+
+MAKERS: dict[str, Callable[[Path, Preset, str], None]] = {"fisher": _fisher}
+"""What makes each of INPUTS for an expert."""
 
 
 def _merged(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
@@ -215,8 +237,8 @@ def _merged(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]
     name = f"{group.name}-{label}"
     recipe = root / "recipes" / f"{name}.yml"
     experts = {expert: model_of(root, expert) for expert in group.experts}
-    fishers = {expert: root / "fishers" / expert for expert in group.experts}
-    write_recipe(contender, model_of(root, "base"), experts, fishers, recipe)
+    inputs = {kind: {expert: input_of(root, kind, expert) for expert in group.experts} for kind in INPUTS}
+    write_recipe(contender, model_of(root, "base"), experts, inputs, recipe)
     out = model_of(root, name)
     out.parent.mkdir(parents=True, exist_ok=True)
     outcome = merge_to_folder(recipe, out, overwrite=True, threads=1)

@@ -11,11 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rlmerge.lab.cells import Cell, cells, is_done, run_cell
+from rlmerge.lab.cells import Cell, Work, cells, is_done, run_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS, Preset
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,12 @@ def run(
     workers: int,
     tell: Callable[[Step], None] = lambda step: None,
     wanted: list[Cell] | None = None,
+    work: Work | None = None,
 ) -> None:
     """Does all cells (or those wanted) that are not done, in a root that is opened. The first error ends the run, after
     what is under way; LabError for a process that the system has killed.
+
+    work    what the cells are, where they are not those of the lab; a function of a module
     """
     wanted = cells(preset) if wanted is None else wanted
     todo = {cell.name: cell for cell in wanted if not is_done(root, cell)}
@@ -81,7 +86,7 @@ def run(
                 for cell in [cell for cell in todo.values() if not missing.intersection(cell.needs)]:
                     if len(under_way) < workers:  # no more: on an error nothing else shall begin
                         threads_of = min(cell.threads, workers, os.cpu_count() or 1)
-                        under_way[pool.submit(run_cell, root, preset, todo.pop(cell.name), threads_of)] = cell
+                        under_way[pool.submit(run_cell, root, preset, todo.pop(cell.name), threads_of, work)] = cell
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     cell = under_way.pop(future)
                     measured = future.result()
@@ -99,6 +104,12 @@ def run(
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = threads
+
+
+def in_own_process(work: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function of a module returns in a new process, which imports what it needs and ends with this one."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),)) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def _prepare(parent: int) -> None:
