@@ -139,8 +139,9 @@ class Recipe:
         if adapter is not None:
             raise RecipeError(
                 f"{self.at(('base_model',))}: {show(self.base_model)}: a base is copied wherever nothing changed, and "
-                "a model with an adapter on it is stored nowhere.\n  Store it first, with `merge_method: linear` and "
-                "this one model, and write that folder."
+                "a model with an adapter on it is stored nowhere.\n  Make it a document of its own in the same file, "
+                "before '---', and write its name as base_model:\n"
+                f"    name: base-with-adapter\n    merge_method: passthrough\n    models: [{{model: {self.base_model}}}]"
             )
         return self._find(model, ("base_model",))
 

@@ -34,6 +34,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "11-same-model-twice": ("'m0' is listed twice (also slices[0].sources[0])",),
     # mergekit returns the base with its LoRA: a copy, which another method says plainly
     "34-lorablated-base-alone": ("found 0. The base is the only model", "merge_method: passthrough"),
+    # a base with a LoRA on it: a stage of its own, which the message spells out
+    "20-aurora-sce-lora-base": ("a base is copied wherever nothing changed", "name: base-with-adapter"),
+    "33-huatuo-loras": ("a base is copied wherever nothing changed", "name: base-with-adapter"),
     # a method of a fork of mergekit, which shares no more than the name with the one here
     "40-preconditioner-ota": ("epsilon: unknown parameter of method 'ota'", "preconditioner_path"),
 }
@@ -45,12 +48,10 @@ AWAITS = {
     "17-angel-slayer-della-linear": "tokenizer_source",
     "18-nemomix-della-linear": "tokenizer_source",
     "19-velvet-orchid-modules": "tokenizer",
-    "20-aurora-sce-lora-base": "'model+lora' is not read",
     "22-megamoon-karcher": "tokenizer",
     "23-ice-breadcrumbs": "chat_template",
     "25-gemma-moon-dare-ties": "chat_template",
     "32-symbiosis-multislerp": "tokenizer",
-    "33-huatuo-loras": "'model+lora' is not read",
     "38-athena-apollo-name": "tokenizer_source",
     "39-seraph-slerp-base-apart": "tokenizer_source",
 }
