@@ -176,7 +176,7 @@ def test_what_cannot_be_one(tmp_path):
     ]:
         with pytest.raises(error, match=part):
             make_plan(recipe_in(tmp_path, "task_arithmetic", [model]))
-    with pytest.raises(RecipeError, match="linear"):
+    with pytest.raises(RecipeError, match="passthrough"):
         make_plan(recipe_in(tmp_path, "task_arithmetic", ["stage"], "origin+lora"))
 
 
