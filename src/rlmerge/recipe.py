@@ -77,6 +77,9 @@ class Recipe:
     on_mismatch: Literal["error", "base"] = "error"
     allow_nonfinite: bool = False
     seed: int = 0
+    tokenizer_source: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    chat_template: str | None = None
 
     _method: Method | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = field(default=None, repr=False, compare=False)
