@@ -12,6 +12,7 @@ HEAD = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {mod
 FORMS = {
     "tokenizer_source: union": ("tokenizer_source", "union"),
     "tokenizer_source: {model: {path: a}}": ("tokenizer_source", "a"),
+    "tokenizer_source: model:a": ("tokenizer_source", "a"),
     "tokenizer: {}": ("tokenizer", {"source": "union"}),
     "tokenizer: {source: a, pad_to_multiple_of: 64}": ("tokenizer", {"source": "a", "pad_to_multiple_of": 64}),
     "tokenizer: {tokens: {x: , y: {source: a}}}": (

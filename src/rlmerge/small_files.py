@@ -55,7 +55,7 @@ def write_small_files(
 
 
 def written_config(plan: Plan, raw: bytes) -> bytes:
-    """The donor's config.json, as the output has it: with the dtype that is written, the layers and tokens that there are."""
+    """The donor's config.json, as the output has it: with its dtype, its layers and its tokens."""
     dtype, vocabulary = _main_dtype(plan), plan.vocabulary
     data = rewrite_config(raw, dtype) if dtype else raw
     if vocabulary is not None:

@@ -105,10 +105,9 @@ def open_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]]
 
 def lent_files(lender: Checkpoint, models: Iterable[Checkpoint]) -> dict[Path, dict[str, Path]]:
     """By folder of a delta pack: the small files that it has in common with its base, where they lie."""
+    home = lender.planned or lender.folder
     return {
-        model.folder: {
-            name: (lender.planned or lender.folder) / name for name, file in model.pack.files.items() if file.of_base
-        }
+        model.folder: {name: home / name for name, file in model.pack.files.items() if file.of_base}
         for model in models
         if model.pack is not None
     }
