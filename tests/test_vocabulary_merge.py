@@ -698,3 +698,21 @@ def test_records_of_fishers_are_of_rows_that_may_be_left_out(tmp_path):
     size = sum(array.size for array in weights["chat"].values()) - 2 * (2 * HIDDEN + 1)
     padding = 5 * (2 * HIDDEN + 1)  # of the base, where the expert's Fisher is 0
     assert outcome.report["total"]["fisher_mean"]["chat"] == pytest.approx(size / (size + padding))
+
+
+def test_stages_with_vocabularies(tmp_path):
+    """A stage with a tokenizer of its own is foreseen with it, and what is made of it has its tokens."""
+    weights = make(tmp_path, ("base", "chat", "tool"))
+    stage = {"name": "both", "merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": 1}}
+    stage |= {"models": [{"model": "chat"}], "tokenizer_source": "union", "chat_template": "{{ 7 }}"}
+    final = {"merge_method": "task_arithmetic", "base_model": "both", "parameters": {"weight": 1}}
+    final |= {"models": [{"model": "tool"}], "tokenizer_source": "union"}
+    (tmp_path / "recipe.yml").write_text(f"{json.dumps(stage)}\n---\n{json.dumps(final)}\n")
+    report = rlmerge.check(tmp_path / "recipe.yml")
+    assert report.summary["vocabulary"]["models"]["tool"]["added"]["tokens"] == ["<tool>", "<call>"]
+    out = rlmerge.merge_to_folder(tmp_path / "recipe.yml", tmp_path / "out", kernels="numpy").out
+    vocab, merged = output_vocab(out), read_values(out)[EMBED]
+    assert len(vocab) == len(BASE) + 4 == report.summary["vocabulary"]["tokens"]
+    assert (merged[vocab["<tool>"]] == weights["tool"][EMBED][VOCABS["tool"]["<tool>"]]).all()
+    assert (merged[vocab["<|im_start|>"]] == weights["chat"][EMBED][VOCABS["chat"]["<|im_start|>"]]).all()
+    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ 7 }}"
