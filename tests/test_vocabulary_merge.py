@@ -509,6 +509,22 @@ def test_a_lora_beside_a_model_with_new_tokens(tmp_path):
     message = refusal(lambda: rlmerge.check(recipe(tmp_path, "ties", ["outer", "chat"], tokenizer_source="chat")))
     assert message is not None
     assert "outer has it not, or as a low-rank update" in message
+    # models with an adapter on them
+    given = recipe(tmp_path, "linear", ["base+inner", "chat"], None, tokenizer_source="chat")
+    alone = recipe(tmp_path, "linear", ["base", "chat"], None, tokenizer_source="chat")
+    one, two = (dict(rlmerge.merge(entry, kernels="numpy")) for entry in (given, alone))
+    assert (one[EMBED] == two[EMBED]).all()
+    assert (one[INNER] != two[INNER]).any()
+    message = refusal(
+        lambda: rlmerge.check(recipe(tmp_path, "linear", ["base+outer", "chat"], None, tokenizer_source="chat"))
+    )
+    assert message is not None
+    assert "base+outer has it not, or as a low-rank update" in message
+    # where nothing moves, nothing is refused
+    for model in ("outer", "base+outer"):
+        same = recipe(tmp_path, "task_arithmetic", [model], tokenizer_source="base")
+        plain = recipe(tmp_path, "task_arithmetic", [model])
+        assert same_bits(*(dict(rlmerge.merge(entry, kernels="numpy")) for entry in (same, plain)))
     TOKENIZERS["other"].save_pretrained(tmp_path / "inner")
     message = refusal(lambda: rlmerge.check(recipe(tmp_path, "ties", ["inner", "chat"], tokenizer_source="chat")))
     assert message is not None

@@ -34,15 +34,16 @@ def gather_rows(
     infos: dict[int, TensorInfo | None] = {}
     for number, model in enumerate(vocabulary.members):
         kept = piece.donor if model.checkpoint is None or model.checkpoint.adapter else model.checkpoint
-        infos[number] = kept.tensors.get(tensor.name)
+        infos[number] = kept.tensors.get(tensor.name) if kept.lora is None else None
     for number, source in zip(numbers, sources):
         # a tied expert may store it under another name
-        infos[number] = piece.donor.tensors[tensor.name] if source.kind == "base" else source.info
+        own = source.info if source.kind == "tensor" else None
+        infos[number] = piece.donor.tensors[tensor.name] if source.kind == "base" else own
     origins = tuple(None if info is None else place_of(info) for info in infos.values())
 
     def gathered(number: int, own: Place | None) -> Place | None:
         chosen, info = vocabulary.table.maps[number], infos[number]
-        if info is not None and chosen.is_identity(number, info.shape[0]):
+        if chosen.is_identity(number, vocabulary.members[number].rows.count):
             return own
         _check(tensor, vocabulary, number, origins)
         stored = origins[number]
