@@ -292,10 +292,6 @@ MISTAKES = {
         ["r.yml:5: models[0].density: 'density' is a parameter of method 'ties'", "'parameters:' of this model"],
     ),
     "unknown key of a model": (HEAD + "models:\n- model: a\n  fsher: x\n", ["r.yml:5: models[0].fsher", "'fisher'?"]),
-    **{
-        key: (HEAD + f"{key}: x\n", [f"r.yml:3: {key}: mergekit's '{key}' is not supported by this version"])
-        for key in ("tokenizer", "tokenizer_source", "chat_template")
-    },
     "no models": (HEAD, ["r.yml: 'models' is missing"]),
     "models is text": (HEAD + "models: a\n", ["r.yml:3: models: expected a list, found 'a'"]),
     "models is empty": (HEAD + "models: []\n", ["r.yml:3: models:", "at least 1 model beside the base, found 0"]),

@@ -223,6 +223,22 @@ def some_of(draw: Any, specs: list[Parameter], needed: bool) -> dict[str, Any]:
     return {spec.name: draw(values(spec)) for spec in chosen}
 
 
+TOKENS = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "source": st.sampled_from(
+                [
+                    None, "a", {"path": "a"}, {"kind": "zero"}, {"kind": "model_token", "model": "a", "token": ""},
+                    {"kind": "model_token", "model": {"path": "a"}, "token_id": "3", "token": None},
+                    {"kind": "model_token", "model": "a", "token_id": -1}, {"kind": "x"}, {"kind": "zero", "a": 1},
+                ]
+            ),
+            "force": st.sampled_from([True, False, None]),
+        },
+    ),
+)  # fmt: skip
 TOP: dict[str, st.SearchStrategy[Any]] = {
     "name": TEXTS,
     "dtype": st.sampled_from(["float32", "bf16", "torch.float16", "torch.fp32", "float64", 3]),
@@ -236,6 +252,17 @@ TOP: dict[str, st.SearchStrategy[Any]] = {
     "on_mismatch": st.sampled_from(["error", "base", "other"]),
     "allow_nonfinite": st.sampled_from([True, False, 1]),
     "seed": st.sampled_from([0, "7", 3.0, -1, 2**63 - 1, 2**63]),
+    "tokenizer_source": st.sampled_from(["union", "a", {"path": "a"}, 3]),
+    "tokenizer": st.fixed_dictionaries(
+        {},
+        optional={
+            "source": st.sampled_from(["base", {"model": {"path": "a"}}, 3]),
+            "tokens": st.one_of(st.none(), st.dictionaries(st.sampled_from(["x", "<y>", ""]), TOKENS, max_size=2)),
+            "pad_to_multiple_of": st.sampled_from([1, "64", 8.0, None, 0, 1.5]),
+            "z": st.just(1),
+        },
+    ),
+    "chat_template": st.sampled_from(["auto", "llama3", "{{ x }}", "a {% if x %}", "llama", None, 3]),
 }
 FISHERS = st.one_of(
     st.none(),

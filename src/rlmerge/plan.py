@@ -18,6 +18,7 @@ from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.layout import WIDTH, OutputFile
 from rlmerge.checkpoint.restack import Stack
+from rlmerge.checkpoint.vocabulary import Vocabulary
 from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolved, Resolver, Spot
 from rlmerge.plugins import origin_of
@@ -41,6 +42,19 @@ class Place:
     nbytes: int
     kind: str = "dense"
     parts: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredPlace(Place):
+    """A tensor in the order of a new vocabulary: its row r is what map number `rows` of the plan says of r.
+
+    file     of the model that it stands for; `dtype` is what is read, whatever the rows are stored in
+    nbytes   of the gathered tensor
+    origins  where each model of the map stores the tensor, or None
+    """
+
+    rows: int = 0
+    origins: tuple[Place | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +132,8 @@ class Plan:
     `block` is the most coordinates of a block. `has_base` is False for averages without a base: then the donor only
     lends names, dtypes and files. `part_experts` are the experts of each part of the recipe, `experts` all of them.
     `stacks` say which layers the output has, where they are others than the donor's; `roles`, for sliced models,
-    whether a tensor outside of the layers belongs before or after them.
+    whether a tensor outside of the layers belongs before or after them. `vocabulary` is the output's, where the recipe
+    says how it comes about; `chat_template` the template that it names.
     """
 
     variants: tuple[Recipe, ...]
@@ -137,6 +152,8 @@ class Plan:
     part_experts: tuple[tuple[str, ...], ...]
     stacks: tuple[Stack, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -163,6 +180,7 @@ class Plan:
             "files": [asdict(entry) for entry in self.files],
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "outputs": [output.to_dict() for output in self.outputs],
+            "rows": self.vocabulary.table.digest() if self.vocabulary else "",
         }
 
     def experts_of(self, tensor: TensorPlan) -> tuple[str, ...]:

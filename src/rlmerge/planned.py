@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any
 
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import PlannedInfo, parse_header
+from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
 from rlmerge.errors import OutputError
 from rlmerge.execute.folder import OutputFolder, nearest
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
-from rlmerge.plan import Plan
+from rlmerge.plan import GatheredPlace, Plan
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
 from rlmerge.settings import DEFAULT_SHARD_BYTES, make_variants, sweep_names
-from rlmerge.small_files import written_config
+from rlmerge.small_files import copied_files, written_config
 from rlmerge.stages import Stages
 
 
@@ -80,14 +83,28 @@ def planned_checkpoint(plan: Plan, reference: str, folder: Path) -> Checkpoint:
     for header in headers:
         for name, info in header.tensors.items():
             tensor = stored[name]
-            at = tensor.base if tensor.carry is not None else None
+            at = tensor.base if tensor.carry is not None and not isinstance(tensor.base, GatheredPlace) else None
             source = given.get((plan.files[at.file].path, at.start)) if at is not None else None
             tensors[name] = PlannedInfo(
                 name, info.dtype, info.shape, info.file, info.start, info.nbytes, tensor.known_as, source
             )
     config = plan.donor.config and json.loads(written_config(plan, json.dumps(plan.donor.config).encode()))
-    files = plan.donor.planned or plan.donor.folder
-    return Checkpoint(reference, folder, tensors, headers, config, False, planned=files)
+    return Checkpoint(reference, folder, tensors, headers, config, False, planned=_small_files(plan))
+
+
+def _small_files(plan: Plan) -> Path:
+    """Where the small files of an output lie before it is made: with the donor, unless it gets a tokenizer or template
+    of its own; then in a temporary folder, until this process ends.
+    """
+    if plan.vocabulary is None and plan.chat_template is None:
+        return plan.donor.planned or plan.donor.folder
+    home = Path(tempfile.mkdtemp(prefix="rlmerge-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for name, data in copied_files(plan).items():
+        if is_tokenizer_file(name) or name == "generation_config.json":
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_bytes(data)
+    return home
 
 
 def check_places(

@@ -9,13 +9,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rlmerge.checkpoint.chat_templates import plan_template
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import PackedInfo, TensorInfo
 from rlmerge.checkpoint.layout import plan_files
 from rlmerge.checkpoint.match import Matched, Source, match, names_of, select
 from rlmerge.checkpoint.restack import view_fisher
+from rlmerge.checkpoint.vocabulary import Vocabulary, plan_vocabulary
 from rlmerge.errors import FisherError, MismatchError, RecipeError
+from rlmerge.gathering import gather_rows
 from rlmerge.methods.base import Grain
 from rlmerge.parameters import count_layers
 from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
@@ -83,8 +86,9 @@ def make_plan(
     keys = tuple(models.experts)
     if len(keys) > 64:
         raise RecipeError(f"{len(keys)} models: rlmerge merges at most 64 at once. Merge groups, then their results.")
-    matched = _match(recipe, pieces)
-    fishers, of_pieces, notes = _open_fishers(recipe, variants, models, pieces, matched)
+    vocabulary = plan_vocabulary(recipe, models.base, models.experts, models.all)
+    matched = _match(recipe, pieces, vocabulary)
+    fishers, of_pieces, notes = _open_fishers(recipe, variants, models, pieces, matched, vocabulary)
     files = _Files()
     files.add(models.donor, "base" if models.base is not None else recipe.models[0].key)
     for key, checkpoint in models.experts.items():
@@ -95,7 +99,7 @@ def make_plan(
         files.add(folder, f"fisher of {key}")
     tensors = _in_order(
         [
-            _plan_tensor(info, piece, number, found, folders, files)
+            _plan_tensor(info, piece, number, found, folders, files, vocabulary)
             for number, (piece, found, folders) in enumerate(zip(pieces, matched, of_pieces))
             for info in piece.donor.tensors.values()
         ],
@@ -105,23 +109,29 @@ def make_plan(
     for variant in variants:
         _check_parameters(variant, pieces, tensors, layers)
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
-    notes = (*recipe.warnings, *(note for found in matched for note in found.notes), *notes)
+    said = vocabulary.notes if vocabulary else ()
+    notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes)
     return Plan(
         variants, keys, models.base is not None, tuple(files.entries), tensors, outputs, layers,
         tuple(dict.fromkeys(notes)), models.donor, tuple(models.experts.values()), models.base, fishers, BLOCK,
         tuple(piece.keys for piece in pieces), stacks_of(pieces, models.donor, list(recipe.modules)),
         {name: word for piece in pieces for name, word in piece.roles.items()},
+        vocabulary, plan_template(recipe, models.donor, models.experts),
     )  # fmt: skip
 
 
-def _match(recipe: Recipe, pieces: Sequence[Piece]) -> list[Matched]:
+def _match(recipe: Recipe, pieces: Sequence[Piece], vocabulary: Vocabulary | None) -> list[Matched]:
     """Every piece's experts matched to its donor. Patterns must find something in the whole, not in every piece."""
     include, exclude = list(recipe.include), list(recipe.exclude)
     chosen = None
     if len(pieces) > 1:
         names = dict.fromkeys(name for piece in pieces for name in names_of(piece.donor, piece.experts))
         chosen = select(list(names), include, exclude)
-    return [match(piece.donor, list(piece.experts), include, exclude, recipe.on_mismatch, chosen) for piece in pieces]
+    resized = vocabulary.tensors if vocabulary else frozenset()
+    return [
+        match(piece.donor, list(piece.experts), include, exclude, recipe.on_mismatch, chosen, resized)
+        for piece in pieces
+    ]
 
 
 def _in_order(tensors: list[TensorPlan], donor: Checkpoint) -> tuple[TensorPlan, ...]:
@@ -141,6 +151,7 @@ def _open_fishers(
     models: Models,
     pieces: Sequence[Piece],
     matched: Sequence[Matched],
+    vocabulary: Vocabulary | None,
 ) -> tuple[tuple[FisherFolder, ...], list[tuple[FisherFolder, ...]], list[str]]:
     """The Fishers, if the method reads them, and as each piece sees them; all experts have one or none has."""
     paths, keys = recipe.fisher_paths, tuple(models.experts)
@@ -167,8 +178,9 @@ def _open_fishers(
         )
     # an adapter's Fisher has the names of its base; with slices, models may differ in depth
     plain = all(piece.layers is None for piece in pieces)
+    shaped = {key: vocabulary.stored_by(models.donor, key) if vocabulary else models.donor for key in keys}
     opened = {
-        key: open_fisher(path, models.donor if plain or models.experts[key].adapter else models.experts[key])
+        key: open_fisher(path, shaped[key] if plain or models.experts[key].adapter else models.experts[key])
         for key in keys
         if (path := paths[key]) is not None
     }
@@ -215,6 +227,17 @@ def stage_names(recipe: Recipe) -> tuple[tuple[str, str], ...]:
 
 
 def _plan_tensor(
+    info: TensorInfo, piece: Piece, part: int, matched: Matched, fishers: tuple[FisherFolder, ...], files: _Files,
+    vocabulary: Vocabulary | None,
+) -> TensorPlan:  # fmt: skip
+    """The plan of a tensor; embedding and head with the rows of the output's vocabulary."""
+    if vocabulary is None:
+        return _plan_stored(info, piece, part, matched, fishers, files)
+    tensor = _plan_stored(vocabulary.resized(info), piece, part, matched, fishers, files)
+    return gather_rows(tensor, vocabulary, piece, matched.merged.get(info.name, ()), files.place)
+
+
+def _plan_stored(
     info: TensorInfo, piece: Piece, part: int, matched: Matched, fishers: tuple[FisherFolder, ...], files: _Files
 ) -> TensorPlan:
     recipe, has_base, spot = piece.part.recipe, piece.base is not None, piece.spot(info.name)

@@ -126,7 +126,8 @@ def _add(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def explain(recipe: Recipe | Stages | Path | str, *, download: bool = False) -> list[dict[str, Any]]:
-    """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, and what is only carried.
+    """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, what is only carried, and
+    last, where the recipe names a vocabulary, the tensors that follow it, with its report as 'vocabulary'.
 
     Of several documents those of each, with its name as 'stage', '' for the output.
     download   fetches headers of models on the hub
@@ -152,10 +153,15 @@ def _groups(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     for tensor in plan.tensors:
         if tensor.carry is not None:
             carried.setdefault(tensor.carry, []).append(tensor.name)
-    return groups + [
+    groups += [
         {"tensors": names, "count": len(names), "carried": reason, "values": {}, "models": {}}
         for reason, names in carried.items()
     ]
+    if plan.vocabulary is not None:
+        names = [tensor.name for tensor in plan.tensors if tensor.name in plan.vocabulary.tensors]
+        report = {"vocabulary": plan.vocabulary.report, "values": {}, "models": {}}
+        groups.append({"tensors": names, "count": len(names), **report})
+    return groups
 
 
 def describe_part(part: Part, roles: Mapping[str, str]) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "carried_tensors": len(plan.tensors) - len(merged),
         "dtypes": sorted({tensor.dtype for tensor in merged}),
         "files": [{"file": file.name, "bytes": file.size} for file in plan.outputs],
-    }
+    } | ({"vocabulary": plan.vocabulary.report} if plan.vocabulary else {})
 
 
 def estimate(plan: Plan, threads: int) -> dict[str, Any]:

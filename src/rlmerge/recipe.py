@@ -77,6 +77,9 @@ class Recipe:
     on_mismatch: Literal["error", "base"] = "error"
     allow_nonfinite: bool = False
     seed: int = 0
+    tokenizer_source: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    chat_template: str | None = None
 
     _method: Method | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = field(default=None, repr=False, compare=False)
@@ -141,7 +144,8 @@ class Recipe:
                 f"{self.at(('base_model',))}: {show(self.base_model)}: a base is copied wherever nothing changed, and "
                 "a model with an adapter on it is stored nowhere.\n  Make it a document of its own in the same file, "
                 "before '---', and write its name as base_model:\n"
-                f"    name: base-with-adapter\n    merge_method: passthrough\n    models: [{{model: {self.base_model}}}]"
+                "    name: base-with-adapter\n    merge_method: passthrough\n"
+                f"    models: [{{model: {self.base_model}}}]"
             )
         return self._find(model, ("base_model",))
 

@@ -13,6 +13,7 @@ from rlmerge.in_json import FLAG, JSON_OF, TEXT, either, in_json, items, mapping
 from rlmerge.mergekit_dialect import TOKENIZER_KEYS, misplaced_without_effect, not_here, without_effect
 from rlmerge.methods.base import Method, Parameter
 from rlmerge.parameters import as_integer, as_number, check_value, dead_entries, expected, show
+from rlmerge.recipe_tokens import check_chat_template, check_tokenizer, tokenizer_in_json
 from rlmerge.slices import check_modules, check_slices
 from rlmerge.yaml_lines import Place, dotted
 
@@ -25,7 +26,6 @@ ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("dtype", "out_dtype", "rounding", "min_change", "on_mismatch", "seed")
 """The top-level keys that `--set key=value` reaches; every other key is a parameter of the method."""
 BASE_ALONE = " The base is the only model: to write it alone, say merge_method: passthrough, without base_model."
-LATER = ("tokenizer", "tokenizer_source", "chat_template")
 
 
 # ---- Values of keys -----------------------------------------------------------------------------------------------
@@ -68,6 +68,18 @@ def _reference(value: Any) -> Any:
         revision = given.get("revision")
         found.append(_text(given.get("path")) + (f"@{_text(revision)}" if revision is not None else ""))
     return "+".join(found)
+
+
+def _tokenizer_source(value: Any) -> Any:
+    """A reference, also as `model:PATH`, which older recipes have."""
+    return _reference(value.removeprefix("model:") if isinstance(value, str) else value)
+
+
+JSON_OF[_tokenizer_source] = JSON_OF[_reference]
+
+
+def _tokenizer(value: Any) -> Any:
+    return check_tokenizer(value, _reference)
 
 
 def _fisher(value: Any) -> Any:
@@ -174,6 +186,7 @@ FISHER_VALUES: dict[str, Callable[[Any], Any]] = {
     "compute": _one_of("fp32", "bf16"),
 }
 """What `fisher: {data: …}` may say: settings of `rlmerge fisher`."""
+JSON_OF[_tokenizer] = tokenizer_in_json(JSON_OF[_reference])
 JSON_OF[_fisher] = either(TEXT, mapping({key: JSON_OF[check] for key, check in FISHER_VALUES.items()}, "data"))
 
 TOP_VALUES: dict[str, Callable[[Any], Any]] = {
@@ -191,6 +204,9 @@ TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "on_mismatch": _one_of("error", "base"),
     "allow_nonfinite": _flag,
     "seed": _seed,
+    "tokenizer_source": _tokenizer_source,
+    "tokenizer": _tokenizer,
+    "chat_template": check_chat_template,
 }
 """The canonical value of each top-level key, or a ValueError; models and parameters have functions of their own."""
 TOP_KEYS = ("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", *list(TOP_VALUES)[3:])
@@ -297,6 +313,10 @@ class Checker:
         self._sources(method)
         self.data["parameters"] = self.parameters(method, ("parameters",), self.data.get("parameters"), own=False)
         self.data |= self.values((), TOP_VALUES, self.data)
+        if "tokenizer" in self.data and "tokenizer_source" in self.data:
+            self.add(
+                ("tokenizer",), "'tokenizer_source' says the same: write one of them ('tokenizer: {source: ...}')."
+            )
         return method
 
     def _sources(self, method: Method) -> None:
@@ -380,8 +400,6 @@ class Checker:
                 "a recipe cannot name a plugin: it is data that people pass on, and a plugin is a program that runs. "
                 "Who merges names it: --plugin FILE.",
             )
-        elif known is TOP_KEYS and key in LATER:
-            self.add(place, f"mergekit's {key!r} is not supported by this version of rlmerge.")
         elif method is not None and key in names:
             self.add(place, f"{key!r} is a parameter of method {method.name!r}: write it under {home}")
         elif method is not None and (text := misplaced_without_effect(method.name, key)):

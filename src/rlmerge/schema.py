@@ -42,6 +42,9 @@ TOP_MEANINGS = {
     "on_mismatch": "What to do with tensors that do not fit: stop, or take the base's.",
     "allow_nonfinite": "Lets NaN and infinity in inputs pass where the result stays finite.",
     "seed": "Of random choices and ties.",
+    "tokenizer_source": "Whose tokenizer the output has: base, union of all, or one of the models.",
+    "tokenizer": "The same, with sources of single tokens and the number of rows.",
+    "chat_template": "Chat template of the output: auto (what most models have), a name, or the template itself.",
 }
 """What an editor shows at each top-level key."""
 ENTRY_MEANINGS = {

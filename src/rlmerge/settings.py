@@ -83,17 +83,14 @@ def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     """Raises MismatchError if tokenizers differ although the vocabularies have one size; notes them if accepted."""
-    from rlmerge.checkpoint.tokenizer import compare_tokenizers
+    from rlmerge.checkpoint.tokenizer import compare_tokenizers, lent_files
 
     folders = list(dict.fromkeys(model.planned or model.folder for model in (plan.donor, *plan.models)))
-    lender = plan.base or plan.donor
-    lent = {
-        model.folder: {name: lender.folder / name for name, file in model.pack.files.items() if file.of_base}
-        for model in plan.models
-        if model.pack is not None
-    }
-    differences = tuple(compare_tokenizers(folders, lent))
-    if differences and not accept:
+    # what the recipe decides is no question any more
+    aspects = ["vocabulary", "merges", "sentencepiece"] if plan.vocabulary is None else []
+    aspects += ["special", *(["templates"] if plan.chat_template is None else [])]
+    differences = tuple(compare_tokenizers(folders, lent_files(plan.base or plan.donor, plan.models), aspects))
+    if differences and not accept and plan.vocabulary is None:
         listed = "\n  ".join(differences[:8]) + (
             f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""
         )

@@ -15,11 +15,14 @@ from typing import Any
 import xxhash
 
 from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
+from rlmerge.checkpoint.chat_templates import write_template
 from rlmerge.checkpoint.copied import other_files
 from rlmerge.checkpoint.header import Header
 from rlmerge.checkpoint.hub import origin, split_id
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
 from rlmerge.checkpoint.restack import restack_config
+from rlmerge.checkpoint.token_ids import follow_vocabulary
+from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
@@ -41,9 +44,7 @@ def write_small_files(
         target.write_small(variant, name, data)
         digests[name] = xxhash.xxh3_128_hexdigest(data)
 
-    for path in other_files(plan.donor.folder):
-        data = path.read_bytes()
-        name = path.relative_to(plan.donor.folder).as_posix()
+    for name, data in copied_files(plan).items():
         put(name, written_config(plan, data) if name == "config.json" else data)
     index = index_json(plan.outputs)
     if index is not None:
@@ -54,12 +55,28 @@ def write_small_files(
 
 
 def written_config(plan: Plan, raw: bytes) -> bytes:
-    """The donor's config.json, as the output has it: with the dtype that is written, and the layers that there are."""
-    dtype = _main_dtype(plan)
+    """The donor's config.json, as the output has it: with its dtype, its layers and its tokens."""
+    dtype, vocabulary = _main_dtype(plan), plan.vocabulary
     data = rewrite_config(raw, dtype) if dtype else raw
+    if vocabulary is not None:
+        data = follow_vocabulary("config.json", data, vocabulary.rows, vocabulary.ids, vocabulary.lender)
     for stack in plan.stacks:
         data = restack_config(data, stack)
     return data
+
+
+def copied_files(plan: Plan) -> dict[str, bytes]:
+    """The donor's files beside the weights, with the tokenizer and the chat template that the recipe asks for."""
+    home = plan.donor.planned or plan.donor.folder
+    found = {path.relative_to(home).as_posix(): path.read_bytes() for path in other_files(home)}
+    if (vocabulary := plan.vocabulary) is not None:
+        found = {name: data for name, data in found.items() if not is_tokenizer_file(name)} | vocabulary.files
+        name = "generation_config.json"
+        if name in found:
+            found[name] = follow_vocabulary(name, found[name], vocabulary.rows, vocabulary.ids, vocabulary.lender)
+    if plan.chat_template is not None:
+        found = write_template(found, plan.chat_template)
+    return dict(sorted(found.items()))
 
 
 def json_lines(data: Any, depth: int = 3) -> str:
@@ -114,7 +131,7 @@ def _provenance(plan: Plan, variant: int, report: dict[str, Any], journal: Journ
         "units": _written_units(plan, journal, variant),
         "notes": [portable(note, plan) for note in plan.notes],
         "statistics": report,
-    }
+    } | ({"vocabulary": plan.vocabulary.report} if plan.vocabulary else {})
 
 
 def _stages(recipe: Recipe) -> dict[str, Any]:

@@ -32,6 +32,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "28-dpopenhermes-revision": ("5: slices[0].sources[0].revision: unknown key",),
     # mergekit cannot merge it either
     "11-same-model-twice": ("'m0' is listed twice (also slices[0].sources[0])",),
+    "22-megamoon-karcher": ("models[15]: 'm12' is listed twice (also models[12])",),
     # mergekit returns the base with its LoRA: a copy, which another method says plainly
     "34-lorablated-base-alone": ("found 0. The base is the only model", "merge_method: passthrough"),
     # a base with a LoRA on it: a stage of its own, which the message spells out
@@ -42,30 +43,18 @@ REFUSED: dict[str, tuple[str, ...]] = {
 }
 """What a refusal says; every other recipe passes."""
 
-AWAITS = {
-    "10-yi-passthrough": "tokenizer_source",
-    "12-tokenizer-source-model": "tokenizer_source",
-    "17-angel-slayer-della-linear": "tokenizer_source",
-    "18-nemomix-della-linear": "tokenizer_source",
-    "19-velvet-orchid-modules": "tokenizer",
-    "22-megamoon-karcher": "tokenizer",
-    "23-ice-breadcrumbs": "chat_template",
-    "25-gemma-moon-dare-ties": "chat_template",
-    "32-symbiosis-multislerp": "tokenizer",
-    "38-athena-apollo-name": "tokenizer_source",
-    "39-seraph-slerp-base-apart": "tokenizer_source",
-}
-"""What these hold that this version of rlmerge does not read."""
-
 MASK = ("parameters.int8_mask",)
 WARNED: dict[str, tuple[str, ...]] = {
     "03-ties": MASK,
     "04-bio-merge": MASK,
     "05-arcee_fusion": ("models[0]",),
     "13-embeddings-dare-ties": (*MASK, "models[0]"),
+    "17-angel-slayer-della-linear": (*MASK, "models[1]"),
     "24-eggs-breadcrumbs-ties": (*MASK, "models[0]"),
+    "25-gemma-moon-dare-ties": (*MASK, "models[0]"),
     "27-sapientia-della": ("models[0]",),
     "30-hekate-model-stock-weights": tuple(f"models[{k}].parameters.weight" for k in range(5)),
+    "32-symbiosis-multislerp": ("parameters.normalize",),
     "35-smarteaz-model-stock": ("normalize", "models[0].parameters.weight", "models[1].parameters.weight"),
     "41-tiefighter-task-arithmetic": ("models[0]",),
 }
@@ -85,9 +74,8 @@ def test_there_are_enough_and_each_says_where_it_stands():
     for file in FILES.values():
         first = file.read_text().splitlines()[0]
         assert first.startswith(("# github.com/", "# huggingface.co", "# a fork of mergekit")), file.name
-    unknown = {*REFUSED, *AWAITS, *WARNED, *KINDS} - FILES.keys()
+    unknown = {*REFUSED, *WARNED, *KINDS} - FILES.keys()
     assert not unknown
-    assert not REFUSED.keys() & AWAITS.keys()
 
 
 def test_the_recipes_are_a_wide_spread():
@@ -103,10 +91,10 @@ def test_the_recipes_are_a_wide_spread():
 def test_recipes_of_other_people(tmp_path, name):
     wild = read_wild(FILES[name])
     recipe = lay_out(wild, KINDS.get(name, "llama"), tmp_path)
-    if name in REFUSED or name in AWAITS:
+    if name in REFUSED:
         message = refusal(lambda: rlmerge.check(recipe))
         assert message is not None, "it passes"
-        for part in REFUSED.get(name) or (AWAITS[name],):
+        for part in REFUSED[name]:
             assert part in message
         return
     assert rlmerge.check(recipe).alarms == []

@@ -8,7 +8,7 @@ comparing their bytes: a base whose embedding and head are one matrix stays so, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -65,12 +65,14 @@ def match(
     exclude: list[str],
     on_mismatch: Literal["error", "base"],
     chosen: set[str] | None = None,
+    resized: Collection[str] = (),
 ) -> Matched:
     """Match every expert to the base, by names and headers; bytes are read only to recognise tied weights.
 
     `include` and `exclude` are regular expressions that are searched in tensor names; what they leave out is carried
     from the base, and its mismatches do not matter; `chosen` are the names that they leave, where that is known (see
-    `select`). Raises RecipeError for a pattern that is none or that finds
+    `select`). Tensors in `resized` may have other numbers of rows: the output's vocabulary decides. Raises RecipeError
+    for a pattern that is none or that finds
     nothing, MismatchError for models that do not fit, AdapterError for an adapter that does not fit.
     """
     if base.adapter:
@@ -86,7 +88,7 @@ def match(
     if split:
         carried |= dict.fromkeys(split, "excluded")
         wanted = [name for name in wanted if name not in split]
-    found = [_match_one(base, expert, wanted, chosen) for expert in experts]
+    found = [_match_one(base, expert, wanted, chosen, resized) for expert in experts]
     ties, tie_notes = _ties(base, wanted) if not all(expert.adapter for expert in experts) else ([], [])
     for one in found:
         one.problems += _untied(base, ties, one)
@@ -168,7 +170,9 @@ def is_buffer(info: TensorInfo) -> bool:
     return _BUFFER.search(info.name) is not None or (mask and _CAUSAL_MASK.search(info.name) is not None)
 
 
-def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: set[str]) -> _Found:
+def _match_one(
+    base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: set[str], resized: Collection[str]
+) -> _Found:
     if expert.adapter:
         from rlmerge.checkpoint.adapter import open_adapter
 
@@ -178,8 +182,8 @@ def _match_one(base: Checkpoint, expert: Checkpoint, wanted: list[str], chosen: 
     for name in wanted:
         theirs = expert.tensors.get(name)
         if theirs is None:
-            _missing(base, expert, name, found)
-        elif problem := _misfit(base, expert, base.tensors[name], theirs):
+            _missing(base, expert, name, found, resized)
+        elif problem := _misfit(base, expert, base.tensors[name], theirs, resized):
             found.problems.append(_Problem(name, problem))
         else:
             found.sources[name] = Source("tensor", theirs)
@@ -201,12 +205,18 @@ def _seen(adapter: Adapter, expert: Checkpoint) -> Adapter:
     )
 
 
-def _misfit(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, theirs: TensorInfo) -> str | None:
+def _misfit(
+    base: Checkpoint, expert: Checkpoint, ours: TensorInfo, theirs: TensorInfo, resized: Collection[str]
+) -> str | None:
     """Why two tensors of one name do not fit, or None."""
-    if ours.shape != theirs.shape:
+    first = 1 if ours.name in resized and ours.shape and theirs.shape else 0
+    if ours.shape[first:] != theirs.shape[first:]:
         text = f"{ours.name}: {list(ours.shape)} in {ours.file}, {list(theirs.shape)} in {theirs.file}"
         if ours.shape[1:] == theirs.shape[1:] and _is_vocabulary(base, expert, ours, theirs):
-            text += f" (the vocabularies differ: {ours.shape[0]} and {theirs.shape[0]} rows)"
+            text += (
+                f" (the vocabularies differ: {ours.shape[0]} and {theirs.shape[0]} rows; 'tokenizer_source: base' or "
+                "'union' brings them together)"
+            )
         return text
     if theirs.dtype not in MERGED_DTYPES:
         return (
@@ -223,11 +233,12 @@ def _is_vocabulary(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, their
     return (ours.shape[0], theirs.shape[0]) == sizes or _VOCABULARY.search(ours.name) is not None
 
 
-def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found) -> None:
+def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found, resized: Collection[str]) -> None:
     """A tensor of the base that the expert lacks: fine when the base stores a tied tensor twice."""
     twins = _twins(base.tensors[name], base.tensors, expert.tensors)
     for twin in twins:
-        if equal_bytes(base.tensors[name], twin) and not _misfit(base, expert, twin, expert.tensors[twin.name]):
+        fits = not _misfit(base, expert, twin, expert.tensors[twin.name], resized)
+        if fits and equal_bytes(base.tensors[name], twin):
             found.sources[name] = Source("tensor", expert.tensors[twin.name])
             found.notes.append(f"{name} is tied to {twin.name} in {base.reference}; {expert.reference} stores it once.")
             return

@@ -6,34 +6,45 @@ break a merge, but the merged model will be asked in words that one of its exper
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from rlmerge.errors import CheckpointError
 
-_FILES = (
+if TYPE_CHECKING:
+    from rlmerge.checkpoint.folder import Checkpoint
+
+OTHER_FORMATS = ("spiece.model", "sentencepiece.bpe.model", "tekken.json")
+"""Whole tokenizers in formats that are not read; other tools read them."""
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", *OTHER_FORMATS,
 )  # fmt: skip
-_MORE = "additional_chat_templates"
+TEMPLATE_FOLDER = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SHOWN = 3
 
 
-def compare_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]] | None = None) -> list[str]:
+def compare_tokenizers(
+    folders: list[Path],
+    lent: Mapping[Path, Mapping[str, Path]] | None = None,
+    aspects: Collection[str] = ("vocabulary", "merges", "sentencepiece", "special", "templates"),
+) -> list[str]:
     """What differs between the tokenizers of these folders, as sentences that name two folders each; [] for nothing.
 
     Compared are tokens with their ids, merges, the special tokens and the chat templates; of a folder that lacks one of
     these files, only what it has. Raises CheckpointError for a tokenizer file that cannot be read.
 
-    lent   by folder: files that lie elsewhere, by name, as those that a delta pack has in common with its base
+    lent     by folder: files that lie elsewhere, by name, as those that a delta pack has in common with its base
+    aspects  what is compared
     """
     cache = _Cache(lent or {})
     distinct: list[tuple[Path, dict[str, str]]] = []
@@ -46,14 +57,72 @@ def compare_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Pat
     first: dict[str, tuple[Path, Any]] = {}
     differences: list[str] = []
     for folder, digests in distinct:
-        try:
-            differences += _compare(folder, _read(digests, functools.partial(cache.parsed, folder, digests)), first)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
-                "Restore them from the original model."
-            ) from None
+        with _plausible(folder):
+            found = _read(digests, functools.partial(cache.parsed, folder, digests))
+            differences += _compare(folder, {key: found[key] for key in found if key in aspects}, first)
     return differences
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer of a model folder, as its files tell it.
+
+    files      the files by their names in the folder
+    tokens     token -> id, added ones included; None where no file lists them (SentencePiece's own format alone)
+    whole      tokenizer.json, or None
+    templates  the lines of its chat templates by name; 'default' is the one that is used
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    tokens: dict[str, int] | None
+    whole: dict[str, Any] | None
+    templates: dict[str, list[str]]
+
+
+def open_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]] | None = None) -> list[Tokenizer]:
+    """The tokenizer of each folder; files of equal bytes are parsed once. `lent` and errors as for comparisons."""
+    cache = _Cache(lent or {})
+    found = []
+    for folder in folders:
+        digests = cache.digests(folder)
+        get = functools.partial(cache.parsed, folder, digests)
+        with _plausible(folder):
+            vocabulary = _vocabulary(get)
+            templates = {name: get(name) for name in digests if "chat_template" in name}
+            tokens = None if vocabulary is None else vocabulary.tokens
+            found.append(
+                Tokenizer(
+                    folder,
+                    {name: cache.place(folder, name) for name in digests},
+                    tokens,
+                    get("tokenizer.json"),
+                    _templates(get("tokenizer_config.json") or {}, templates),
+                )
+            )
+    return found
+
+
+def lent_files(lender: Checkpoint, models: Iterable[Checkpoint]) -> dict[Path, dict[str, Path]]:
+    """By folder of a delta pack: the small files that it has in common with its base, where they lie."""
+    home = lender.planned or lender.folder
+    return {
+        model.folder: {name: home / name for name, file in model.pack.files.items() if file.of_base}
+        for model in models
+        if model.pack is not None
+    }
+
+
+@contextlib.contextmanager
+def _plausible(folder: Path) -> Iterator[None]:
+    """JSON that is not what tokenizers look like is an error that says so."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
+            "Restore them from the original model."
+        ) from None
 
 
 def _compare(folder: Path, aspects: dict[str, Any], first: dict[str, tuple[Path, Any]]) -> list[str]:
@@ -75,12 +144,16 @@ class _Cache:
 
     def digests(self, folder: Path) -> dict[str, str]:
         """xxh3 of each tokenizer file that the folder has; additional chat templates among them."""
-        names = [*_FILES, *(f"{_MORE}/{file.name}" for file in sorted((folder / _MORE).glob("*.jinja")))]
-        names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{_MORE}/"))
-        files = {name: file for name in names if (file := self._place(folder, name)).is_file()}
+        names = [
+            *TOKENIZER_FILES,
+            *(f"{TEMPLATE_FOLDER}/{file.name}" for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))),
+        ]
+        names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{TEMPLATE_FOLDER}/"))
+        files = {name: file for name in names if (file := self.place(folder, name)).is_file()}
         return {name: xxhash.xxh3_128_hexdigest(_bytes(file)) for name, file in files.items()}
 
-    def _place(self, folder: Path, name: str) -> Path:
+    def place(self, folder: Path, name: str) -> Path:
+        """Where a file of a folder lies."""
         return self._lent.get(folder, {}).get(name, folder / name)
 
     def parsed(self, folder: Path, digests: dict[str, str], name: str) -> Any:
@@ -89,7 +162,7 @@ class _Cache:
             return None
         key = f"{digests[name]} {Path(name).suffix}"
         if key not in self._parsed:
-            self._parsed[key] = _parse(self._place(folder, name))
+            self._parsed[key] = _parse(self.place(folder, name))
         return self._parsed[key]
 
 

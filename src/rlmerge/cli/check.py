@@ -75,6 +75,10 @@ def _show(report: CheckReport, label: str = "") -> None:
         f"{summary['carried_tensors']} carried, written as {', '.join(summary['dtypes'])} in "
         f"{len(summary['files'])} file(s)"
     )
+    if "vocabulary" in summary:
+        from rlmerge.checkpoint.vocabulary import describe
+
+        print("\n".join(describe(summary["vocabulary"])))
     for key, entry in report.sample.get("experts", {}).items():
         norm = "-" if entry["relative_norm"] is None else f"{entry['relative_norm']:.2e}"
         print(f"  {key}: support {entry['support']:.1%}, ‖δ‖/‖θ0‖ {norm}")

@@ -52,6 +52,10 @@ def _show(group: dict[str, Any]) -> None:
     for word in ("before", "after"):
         if word in group:
             print(f"  {word} the layers: {', '.join(group[word])}")
+    if "vocabulary" in group:
+        from rlmerge.checkpoint.vocabulary import describe
+
+        print("\n".join(f"  {line}" for line in describe(group["vocabulary"])))
     if "carried" in group:
         print(f"  copied from the base ({group['carried']})")
     for key, value in group["values"].items():

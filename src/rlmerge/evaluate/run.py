@@ -65,6 +65,11 @@ def load_model(
     if recipe is not None and download:
         recipe = with_downloads(recipe)
     if recipe is not None:
+        if recipe.tokenizer_source or recipe.tokenizer or recipe.chat_template:
+            raise EvaluationError(
+                f"{recipe.source_name}: makes a tokenizer or chat template of its own, which a merge in memory lacks: "
+                "merge to a folder (rlmerge merge RECIPE OUT) and evaluate that."
+            )
         folder = recipe.base_path or next(iter(recipe.model_paths.values()))
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: there is no such model folder.")

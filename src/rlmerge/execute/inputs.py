@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack_steps import WORDS, Read, Tables, add_steps, read_table, reference_words
 from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
-from rlmerge.plan import ExpertSource, Place, Plan, TensorPlan
+from rlmerge.plan import ExpertSource, GatheredPlace, Place, Plan, TensorPlan
 
 from .blocks import InputBlock, reference_of
 from .memory import Memo, Space
+from .rows import RowReader
 
 
 class Hashes:
@@ -72,6 +73,8 @@ class Inputs:
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
         self._tables = Tables()
+        table = plan.vocabulary.table if plan.vocabulary else None
+        self._rows = RowReader(table, kernels, self.read_into) if table else None
 
     def close(self) -> None:
         """Closes all files."""
@@ -85,7 +88,11 @@ class Inputs:
         return stamps_of(entry.path for entry in self.plan.files)
 
     def read_into(self, place: Place, first: int, data: NDArray[np.uint8]) -> None:
-        """Fills `data` with bytes of a stored tensor from byte `first` of it."""
+        """Fills `data` with bytes of a stored tensor, or of one in a new vocabulary, from byte `first` of it."""
+        if isinstance(place, GatheredPlace):
+            assert self._rows is not None
+            self._rows.read_into(place, first, data)
+            return
         handle = self._handle(place.file)
         view = data.data.cast("B")
         offset, done = place.start + first, 0

@@ -20,7 +20,7 @@ from .on_demand import without_fishers
 def tensors_asked(path: Path | str) -> tuple[Recipe, Plan, set[str]]:
     """The recipe, its plan without Fishers, and the names of the tensors whose Fishers the merge will read.
 
-    Raises FisherError for a recipe that reads none.
+    Raises FisherError for a recipe that reads none, or whose coordinates are not those of its models.
     """
     recipe = load_recipe(path)
     values = {spec.name: recipe.parameters.get(spec.name, spec.default) for spec in recipe.method.parameters}
@@ -28,6 +28,11 @@ def tensors_asked(path: Path | str) -> tuple[Recipe, Plan, set[str]]:
         raise FisherError(f"{path}: its method {recipe.merge_method!r} reads no Fisher with these parameters.")
     with recipe.located():
         plan = make_plan(without_fishers(recipe))
+    if plan.vocabulary is not None:
+        raise FisherError(
+            f"{path}: gives the output a vocabulary of its own, so what it asks for are not coordinates of the models. "
+            "Estimate without --only."
+        )
     return recipe, plan, {tensor.name for tensor in plan.tensors if tensor.carry is None}
 
 
