@@ -150,6 +150,7 @@ def test_statistics_of_ram_and_ties(tmp_path):
         "task_arithmetic",
         "ties",
         "ties_weighted_lambda",
+        "ties_global",
         "ram",
         "breadcrumbs",
         "breadcrumbs_ties",

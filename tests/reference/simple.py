@@ -75,7 +75,7 @@ def ties(
         groups = [list(base)] if scope == "model" else [[name] for name in base]
         for group in groups:
             before = sum(np.abs(deltas[name]).sum() for name in group)
-            _trim(deltas, group, rho, count)
+            _trim(deltas, group, rho, count, scope == "model" and count == "all")
             after = sum(np.abs(deltas[name]).sum() for name in group)
             for name in group if rescale and after > 0.0 else ():
                 deltas[name] = deltas[name] * (before / after)
@@ -93,13 +93,13 @@ def ties(
     }
 
 
-def _trim(deltas: Tensors, group: list[str], density: float, count: str) -> None:
-    """Set all but the largest entries of the tensors in `group`, taken together, to zero."""
+def _trim(deltas: Tensors, group: list[str], density: float, count: str, one_more: bool) -> None:
+    """Set all but the largest entries of the tensors in `group`, taken together, to zero (authors: one more stays)."""
     sizes = sorted((abs(float(v)) for name in group for v in deltas[name].reshape(-1)), reverse=True)
     n = len(sizes) if count == "all" else sum(v > 0.0 for v in sizes)
     if n == 0 or density >= 1.0:
         return
-    threshold = sizes[max(1, int(density * n)) - 1]
+    threshold = sizes[min(n, max(1, int(density * n) + one_more)) - 1]
     for name in group:
         deltas[name] = np.where(np.abs(deltas[name]) >= threshold, deltas[name], 0.0)
 

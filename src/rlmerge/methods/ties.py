@@ -31,9 +31,14 @@ class Magnitude(Scorer):
         return task.per_model["density"]
 
     def wanted(self, task: Task, density: float, eligible: int) -> int:
-        """int(ρ·n), at least one unless ρ = 0 (as mergekit); n is the tensor's size or the support's."""
+        """int(ρ·n), at least one unless ρ = 0 (as mergekit); n is the tensor's size or the support's.
+
+        Over the whole model (its task has no tensor's name) one more, as the authors' code keeps it: their threshold
+        is the largest entry that ought to go.
+        """
         total = eligible if self.density_of == "support" else task.size
-        return max(1, int(density * total)) if density > 0.0 else 0
+        more = int(not task.tensor and self.density_of == "all")
+        return max(1, int(density * total) + more) if density > 0.0 else 0
 
     def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Ranked]:
         """δ and |δ|."""
