@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.checkpoint.checkpoint_files import write_model
-from tests.execute.test_same_bytes import SAR, contents, recipe_of
+from tests.execute.test_same_bytes import METHODS, SAR, contents, recipe_of
 from tests.methods.small_models import make_recipe, small_blocks, some_fishers, sparse_model, write_all
 
 import rlmerge
@@ -198,6 +198,16 @@ def test_resume_makes_the_same_bytes_with_any_threads_and_kernels(models, tmp_pa
     assert not (tmp_path / "out").exists()
     outcome = finish(recipe, tmp_path / "out", threads=2)
     assert (outcome.resumed_units, contents(outcome.out)) == (units, expected)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "sar"])
+def test_every_method_is_continued_to_the_same_bytes(models, tmp_path, monkeypatch, method):
+    """Matrices that are made whole, stages over the model, random ones: after three units, with more threads."""
+    recipe = recipe_of(models, method, {})
+    expected = contents(finish(recipe, tmp_path / "whole").out)
+    interrupted(monkeypatch, recipe, tmp_path / "out", 3)
+    outcome = finish(recipe, tmp_path / "out", threads=2)
+    assert (outcome.resumed_units, contents(outcome.out)) == (3, expected)
 
 
 def test_finished_stages_are_not_measured_again(models, tmp_path, monkeypatch):
