@@ -144,7 +144,8 @@ def _data_of(recipe: Recipe, entry: ModelEntry) -> str:
 
 def _estimate(recipe: Recipe, entry: ModelEntry, data: str, folder: Path, tell: Callable[[str], None]) -> None:
     try:
-        from .estimate import FisherSettings, Progress, estimate_fisher
+        from .estimate import FisherSettings, estimate_fisher
+        from .given import Progress
     except ModuleNotFoundError as error:
         raise MissingExtraError("`fisher: {data: …}`", error.name or "torch", "model") from None
     assert isinstance(entry.fisher, dict)
