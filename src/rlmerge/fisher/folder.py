@@ -18,7 +18,7 @@ from rlmerge.errors import FisherError, OutputError, RlmergeError
 from rlmerge.execute.safe_files import take_lock
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
-SUMS = frozenset({"sums.safetensors", "sums.part"})
+SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part"})
 ONCE = {"made": "in one go"}
 
 
@@ -150,7 +150,7 @@ class RunFolder:
             pairs = ((before, said), (before.get("draw") or {}, said.get("draw") or {}))
             keys = {key for old, new in pairs for key in {*old, *new} - {"draw"} if old.get(key) != new.get(key)}
             raise self.kind.error(
-                f"{self.path}: an unfinished {self.kind.word} of another model, other data or other settings (it differs "
+                f"{self.path}: an unfinished {self.kind.word} of another model, other data or other settings (differs "
                 f"in {', '.join(sorted(keys))}). Finish it with its own command, or throw it away with --overwrite."
             )
         for file in self.path.iterdir():
