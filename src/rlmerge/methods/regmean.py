@@ -13,9 +13,9 @@ from rlmerge.errors import GramError
 from .base import Arity, Block, Merged, Method, Parameter, Result, Task, Whole
 from .gram import F64, combine_deltas
 
-LEAST = 1e-5
-"""Smallest share of each Gram matrix that is its diagonal alone: what fp32 rounding of the matrices may make of an
-eigenvalue of the scaled sum, so that no direction is decided by it."""
+ROUNDING = 2.0**-23
+"""Times √in, twice the largest eigenvalue that rounding a matrix with a diagonal of ones to fp32 brings: that share of
+each Gram matrix, at least, is its diagonal alone, so that rounding decides nothing."""
 PIECE = 256
 """Columns of a factor that are eliminated at once."""
 
@@ -26,9 +26,9 @@ class RegMean(Method):
     The published weight 0.9 of what is off the diagonals (0.1 for T5) is `alpha`; Gram matrices are means over
     positions, without padding. Solved in fp64 by Cholesky factors of ΣG̃, scaled to a diagonal of ones, for the deltas
     less those of the first expert, so that experts that agree are given back bit for bit, row by row. `alpha` counts as
-    1 - 1e-5 at most: G̃ is then definite, as the Gram matrices of few data are not, and where no data reach, the mean
-    by diagonals is the answer; inputs that are 0 in all data take the mean by `weight`, as do all tensors that are no
-    linear layers.
+    1 - 2⁻²³·√in at most: G̃ is then definite, as the Gram matrices of few data are not, and where no data reach, the
+    mean by diagonals is the answer; inputs that are 0 in all data take the mean by `weight`, as do all tensors that are
+    no linear layers.
     Cost: a Gram matrix of each expert, read once, and (K + 2)·in²·out + in³/3 multiplications.
     """
 
@@ -110,7 +110,7 @@ def _inputs_first(delta: F64, side: int) -> F64:
 def _reduced(gram: F64, alpha: float) -> F64:
     """α·G + (1 - α)·diag G, in place."""
     diagonal = np.diagonal(gram).copy()
-    gram *= min(alpha, 1.0 - LEAST)
+    gram *= min(alpha, 1.0 - ROUNDING * float(np.sqrt(len(gram))))
     np.fill_diagonal(gram, diagonal)
     return gram
 
