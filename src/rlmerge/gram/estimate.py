@@ -197,6 +197,7 @@ class _Run:
                     saved, cost = time.monotonic(), time.monotonic() - began
             self._write_group(number)
             done = 0
+        self.products.want([])
         return resumed
 
     def _batches(self, chunk: list[Unit]) -> list[Batch]:

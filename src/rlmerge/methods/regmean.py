@@ -59,14 +59,14 @@ class RegMean(Method):
         self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
     ) -> tuple[float, int]:
         """Two multiplications for the 20 of a decomposition; a sum of Gram matrices, its factor (or the matrix that is
-        added), what NumPy copies, and five times the tensor.
+        added), what NumPy copies, and six times the tensor.
         """
         if gram is None or not values["matrix"]:
             return 0, 0
         width, height = shape[gram], shape[1 - gram]
         products = (experts + 2) * width**2 * height + width**3 / 3
         share = products / 10 / max(1, width * height * min(shape))
-        return share, 8 * (3 * width**2 + 5 * width * height)
+        return share, 8 * (3 * width**2 + 6 * width * height)
 
     def whole(self, tensor: Whole, task: Task, results: Mapping[str, Result]) -> F64 | None:
         """The base and the solution for the deltas of a linear layer."""
@@ -79,7 +79,8 @@ class RegMean(Method):
         total, right, plain = np.zeros((len(first), len(first))), np.zeros(first.shape), np.zeros(first.shape)
         for k in used:
             weight = float(task.per_model["weight"][k])
-            gram = weight * _reduced(tensor.gram(k), float(task.values["alpha"]))
+            gram = _reduced(tensor.gram(k), float(task.values["alpha"]))
+            gram *= weight
             total += gram
             if k == used[0]:
                 continue
@@ -88,6 +89,7 @@ class RegMean(Method):
                 return np.full(task.size, np.nan)
             apart -= first
             right += gram @ apart
+            del gram
             apart *= weight
             plain += apart
         plain /= float(np.sum(task.per_model["weight"][used]))
