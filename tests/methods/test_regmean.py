@@ -225,7 +225,8 @@ def test_cost_is_foreseen_where_there_is_something_to_solve(tmp_path):
     assert len(whole_cost(plan)) == 3  # up, square, row
     assert max(held for _, _, held in whole_cost(plan)) >= 8 * (3 * 49 + 6 * 49)
     bytes_read = check(recipe).estimate["bytes_read"]
-    alone = check(make_recipe(tmp_path, "linear", list(experts), {"weight": 1})).estimate["bytes_read"]
+    own = {key: {"weight": 1} for key in experts}
+    alone = check(make_recipe(tmp_path, "linear", list(experts), {}, own)).estimate["bytes_read"]
     assert bytes_read == alone + 2 * 4 * (36 + 81 + 49 + 16)
 
 
@@ -319,6 +320,19 @@ def test_gram_folders_that_are_missing(tmp_path):
     write_grams(tmp_path, {key: some_grams(key, SHAPES) for key in experts})
     outcome = rlmerge.check(make_recipe(tmp_path, "linear", list(experts), {"weight": 1}, grams=True))
     assert any("does not read it" in note for note in outcome.notes)
+
+
+def test_a_base_is_averaged_where_it_is_listed(tmp_path):
+    """And never because all models have a weight: it would need Gram matrices of its own."""
+    base, experts = models(np.random.default_rng(15), 2)
+    write_all(tmp_path, base, experts)
+    grams = {key: some_grams(key, SHAPES) for key in ("base", *experts)}
+    write_grams(tmp_path, grams)
+    name = "l.0.up.weight"
+    for keys in (["e0", "e1"], ["base", "e0", "e1"]):
+        recipe = make_recipe(tmp_path, "regmean", keys, {"weight": 2.0}, grams=True)
+        wanted = regmean([{"base": base, **experts}[key][name] for key in keys], [grams[key][name] for key in keys])
+        np.testing.assert_allclose(merge_values(recipe)[name], wanted, rtol=2e-6, atol=2e-6)
 
 
 def test_tied_copies_stay_equal(tmp_path):

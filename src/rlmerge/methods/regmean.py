@@ -45,6 +45,11 @@ class RegMean(Method):
     grain = "matrix"
     laws = frozenset({"permutation", "scaling", "identity", "sign", "zero"})
 
+    @property
+    def averages_base(self) -> bool:
+        """No: a base that is to be averaged is listed, with its Gram matrices."""
+        return False
+
     def uses_gram(self, values: Mapping[str, Any]) -> bool:
         """Always."""
         return True
