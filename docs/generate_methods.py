@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlmerge.methods import get_method, method_names
 from rlmerge.methods.base import Method, Parameter
+from rlmerge.methods.spectral import Spectral
 from rlmerge.parameters import expected
 
 FOLDER = Path(__file__).resolve().parent / "methods"
@@ -220,6 +221,28 @@ below 1.5, so write `out_dtype: float32` to see a difference to `ram`.
 Use it to compare with mergekit, whose `ramplus_tl` this is: as `ramplus`, with the ratio of shared to unique changes
 counted in each tensor, and defaults that raise unique changes by 2 % at most.
 """,
+    "regmean": """
+Use it to average linear layers by what they do: on the data of each model, the merged layer's outputs are as near as a
+linear layer's can be to that model's outputs (in the mean square, layer by layer). Every model needs a `gram:` folder,
+made by [`rlmerge gram`](../gram.md).
+
+It is an average: what one of K experts learned in directions that the others' data use, too, keeps about 1/K of its
+size, and all of it in directions that nobody else's data use. Look at `survival`.
+
+`alpha` shrinks what is off the diagonals, as published: 0.9 (the authors' choice; 0.1 for T5). `alpha: 0` is a mean
+weighted by the mean square of each input; at 1 the matrices of few data decide directions that they hardly saw. Gram
+matrices are means over positions, so a model with more data counts no more; `weight` says that it should.
+
+What has no Gram matrix in every model takes the mean by `weight`: norms, biases, embeddings, a head that is tied to the
+embedding, and whatever the filters of `matrix` leave out. Inputs that are 0 in all data do the same. A model whose
+data never reach a layer (an expert of a mixture) has no say in it. Without a base it works alike, on the weights.
+
+The equation is solved in fp64 by Cholesky factors, for differences to the first expert: experts that agree come back
+bit for bit, and so does a row of weights (a neuron) that none of them changed. A tensor takes about
+((K + 2)·in²·out + in³/3) / 3e10 seconds of a thread, and 3·in² + 6·in·out numbers in fp64; `rlmerge check` foresees
+both, `--memory` bounds the threads by it. BLAS libraries round differently, so the same bytes are promised for one
+machine only.
+""",
     "resmerge": """
 Use it where the strongest direction of each expert contradicts the others and their tails agree. Between nearly
 orthogonal RL experts, the tails' coherence is 1/√K: then it is the mean of the tails, and little of it survives bf16.
@@ -351,7 +374,7 @@ def page(method: Method) -> str:
         "|---|---|---|---|---|",
         *(row(spec) for spec in method.parameters),
         "",
-        *MATRICES * (method.grain == "matrix"),
+        *MATRICES * isinstance(method, Spectral),
         "Numbers may be gradients over the layers, and every parameter may have filters: see [the guide](../guide.md).",
         "",
     ]

@@ -779,7 +779,6 @@ def test_ties_by_hand():
     assert merged["v"].tolist() == [2.5]
 
 
-
 @pytest.mark.parametrize(
     ("name", "merge"),
     [

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {
     "FisherSettings": "fisher.estimate",
+    "GramSettings": "gram.estimate",
+    "Grams": "gram.estimate",
     "Outcome": "api",
     "Packed": "packs.write",
     "Packing": "packs.write",
@@ -26,6 +28,7 @@ _HOMES = {
     "combine_fishers": "fisher.combine",
     "convert": "checkpoint.convert",
     "estimate_fisher": "fisher.estimate",
+    "estimate_gram": "gram.estimate",
     "explain": "preflight",
     "fisher_from_adam": "fisher.adam",
     "get_method": "methods",
@@ -47,6 +50,8 @@ _HOMES = {
 
 __all__ = [
     "FisherSettings",
+    "GramSettings",
+    "Grams",
     "Outcome",
     "Packed",
     "Packing",
@@ -61,6 +66,7 @@ __all__ = [
     "combine_fishers",
     "convert",
     "estimate_fisher",
+    "estimate_gram",
     "explain",
     "fisher_from_adam",
     "get_method",
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from .fisher.data import SequenceChoice
     from .fisher.estimate import FisherSettings, estimate_fisher
     from .fisher.stats import judge_fishers
+    from .gram.estimate import Grams, GramSettings, estimate_gram
     from .methods import get_method, method_names
     from .packs.restore import Unpacked, unpack
     from .packs.write import Packed, Packing, pack

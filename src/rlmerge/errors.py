@@ -9,6 +9,7 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 │   ├── MismatchError           models that do not fit together: tensor sets, shapes, tokenizers, ties, a pack's base
 │   └── PackError               a delta pack that is damaged, or that cannot be made or used like this
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
+├── GramError                   Gram matrices that are missing, of another model, or none
 ├── PluginError                 a merge method of the user's own: its file, its definition, an error in its code
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── OutputError                 the output folder: exists, locked, another plan's, disk full
@@ -64,6 +65,10 @@ class PackError(CheckpointError):
 
 class FisherError(RlmergeError):
     """A Fisher folder that is missing, wrong, empty or negative."""
+
+
+class GramError(RlmergeError):
+    """Gram matrices that are missing, of another model, or that are no Gram matrices."""
 
 
 class PluginError(RlmergeError):

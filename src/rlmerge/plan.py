@@ -16,6 +16,7 @@ import xxhash
 
 from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
+from rlmerge.checkpoint.gram import GramFolder
 from rlmerge.checkpoint.layout import WIDTH, OutputFile
 from rlmerge.checkpoint.restack import Stack
 from rlmerge.checkpoint.vocabulary import Vocabulary
@@ -86,6 +87,8 @@ class TensorPlan:
                Fishers of that one, so that the copies stay equal
     part, spot the part of the recipe that makes it, and where it stands in a slice
     base_sum   the weighted sum (hex) that delta packs say the base's words have, or ''
+    grams      fp32[in, in] of each expert's inputs, or none; `gram_digests`: xxh3-128 where every gram.json records it
+    gram_first   the inputs run along the first dimension of the tensor, not along the last
     """
 
     name: str
@@ -103,6 +106,9 @@ class TensorPlan:
     base_sum: str = ""
     part: int = 0
     spot: Spot | None = None
+    grams: tuple[Place, ...] = ()
+    gram_digests: tuple[str, ...] = ()
+    gram_first: bool = False
 
     @property
     def size(self) -> int:
@@ -154,6 +160,7 @@ class Plan:
     roles: Mapping[str, str] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
+    grams: tuple[GramFolder, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -243,5 +250,6 @@ def sum_bytes(plan: Plan, fisher_passes: int = 1) -> dict[str, int]:
             given = [place for place in (source.place, source.a, source.b) if place]
             read += sum(place.nbytes + sum(part.nbytes for part in place.parts) for place in given)
         fisher += sum(place.nbytes for place in tensor.fishers)
+        read += sum(place.nbytes for place in tensor.grams)
     written = sum(tensor.size * WIDTH[tensor.dtype] for tensor in plan.tensors)
     return {"read": read, "fisher": fisher * fisher_passes, "written": written}

@@ -35,14 +35,15 @@ MAX_SWEEP = 10_000
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the recipe: where it is, what it is called, its Fisher, its own parameters.
+    """One model of the recipe: where it is, what it is called, its Fisher, its Gram matrices, its own parameters.
 
-    The Fisher is a folder, or what to estimate one from: {'data': …, 'source': …}, see `fisher.on_demand`.
+    Fisher and Gram are folders, or what to estimate one from: {'data': …, 'source': …}, see `fisher.on_demand`.
     """
 
     model: str
     name: str | None = None
     fisher: str | dict[str, Any] | None = None
+    gram: str | dict[str, Any] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,12 +85,14 @@ class Recipe:
     _method: Method | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = field(default=None, repr=False, compare=False)
     _source: Source = field(default=Source("recipe"), repr=False, compare=False)
-    _estimated: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
+    _estimated: dict[tuple[str, str], Path] = field(default_factory=dict, repr=False, compare=False)
     _fetched: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
     _stages: Mapping[str, tuple[Path, Recipe]] = field(default_factory=dict, repr=False, compare=False)
     _warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
     _scopes: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
     _places: tuple[Place, ...] = field(default=(), repr=False, compare=False)
+    bare: bool = field(default=False, repr=False, compare=False)
+    """For who looks at headers and deltas only: what the method needs beside them is not asked for."""
 
     @property
     def method(self) -> Method:
@@ -164,7 +167,9 @@ class Recipe:
     def remote(self) -> dict[str, Place]:
         """What the recipe names that is in no folder and may be on the hub, with the (first) place that names it."""
         named = [(part, at) for name, at in self.references.items() for part in self.split(name) if part]
-        named += [(e.fisher, self.place(e, "fisher")) for e in self.models if isinstance(e.fisher, str)]
+        for kind in ("fisher", "gram"):
+            given = [(getattr(entry, kind), self.place(entry, kind)) for entry in self.models]
+            named += [(name, place) for name, place in given if isinstance(name, str)]
         found: dict[str, Place] = {}
         for part, place in named:
             if split_id(part) and part not in self._stages and not self._exists(part):
@@ -186,15 +191,23 @@ class Recipe:
 
         Raises RecipeError for one that must be estimated first (`fisher.on_demand.with_estimates`).
         """
-        return {entry.key: self._fisher_path(entry) for entry in self.experts}
+        return {entry.key: self._given_path(entry, "fisher") for entry in self.experts}
 
     @property
-    def to_estimate(self) -> tuple[ModelEntry, ...]:
-        """The models whose Fishers are still to be estimated."""
-        return tuple(e for e in self.experts if isinstance(e.fisher, dict) and e.key not in self._estimated)
+    def gram_paths(self) -> dict[str, Path | None]:
+        """The same for Gram matrices."""
+        return {entry.key: self._given_path(entry, "gram") for entry in self.experts}
 
-    def with_estimates(self, folders: Mapping[str, Path]) -> Recipe:
-        """The same recipe, with the folders of Fishers that were estimated, by key."""
+    @property
+    def to_estimate(self) -> tuple[tuple[str, ModelEntry], ...]:
+        """What is still to be estimated: 'fisher' or 'gram', and the model."""
+        pairs = [(kind, entry) for kind in ("fisher", "gram") for entry in self.experts]
+        return tuple(
+            p for p in pairs if isinstance(getattr(p[1], p[0]), dict) and (p[0], p[1].key) not in self._estimated
+        )
+
+    def with_estimates(self, folders: Mapping[tuple[str, str], Path]) -> Recipe:
+        """The same recipe, with the folders of what was estimated, by kind and key."""
         return replace(self, _estimated={**self._estimated, **folders})
 
     @property
@@ -297,17 +310,19 @@ class Recipe:
         )
         warnings = tuple(dict.fromkeys((*self.warnings, *recipe.warnings)))
         return replace(
-            recipe, _warnings=warnings, _estimated=self._estimated, _fetched=self._fetched, _stages=self._stages
-        )
+            recipe, _warnings=warnings, _estimated=self._estimated, _fetched=self._fetched, _stages=self._stages,
+            bare=self.bare,
+        )  # fmt: skip
 
-    def _fisher_path(self, entry: ModelEntry) -> Path | None:
-        if entry.fisher is None:
+    def _given_path(self, entry: ModelEntry, kind: str) -> Path | None:
+        given = getattr(entry, kind)
+        if given is None:
             return None
-        if isinstance(entry.fisher, str):
-            return self._find(entry.fisher, self.place(entry, "fisher"))
-        if entry.key not in self._estimated:
-            raise RecipeError(f"{self.at(self.place(entry, 'fisher'))}: is not estimated yet; a merge does that.")
-        return self._estimated[entry.key]
+        if isinstance(given, str):
+            return self._find(given, self.place(entry, kind))
+        if (kind, entry.key) not in self._estimated:
+            raise RecipeError(f"{self.at(self.place(entry, kind))}: is not estimated yet; a merge does that.")
+        return self._estimated[kind, entry.key]
 
     def place(self, entry: ModelEntry, *rest: str) -> Place:
         """Where a model stands in the recipe, or something of it."""
@@ -414,22 +429,25 @@ def recipe_from_parts(
     settings: Mapping[str, Any] | None = None,
     *,
     fishers: Sequence[str] = (),
+    grams: Sequence[str] = (),
     folder: Path | None = None,
     methods: Mapping[str, Method] | None = None,
 ) -> Recipe:
-    """The recipe of `--base --expert --fisher --method --set`; messages name the flag."""
-    if fishers and len(fishers) != len(experts):
-        raise RecipeError(
-            f"--fisher is given {len(fishers)} times and --expert {len(experts)} times: "
-            "give one Fisher folder for each expert, in the same order, or none."
-        )
+    """The recipe of `--base --expert --fisher --gram --method --set`; messages name the flag."""
     models = [{"model": expert} for expert in experts]
-    for entry, fisher in zip(models, fishers):
-        entry["fisher"] = fisher
+    for kind, word, folders in (("fisher", "Fisher", fishers), ("gram", "Gram", grams)):
+        if folders and len(folders) != len(experts):
+            raise RecipeError(
+                f"--{kind} is given {len(folders)} times and --expert {len(experts)} times: "
+                f"give one {word} folder for each expert, in the same order, or none."
+            )
+        for entry, given in zip(models, folders):
+            entry[kind] = given
     data: dict[str, Any] = {"merge_method": method, "base_model": base, "models": models}
     flags: dict[Place, str] = {("merge_method",): "--method", ("base_model",): "--base", ("models",): "--expert"}
     flags |= {("models", k): f"--expert {expert}" for k, expert in enumerate(experts)}
     flags |= {("models", k, "fisher"): f"--fisher {fisher}" for k, fisher in enumerate(fishers)}
+    flags |= {("models", k, "gram"): f"--gram {gram}" for k, gram in enumerate(grams)}
     flags |= _apply_settings(data, settings or {})
     return build_recipe(data, Source("the command line", {}, flags), folder, methods)
 

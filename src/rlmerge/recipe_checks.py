@@ -83,18 +83,27 @@ def _tokenizer(value: Any) -> Any:
 
 
 def _fisher(value: Any) -> Any:
+    return _estimate(value, FISHER_VALUES)
+
+
+def _gram(value: Any) -> Any:
+    return _estimate(value, GRAM_VALUES)
+
+
+def _estimate(value: Any, known: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """A path, or settings of an estimate."""
     if not isinstance(value, dict):
         return value if value is None else _text(value)
     for key in value:
-        if key not in FISHER_VALUES:
+        if key not in known:
             raise ValueError(
-                f"{show(key)} is no setting of an estimate.{did_you_mean(str(key), FISHER_VALUES)} There are: "
-                f"{', '.join(FISHER_VALUES)}"
+                f"{show(key)} is no setting of an estimate.{did_you_mean(str(key), known)} There are: "
+                f"{', '.join(known)}"
             )
     if "data" not in value:
         raise ValueError("an estimate needs data: write {data: problems.jsonl, source: own}, or the path of a folder")
     found = {}
-    for key, check in FISHER_VALUES.items():
+    for key, check in known.items():
         if key in value:
             try:
                 found[key] = check(value[key])
@@ -189,6 +198,13 @@ FISHER_VALUES: dict[str, Callable[[Any], Any]] = {
 JSON_OF[_tokenizer] = tokenizer_in_json(JSON_OF[_reference])
 JSON_OF[_fisher] = either(TEXT, mapping({key: JSON_OF[check] for key, check in FISHER_VALUES.items()}, "data"))
 
+GRAM_VALUES = {key: check for key, check in FISHER_VALUES.items() if key not in ("group", "reduce", "compute")} | {
+    "source": _one_of("own", "gold", "sampled"),
+    "positions": _one_of("all", "answer"),
+}
+"""The same for `gram: {data: …}` and `rlmerge gram`."""
+JSON_OF[_gram] = either(TEXT, mapping({key: JSON_OF[check] for key, check in GRAM_VALUES.items()}, "data"))
+
 TOP_VALUES: dict[str, Callable[[Any], Any]] = {
     "name": _text,
     "merge_method": _text,
@@ -210,7 +226,7 @@ TOP_VALUES: dict[str, Callable[[Any], Any]] = {
 }
 """The canonical value of each top-level key, or a ValueError; models and parameters have functions of their own."""
 TOP_KEYS = ("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", *list(TOP_VALUES)[3:])
-ENTRY_VALUES: dict[str, Callable[[Any], Any]] = {"model": _reference, "name": _text, "fisher": _fisher}
+ENTRY_VALUES: dict[str, Callable[[Any], Any]] = {"model": _reference, "name": _text, "fisher": _fisher, "gram": _gram}
 ENTRY_KEYS = (*ENTRY_VALUES, "parameters")
 
 

@@ -116,7 +116,7 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
     return max(1, min(threads, (memory - fixed) // each))
 
 
-def whole_cost(plan: Plan) -> list[tuple[int, int, int]]:
+def whole_cost(plan: Plan) -> list[tuple[float, int, int]]:
     """For each tensor that is merged whole: decompositions of all variants, m·n·min(m, n) of one, bytes held."""
     found = []
     resolvers = [PartResolver(recipe, plan.layers) for recipe in plan.variants]
@@ -125,7 +125,11 @@ def whole_cost(plan: Plan) -> list[tuple[int, int, int]]:
             continue
         costs = [
             plan.recipe.method.whole_cost(
-                tensor.name, tensor.shape, resolver.resolve(tensor).values, len(tensor.experts)
+                tensor.name,
+                tensor.shape,
+                resolver.resolve(tensor).values,
+                len(tensor.experts),
+                int(not tensor.gram_first) if tensor.grams else None,
             )
             for resolver in resolvers
         ]

@@ -189,7 +189,7 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
 
 
 def _roles(plan: Plan) -> list[tuple[str, Any, Sequence[Header], int]]:
-    """Base, experts, Fishers: role, reference, files, and number among the inputs of a unit."""
+    """Base, experts, Fishers, Gram matrices: role, reference, files, and number among the inputs of a unit."""
     written = {entry.key: entry for entry in plan.recipe.models}
     count = len(plan.experts)
     roles: list[tuple[str, Any, Sequence[Header], int]] = []
@@ -199,6 +199,9 @@ def _roles(plan: Plan) -> list[tuple[str, Any, Sequence[Header], int]]:
         roles.append((key, written[key].model, model.headers, 1 + k))
     for k, (key, fisher) in enumerate(zip(plan.experts, plan.fishers)):
         roles.append((f"fisher of {key}", written[key].fisher, fisher.headers, 1 + count + k))
+    first = 1 + count + len(plan.fishers)
+    for k, (key, gram) in enumerate(zip(plan.experts, plan.grams)):
+        roles.append((f"gram of {key}", written[key].gram, gram.headers, first + k))
     return roles
 
 

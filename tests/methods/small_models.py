@@ -70,12 +70,18 @@ def write_all(
 def make_recipe(
     folder: Path, method: str, keys: list[str], parameters: Mapping[str, Any] | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None, fishers: bool | None = None, base: str | None = "",
-    **top: Any,
+    grams: bool | None = None, **top: Any,
 ) -> rlmerge.Recipe:  # fmt: skip
     """A recipe over folders below `folder`; `own` are per-model parameters, `top` further top-level keys.
 
-    Global parameters that a method requires are 1; a method that requires Fishers gets Fishers of ones, unless told.
+    Global parameters that a method requires are 1; a method that requires Fishers gets Fishers of ones, one that
+    requires Gram matrices random ones, unless told.
     """
+    if grams is None and method == "regmean":
+        donor = folder / (keys[0] if base is None else base or "base")
+        shapes = {name: array.shape for name, (kind, array) in read_words(donor).items() if kind in FORMS}
+        write_grams(folder, {key: some_grams(key, shapes) for key in keys})
+        grams = True
     if method in rlmerge.method_names():
         parameters = needed_globals(method) | dict(parameters or {})
     if fishers is None and method in ("fisher", "ota"):
@@ -90,6 +96,8 @@ def make_recipe(
         entry: dict[str, Any] = {"model": key}
         if fishers:
             entry["fisher"] = f"fisher_{key}"
+        if grams:
+            entry["gram"] = f"gram_{key}"
         if own and own.get(key):
             entry["parameters"] = dict(own[key])
         models.append(entry)
@@ -190,3 +198,20 @@ def some_fishers(rng: np.random.Generator, keys: list[str]) -> dict[str, Tensors
         key: {name: (rng.integers(0, 9, shape) / 8).astype(np.float32) for name, shape in SHAPES.items()}
         for key in keys
     }
+
+
+def some_grams(seed: str, shapes: Mapping[str, tuple[int, ...]], rows: int | None = None) -> Tensors:
+    """For every matrix the mean of xᵀx over `rows` random inputs (by default more than it has)."""
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and 0 not in shape:
+            rng = np.random.default_rng([*seed.encode(), *name.encode()])
+            inputs = rng.standard_normal((rows or 2 * shape[1], shape[1])) * rng.uniform(0.1, 3.0, shape[1])
+            found[name] = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    return found
+
+
+def write_grams(folder: Path, grams: Mapping[str, Tensors]) -> None:
+    """A Gram folder for each model, under `folder`."""
+    for key, tensors in grams.items():
+        write_tensors(folder / f"gram_{key}" / "gram.safetensors", tensors, "F32")

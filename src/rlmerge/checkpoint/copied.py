@@ -13,7 +13,7 @@ _WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
 }  # fmt: skip
 _NOT_COPIED = frozenset({
     "README.md", "rlmerge.json", "mergekit_config.yml", "trainer_state.json", "adapter_config.json", "fisher.json",
-    "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
+    "gram.json",     "zero_to_fp32.py", "latest", "run.log", "journal.jsonl", "lock",
 })  # fmt: skip
 NOT_COPIED_FOLDER = re.compile(
     r"\..*|__pycache__|(tmp-)?checkpoint-.*|(global_|epoch_)?step_?\d+|runs|wandb|mlruns|logs|tensorboard|completions"

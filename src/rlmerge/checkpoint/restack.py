@@ -15,6 +15,7 @@ from typing import Any
 
 from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
+from rlmerge.checkpoint.gram import GramFolder
 from rlmerge.checkpoint.match import is_buffer
 from rlmerge.errors import MismatchError, RecipeError
 
@@ -165,6 +166,16 @@ def view_fisher(folder: FisherFolder, names: Mapping[str, str]) -> FisherFolder:
         folder, tensors=renamed(folder.tensors), sums=renamed(folder.sums), digests=renamed(folder.digests),
         compact=renamed(folder.compact),
     )  # fmt: skip
+
+
+def view_gram(folder: GramFolder, names: Mapping[str, str]) -> GramFolder:
+    """The same of Gram matrices."""
+
+    def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in data.items() if name in names}
+
+    first = frozenset(names[name] for name in folder.first if name in names)
+    return replace(folder, tensors=renamed(folder.tensors), first=first, digests=renamed(folder.digests))
 
 
 # ---- config.json --------------------------------------------------------------------------------------------------

@@ -35,8 +35,9 @@ def run(given: Namespace) -> None:
     from rlmerge.preflight import check
 
     recipe, _ = make_recipe(
-        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
-    )
+        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin,
+        grams=given.gram,
+    )  # fmt: skip
     report = check(recipe, threads=given.threads, accept_tokenizers=given.accept_tokenizers, download=given.download)
     show_report(report, given.json, given.quiet)
 

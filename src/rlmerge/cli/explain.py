@@ -26,8 +26,9 @@ def run(given: Namespace) -> None:
     from rlmerge.preflight import explain
 
     recipe, _ = make_recipe(
-        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin
-    )
+        given.recipe, given.base, given.expert, given.fisher, given.method, given.set, plugins=given.plugin,
+        grams=given.gram,
+    )  # fmt: skip
     groups = explain(recipe, download=given.download)
     if given.json:
         json.dump(groups, sys.stdout)

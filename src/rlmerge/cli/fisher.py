@@ -14,7 +14,8 @@ from .options import Parser, at_least, declare_download, declare_output, parse_b
 from .show import duration, told
 
 if TYPE_CHECKING:
-    from rlmerge.fisher.estimate import FisherSettings, Progress
+    from rlmerge.fisher.estimate import FisherSettings
+    from rlmerge.fisher.given import Progress
 
 USAGE = "[OPTIONS] MODEL --data FILE.jsonl -o DIR"
 DESCRIPTION = """\

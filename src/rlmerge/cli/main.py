@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "Merge and measure the RL-trained experts that come with rlmerge.",
     "fisher": "Estimate which parameters a model's answers rest on.",
     "fisher-stats": "Judge Fishers: enough sequences, who wins, by what.",
+    "gram": "Measure the inputs of a model's linear layers, for regmean.",
     "lab": "Train small RLVR, SFT and RFT experts, and merge them every way.",
     "pack": "Store what training changed in a base, bit for bit.",
     "unpack": "Make the expert of a delta pack again.",

@@ -78,8 +78,9 @@ def run(given: Namespace) -> None:
         raise RecipeError(f"give a recipe and an output folder: rlmerge merge {given.first} OUT")
     settings = [*(given.set or []), *([f"seed={given.seed}"] if given.seed is not None else [])]
     recipe, sweep = make_recipe(
-        path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True, plugins=given.plugin
-    )
+        path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True, plugins=given.plugin,
+        grams=given.gram,
+    )  # fmt: skip
     options: dict[str, Any] = {
         "sweep": sweep,
         "stages": given.stages,

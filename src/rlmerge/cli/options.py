@@ -64,6 +64,7 @@ def declare_parts(parser: Parser) -> None:
     parser.add_argument(
         "--fisher", metavar="FOLDER", action="append", help="Fisher folder; once for each expert, in order"
     )
+    parser.add_argument("--gram", metavar="FOLDER", action="append", help="Gram folder; once for each expert, in order")
     parser.add_argument("--method", metavar="NAME", help="merge method, see 'rlmerge methods'")
     declare_plugins(parser)
     parser.add_argument(
@@ -117,6 +118,7 @@ def make_recipe(
     settings: list[str] | None,
     sweeps: bool = False,
     plugins: list[str] | None = None,
+    grams: list[str] | None = None,
 ) -> tuple[Recipe | Stages, list[dict[str, Any]]]:
     """The recipe of a file or of --base/--expert/--method, and the points of a sweep ([] for a single merge).
 
@@ -127,8 +129,8 @@ def make_recipe(
     from rlmerge.stages import load_stages
 
     parts = [flag for flag, value in (("--base", base), ("--expert", experts), ("--method", method)) if value]
-    if path is not None and (parts or fishers):
-        flags = ", ".join(parts or ["--fisher"])
+    if path is not None and (parts or fishers or grams):
+        flags = ", ".join(parts or ["--fisher" if fishers else "--gram"])
         raise RecipeError(f"a recipe file and {flags}: give one or the other. --set changes single values of a recipe.")
     points = parse_settings(settings) if settings else []
     single = points[0] if len(points) == 1 else {}
@@ -144,7 +146,9 @@ def make_recipe(
         if not experts:
             raise RecipeError("give a recipe file, or --base, --expert (once for each) and --method.")
         first = single or (points[0] if points else {})
-        recipe = recipe_from_parts(base, experts, method or "sar", first, fishers=fishers or (), methods=methods)
+        recipe = recipe_from_parts(
+            base, experts, method or "sar", first, fishers=fishers or (), grams=grams or (), methods=methods
+        )
     if len(points) > 1 and not sweeps:
         raise RecipeError("--set: a sweep of several values works with 'rlmerge merge' only; here give one value each.")
     return recipe, points if len(points) > 1 else []

@@ -25,7 +25,7 @@ from rlmerge.recipe import Recipe
 from .blocks import InputBlock
 from .inputs import Hashes, Inputs, blocks_of, cast, decode_words
 from .memory import Memo, Space
-from .whole_tensor import WholeTensor
+from .whole_tensor import WholeTensor, read_gram
 
 FORMATS = {"BF16": (7, -126), "F16": (10, -14), "F32": (23, -126)}
 """Fraction bits and smallest exponent, for stochastic rounding."""
@@ -86,6 +86,7 @@ class Worker:
                 bool(plan.repeats),
                 plan.fisher_sums,
                 self.group_of[variant],
+                int(not plan.gram_first) if plan.grams else None,
             )
         return self._tasks[variant, tensor]
 
@@ -144,7 +145,7 @@ class Worker:
             tensor,
             unit,
             [state.hexdigest() for state in written],
-            hashes.digests(1 + len(plan.experts) + len(plan.fishers)),
+            hashes.digests(1 + len(plan.experts) + len(plan.fishers) + len(plan.grams)),
             [entry.to_lists() for entry in stats],
             [entry.to_lists() for entry in census],
             hashes.sums.tolist() if plan.fisher_sums else [],
@@ -163,7 +164,12 @@ class Worker:
         plan, method = self.plan.tensors[tensor], self.plan.variants[variant].method
         if method.grain != "matrix":
             return None
-        whole = WholeTensor(plan.shape, len(plan.experts), lambda: self._blocks(tensor, unit, space, last=True))
+        hashes = self._hashes.setdefault((tensor, unit), Hashes(plan.units[unit][0], len(plan.fisher_sums)))
+
+        def gram(expert: int) -> NDArray[np.float64]:
+            return read_gram(self.inputs, plan, expert, hashes)
+
+        whole = WholeTensor(plan.shape, len(plan.experts), lambda: self._blocks(tensor, unit, space, last=True), gram)
         return method.whole(whole, self.task(variant, tensor), results)
 
     def check_sums(self, tensor: int, units: Mapping[tuple[int, int], UnitRecord]) -> None:

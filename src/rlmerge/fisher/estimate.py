@@ -6,13 +6,11 @@ F = mean over units of (∂ log p(y|x)/∂θ)² at θ, one sequence a unit (desi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,21 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpoint, read_json_object
-from rlmerge.checkpoint.pack import find_base
-from rlmerge.downloads import find_folder, find_model, with_downloads
-from rlmerge.errors import FisherError, NonFiniteError, RecipeError
-from rlmerge.evaluate.run import TransformersBackend, load_model
+from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpoint
+from rlmerge.errors import FisherError, NonFiniteError
+from rlmerge.evaluate.run import load_model
 from rlmerge.evaluate.tasks import Task
-from rlmerge.packs.restore import small_files
-from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
 from rlmerge.version import VERSION
 
 from .data import SequenceChoice, check_choice, load_data
 from .folder import RunFolder
+from .given import TOKEN_RULE, Progress, as_source, base_of, count_accepted, draw, drawing, read_small_files
 from .gradients import SquaredGradients
 from .names import as_stored, names_in_files
 from .only import positions_asked, tensors_asked
 from .room import fit
 from .sequences import Unit, make_batches
-from .sources import Drawn, gold, make_units, sample
+from .sources import make_units
 from .store import DTYPES, Course, save_tensors, write_fisher
 
 CHUNK = 16
@@ -47,23 +42,8 @@ TOKENS = 1024
 """Padded tokens of a batch, at most: more would be no faster, and logits of a large vocabulary take their room."""
 PATIENCE = 60.0
 """Seconds after which the sums so far are put on disk, if that does not take a tenth of the time."""
-SMALL = (
-    "*config.json",
-    "token*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-)
-"""Files beside the weights that decide what is computed, and of which tokens."""
 WIDTH = {"fp32": 4, "bf16": 2}
 """Bytes of a stored value."""
-TOKEN_RULE = (
-    "ids of the prompt (for messages: of the model's chat template, with a generation prompt), not scored; then the "
-    "completion: as drawn, with the end token where one was drawn, or for gold its text encoded by itself without "
-    "special tokens, then the end-of-sequence token, or the string that ends answers of this problem (meta.end)"
-)
 
 
 @dataclass(frozen=True)
@@ -89,19 +69,6 @@ class FisherSettings:
     part: tuple[int, int] = (1, 1)
     unsafe: bool = False
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is being done ('loading', 'sampling', 'gradients'), how far it is, tokens (or completions tried) by this
-    call, and how far an earlier call had come.
-    """
-
-    what: str
-    done: int
-    total: int
-    tokens: int = 0
-    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,8 +108,8 @@ def estimate_fisher(
     data = str(data)
     choice = settings.choice
     task = load_data(data, choice.wanted, choice.group if choice.source == "policy" else 1, choice.seed)
-    source = _as_source(str(model), base, download)
-    stored = open_checkpoint(source if isinstance(source, Path) else _base_of(source))
+    source = as_source(str(model), base, download)
+    stored = open_checkpoint(source if isinstance(source, Path) else base_of(source))
     _check(settings, sparse, task, data)
     asked = _Asked.by(only, sparse, stored)
     folder = RunFolder(out, overwrite)
@@ -150,11 +117,11 @@ def estimate_fisher(
         torch.set_num_threads(settings.threads)
     progress(Progress("loading", 0, 1))
     loaded, tokenizer = load_model(source, settings.threads, base=base)
-    said = _identity(loaded, tokenizer, _small_files(stored, base), task, settings, asked)
+    said = _identity(loaded, tokenizer, read_small_files(stored, base), task, settings, asked)
     with folder.opened(said, wait) as unfinished:
         if wait and (Path(out) / "fisher.json").exists():
             raise FisherError(f"{out}: another process has just made it.")
-        drawn = _draw(loaded, tokenizer, task, settings, unfinished, progress)
+        drawn = draw(loaded, tokenizer, task, settings.choice, settings.unsafe, unfinished, progress)
         place, parts = settings.part
         mine = make_units(drawn, choice)[place - 1 :: parts]
         live = [unit for unit in mine if unit is not None]
@@ -183,7 +150,7 @@ def estimate_fisher(
             "part": list(settings.part),
             "sequences": sum(len(unit.sequences) for unit in live),
             "tokens": sum(sequence.scored for unit in live for sequence in unit.sequences),
-            "accepted": _accepted(unfinished),
+            "accepted": count_accepted(unfinished),
             "log_probability": run.log_probability / len(live),
             "token_rule": TOKEN_RULE,
             "notes": run.notes,
@@ -332,32 +299,6 @@ def _check(settings: FisherSettings, sparse: bool, task: Task, data: str) -> Non
         raise FisherError(f"--part {place}/{parts}: write I/N with 1 ≤ I ≤ N.")
 
 
-def _as_source(reference: str, base: Path | str | None, download: bool) -> Path | Recipe:
-    """A model folder, or the recipe that makes one in memory: a .yml, a LoRA folder on its base, or 'A+B'."""
-    model = find_model(reference, download)
-    if isinstance(model, Recipe):
-        return model
-    if model.suffix in (".yml", ".yaml"):
-        recipe = load_recipe(model)
-        return with_downloads(recipe) if download else recipe
-    if not (model / "adapter_config.json").exists() or any(model.glob("model*.safetensors")):
-        return model
-    named = str(base or read_json_object(model / "adapter_config.json").get("base_model_name_or_path") or "")
-    home = None
-    with contextlib.suppress(RecipeError):
-        home = find_folder(named, download) if named else None
-    if home is None or not home.is_dir():
-        raise FisherError(
-            f"{model}: a LoRA folder, and its base {named or '(not named)'} is no folder here. Say where it is: --base."
-        )
-    return recipe_from_parts(str(home.absolute()), [str(model.absolute())], "task_arithmetic", {"weight": 1.0})
-
-
-def _base_of(recipe: Recipe) -> Path:
-    """The folder whose names the Fisher has."""
-    return recipe.base_path or next(iter(recipe.model_paths.values()))
-
-
 def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
     """The parameters of the loaded model that become these tensors of the files."""
     shapes = {name: torch.empty(value.shape, device="meta") for name, value in model.named_parameters()}
@@ -372,39 +313,12 @@ def _loaded_names(model: Any, names: set[str], stored: Checkpoint) -> set[str]:
     return found
 
 
-def _small_files(stored: Checkpoint, base: Path | str | None) -> dict[str, bytes]:
-    """The files beside the weights that decide what is computed, by name."""
-    if stored.pack is None:
-        found = sorted({file for pattern in SMALL for file in stored.folder.glob(pattern)})
-        return {file.name: file.read_bytes() for file in found}
-    files = dict(small_files(stored.pack, find_base(stored, base)))
-    wanted = (name for name in sorted(files) if any(fnmatch(name, pattern) for pattern in SMALL))
-    return {name: files[name] for name in wanted if "/" not in name}
-
-
 def _identity(
     model: Any, tokenizer: Any, files: dict[str, bytes], task: Task, settings: FisherSettings, asked: _Asked
 ) -> dict[str, Any]:
     """Everything that decides the result; under 'draw' what decides the sequences, but for how many are taken."""
-    choice = settings.choice
-    small = xxhash.xxh3_128()
-    for name, data in files.items():
-        small.update(name.encode() + b"\0" + data)
-    drawing = ("temperature", "max_new_tokens", "seed")
-    draw = {
-        "version": VERSION,
-        "source": choice.source,
-        "weights": TransformersBackend(model, tokenizer).identity,
-        "small_files": small.hexdigest(),
-        "data": task.settings,
-        "sampling": None if choice.source == "gold" else {key: getattr(choice, key) for key in drawing},
-    }
-    taken = {"sequences": choice.sequences}
-    taken |= {"attempts": choice.attempts} if choice.source == "own" else {}
-    taken |= {"group": choice.group} if choice.source == "policy" else {}
     return {
-        "draw": draw,
-        "taken": taken,
+        **drawing(model, tokenizer, files, task, settings.choice),
         "reduce": settings.reduce,
         "compute": settings.compute,
         "storage": settings.storage,
@@ -414,28 +328,3 @@ def _identity(
         "only": asked.digest,
         "torch": torch.__version__.split("+")[0],
     }
-
-
-def _draw(
-    model: Any, tokenizer: Any, task: Task, settings: FisherSettings, folder: Path, progress: Callable[[Progress], None]
-) -> list[Drawn]:
-    choice = settings.choice
-    notes = folder / "sequences.jsonl"
-    if choice.source == "gold":
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        drawn = gold(tokenizer, task.problems, choice, limit)
-        notes.write_text("".join(one.to_json() + "\n" for one in drawn), encoding="utf-8")
-        return drawn
-
-    def tell(accepted: int, tried: int) -> None:
-        progress(Progress("sampling", accepted, choice.wanted, tried))
-
-    return sample(model, tokenizer, task.problems, choice, notes, unsafe=settings.unsafe, tell=tell)
-
-
-def _accepted(folder: Path) -> list[int] | None:
-    """Right completions, and all that were verified."""
-    verdicts = [
-        json.loads(line)["correct"] for line in (folder / "sequences.jsonl").read_text("utf-8").split("\n") if line
-    ]
-    return None if all(verdict is None for verdict in verdicts) else [sum(map(bool, verdicts)), len(verdicts)]

@@ -1,4 +1,4 @@
-"""The folder of a Fisher while it is made: locked, continued or begun, and never somebody else's.
+"""The folder of a Fisher (or of Gram matrices) while it is made: locked, continued or begun, never somebody else's.
 
 Work goes on in OUT.unfinished, which gets its name at the end. `run.json` in it says what is being made; a folder
 without one is not ours, whatever lies in it.
@@ -10,23 +10,53 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlmerge.errors import FisherError, OutputError
+from rlmerge.errors import FisherError, OutputError, RlmergeError
 from rlmerge.execute.safe_files import take_lock
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
-FILES = frozenset({"fisher.json", SEQUENCES, "course.safetensors", "fisher.safetensors.index.json", NOTE, LOCK})
-"""What a Fisher folder may hold beside weights."""
-SUMS = frozenset({"sums.safetensors", "sums.part"})
+SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part"})
 ONCE = {"made": "in one go"}
 
 
-class RunFolder:
-    """OUT and OUT.unfinished. Raises FisherError, before anything is made, for an output that is not to be replaced."""
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds: its files are STEM.safetensors or shards, STEM.json and `others`.
 
-    def __init__(self, out: Path | str, overwrite: bool) -> None:
+    word     how messages call it
+    error    what is raised
+    """
+
+    stem: str
+    word: str
+    error: type[RlmergeError]
+    others: frozenset[str] = frozenset()
+
+    @property
+    def files(self) -> frozenset[str]:
+        """What such a folder may hold beside weights."""
+        return self.others | {f"{self.stem}.json", f"{self.stem}.safetensors.index.json", SEQUENCES, NOTE, LOCK}
+
+    def stranger(self, folder: Path, also: frozenset[str] = frozenset()) -> str | None:
+        """The name of something in a folder that none of this kind has."""
+        for file in sorted(folder.iterdir()):
+            weights = file.name.startswith(self.stem) and file.suffix == ".safetensors"
+            if file.is_dir() or not (weights or file.name in self.files | also):
+                return file.name
+        return None
+
+
+FISHER = Kind("fisher", "Fisher", FisherError, frozenset({"course.safetensors"}))
+
+
+class RunFolder:
+    """OUT and OUT.unfinished. Raises the kind's error, before anything is made, for an output not to be replaced."""
+
+    def __init__(self, out: Path | str, overwrite: bool, kind: Kind = FISHER) -> None:
+        self.kind = kind
         self.out = Path(out).absolute()
         self.path = self.out.with_name(f"{self.out.name}.unfinished")
         self.overwrite = overwrite
@@ -34,22 +64,26 @@ class RunFolder:
         self._lock: int | None = None
         for place in (self.out, self.path, self._old):
             if place.is_symlink():
-                raise FisherError(f"{place}: is a link; name a folder of its own.")
+                raise self.kind.error(f"{place}: is a link; name a folder of its own.")
         if self.out.exists():
             self._check_output()
         if self._old.exists():
-            raise FisherError(f"{self._old}: is in the way. It is what an earlier run replaced: remove it.")
+            raise self.kind.error(f"{self._old}: is in the way. It is what an earlier run replaced: remove it.")
         if not self.out.parent.is_dir():
-            raise FisherError(f"{self.out.parent}: there is no such folder to put {self.out.name} into.")
+            raise self.kind.error(f"{self.out.parent}: there is no such folder to put {self.out.name} into.")
 
     def _check_output(self) -> None:
         if not self.out.is_dir():
-            raise FisherError(f"{self.out}: is a file; a Fisher needs a folder.")
-        stranger = _stranger(self.out, FILES)
+            raise self.kind.error(f"{self.out}: is a file; a {self.kind.word} needs a folder of its own.")
+        stranger = self.kind.stranger(self.out)
         if stranger is not None:
-            raise FisherError(f"{self.out}: holds {stranger!r}, which no Fisher has. Name another folder.")
+            raise self.kind.error(
+                f"{self.out}: holds {stranger!r}, which no {self.kind.word} has. Name another folder."
+            )
         if any(self.out.iterdir()) and not self.overwrite:
-            raise FisherError(f"{self.out}: holds a Fisher already. Name another folder, or add --overwrite.")
+            raise self.kind.error(
+                f"{self.out}: holds a {self.kind.word} already. Name another folder, or add --overwrite."
+            )
 
     @contextlib.contextmanager
     def opened(self, said: dict[str, Any] | None = None, wait: bool = False) -> Iterator[Path]:
@@ -82,9 +116,9 @@ class RunFolder:
     def _take_lock(self, wait: bool) -> None:
         self._lock = take_lock(self.path, wait)
         if self._lock is None:
-            raise FisherError(f"{self.path}: another process is working there. Wait for it, or stop it.")
+            raise self.kind.error(f"{self.path}: another process is working there. Wait for it, or stop it.")
         if not (self.path / LOCK).exists():
-            raise FisherError(f"{self.out}: another process has just made it.")
+            raise self.kind.error(f"{self.out}: another process has just made it.")
 
     def _give_up_lock(self) -> None:
         if self._lock is not None:
@@ -98,10 +132,11 @@ class RunFolder:
         if not others:
             note.write_text(json.dumps(said) + "\n")
             return
-        stranger = _stranger(self.path, FILES | SUMS)
+        stranger = self.kind.stranger(self.path, SUMS)
         if not note.exists() or stranger is not None:
-            raise FisherError(
-                f"{self.path}: is in the way, and is no unfinished Fisher ({stranger or others[0]}). Move it elsewhere."
+            raise self.kind.error(
+                f"{self.path}: is in the way, and is no unfinished {self.kind.word} ({stranger or others[0]}). Move it "
+                "elsewhere."
             )
         try:
             before = json.loads(note.read_text())
@@ -114,9 +149,9 @@ class RunFolder:
         if costly and not self.overwrite:
             pairs = ((before, said), (before.get("draw") or {}, said.get("draw") or {}))
             keys = {key for old, new in pairs for key in {*old, *new} - {"draw"} if old.get(key) != new.get(key)}
-            raise FisherError(
-                f"{self.path}: an unfinished Fisher of another model, other data or other settings (it differs in "
-                f"{', '.join(sorted(keys))}). Finish it with its own command, or throw it away with --overwrite."
+            raise self.kind.error(
+                f"{self.path}: an unfinished {self.kind.word} of another model, other data or other settings (differs "
+                f"in {', '.join(sorted(keys))}). Finish it with its own command, or throw it away with --overwrite."
             )
         for file in self.path.iterdir():
             # sequences that the same model drew from the same data serve other settings, too
@@ -136,12 +171,3 @@ class RunFolder:
             for file in self._old.iterdir():
                 file.unlink()
             self._old.rmdir()
-
-
-def _stranger(folder: Path, known: frozenset[str]) -> str | None:
-    """The name of something in a folder that no Fisher has."""
-    for file in sorted(folder.iterdir()):
-        weights = file.name.startswith("fisher") and file.suffix == ".safetensors"
-        if file.is_dir() or not (weights or file.name in known):
-            return file.name
-    return None

@@ -1,4 +1,6 @@
-"""The merges that are compared: every method that there is, at its defaults where they cut, and SAR without Fishers."""
+"""The merges that are compared: every method at its defaults where they cut, but for those that need Gram matrices,
+which the lab does not measure; and SAR without Fishers.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,13 @@ class Contender:
 
 
 def contenders(experts: int, labels: Sequence[str] = ()) -> list[Contender]:
-    """All methods that take so many experts, or those of these labels."""
+    """All methods that take so many experts and need no Gram matrices, or those of these labels."""
     found = []
     for name in method_names():
         method = get_method(name)
         most = method.arity.maximum
+        if method.uses_gram({}):
+            continue
         if method.arity.minimum <= experts and (most is None or experts <= most):
             cut = {"density": 0.5} if name in HALVES else {}
             found.append(Contender(name, name, required(method) | cut, inputs_of(method, {})))

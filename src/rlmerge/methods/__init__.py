@@ -36,6 +36,7 @@ METHODS: dict[str, str] = {
     "ram": "ram:Ram",
     "ramplus": "ram:RamPlus",
     "ramplus_tl": "ram:RamPlusTensorLocal",
+    "regmean": "regmean:RegMean",
     "resmerge": "resmerge:ResMerge",
     "sar": "sar:Sar",
     "sce": "sce:Sce",

@@ -76,6 +76,8 @@ class Task:
     fisher       whether every expert has a Fisher for this tensor
     repeats      whether it is the second copy of a tied tensor
     fisher_sums  Σ F of each expert's Fisher where the files record it, else empty
+    gram         the dimension along which the inputs of a linear layer run, where every expert has their Gram matrix;
+                 else None
     group        number of the points of a sweep that measure alike: what one group keeps is not another's
     """
 
@@ -90,6 +92,7 @@ class Task:
     repeats: bool = False
     fisher_sums: tuple[float, ...] = ()
     group: int = 0
+    gram: int | None = None
 
     @property
     def size(self) -> int:
@@ -216,6 +219,13 @@ class Whole(ABC):
     @abstractmethod
     def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
         """Σ c[i]·δi, fp64 in the tensor's shape; a new array. Experts are added in their order, those of 0 left out."""
+
+    @abstractmethod
+    def gram(self, expert: int) -> NDArray[np.float64]:
+        """The Gram matrix of an expert's inputs, fp64[in, in], where `Task.gram` says that there is one; a new array.
+
+        Finite, symmetric, its diagonal not negative.
+        """
 
     def delta(self, expert: int) -> NDArray[np.float64]:
         """One expert's delta, fp64 in the tensor's shape; a new array."""
@@ -344,6 +354,10 @@ class Method(ABC):
         """Whether these global parameters make the method read Fishers."""
         return False
 
+    def uses_gram(self, values: Mapping[str, Any]) -> bool:
+        """Whether these global parameters make the method read Gram matrices of inputs."""
+        return False
+
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
         """The stages in their order, for these global parameters."""
         return ()
@@ -357,9 +371,11 @@ class Method(ABC):
         return None
 
     def whole_cost(
-        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int
-    ) -> tuple[int, int]:
-        """What `whole` takes for a tensor: singular value decompositions of its shape, and bytes, at most."""
+        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
+    ) -> tuple[float, int]:
+        """What `whole` takes for a tensor: singular value decompositions of its shape (or their time), and bytes, at
+        most. `gram` as in `Task`.
+        """
         return 0, 0
 
     @abstractmethod

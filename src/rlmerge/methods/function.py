@@ -117,8 +117,8 @@ class FunctionMethod(Method):
         return self._call(tensor.base(), deltas, task).reshape(-1)
 
     def whole_cost(
-        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int
-    ) -> tuple[int, int]:
+        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
+    ) -> tuple[float, int]:
         """Base, deltas, as much again for the function, and the result."""
         return 0, 8 * prod(shape) * (2 * experts + 3) if self.sees == "tensor" else 0
 

@@ -42,8 +42,8 @@ class Spectral(Method):
     """Arrays of its size that are held beside what is decomposed: so many, and so many for each expert."""
 
     def whole_cost(
-        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int
-    ) -> tuple[int, int]:
+        self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
+    ) -> tuple[float, int]:
         """As declared, and what LAPACK takes: a copy, the vectors and its work space (measured with NumPy's)."""
         if not self.decomposes(tensor, shape, values):
             return 0, 0

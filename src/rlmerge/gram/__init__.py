@@ -1,0 +1,1 @@
+"""Gram matrices of the inputs of linear layers: estimate them, store them."""
