@@ -239,7 +239,7 @@ data never reach a layer (an expert of a mixture) has no say in it. Without a ba
 
 The equation is solved in fp64 by Cholesky factors, for differences to the first expert: experts that agree come back
 bit for bit, and so does a row of weights (a neuron) that none of them changed. A tensor takes about
-((K + 2)·in²·out + in³/3) / 3e10 seconds of a thread, and 3·in² + 6·in·out numbers in fp64; `rlmerge check` foresees
+((K + 2)·in²·out + in³/3) / 3e10 seconds of a thread, and 3·in² + 7·in·out numbers in fp64; `rlmerge check` foresees
 both, `--memory` bounds the threads by it. BLAS libraries round differently, so the same bytes are promised for one
 machine only.
 """,

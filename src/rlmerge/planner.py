@@ -12,14 +12,15 @@ from typing import Any
 from rlmerge.checkpoint.chat_templates import plan_template
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
 from rlmerge.checkpoint.folder import Checkpoint
-from rlmerge.checkpoint.gram import GramFolder, open_gram
+from rlmerge.checkpoint.gram import GramFolder
 from rlmerge.checkpoint.header import PackedInfo, TensorInfo
 from rlmerge.checkpoint.layout import plan_files
 from rlmerge.checkpoint.match import Matched, Source, match, names_of, select
-from rlmerge.checkpoint.restack import view_fisher, view_gram
+from rlmerge.checkpoint.restack import view_fisher
 from rlmerge.checkpoint.vocabulary import Vocabulary, plan_vocabulary
-from rlmerge.errors import FisherError, GramError, MismatchError, RecipeError
+from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.gathering import gather_rows
+from rlmerge.gram_places import open_grams, with_grams
 from rlmerge.methods.base import Grain
 from rlmerge.parameters import count_layers
 from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
@@ -90,7 +91,7 @@ def make_plan(
     vocabulary = plan_vocabulary(recipe, models.base, models.experts, models.all)
     matched = _match(recipe, pieces, vocabulary)
     fishers, of_pieces, notes = _open_fishers(recipe, variants, models, pieces, matched, vocabulary)
-    grams, grams_of, gram_notes = _open_grams(recipe, variants, models, pieces, matched)
+    grams, grams_of, gram_notes = open_grams(recipe, variants, models, pieces, matched)
     files = _Files()
     files.add(models.donor, "base" if models.base is not None else recipe.models[0].key)
     for key, checkpoint in models.experts.items():
@@ -103,8 +104,8 @@ def make_plan(
         files.add(folder, f"gram of {key}")
     tensors = _in_order(
         [
-            _with_grams(
-                _plan_tensor(info, piece, number, found, folders, files, vocabulary), of_inputs, files, found.tied
+            with_grams(
+                _plan_tensor(info, piece, number, found, folders, files, vocabulary), of_inputs, files.place, found.tied
             )
             for number, (piece, found, folders, of_inputs) in enumerate(zip(pieces, matched, of_pieces, grams_of))
             for info in piece.donor.tensors.values()
@@ -212,84 +213,6 @@ def _open_fishers(
             + ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
         )  # fmt: skip
     return tuple(opened.values()), of_pieces, notes
-
-
-def _open_grams(
-    recipe: Recipe, variants: Sequence[Recipe], models: Models, pieces: Sequence[Piece], matched: Sequence[Matched]
-) -> tuple[tuple[GramFolder, ...], list[tuple[GramFolder, ...]], list[str]]:
-    """The Gram matrices of the inputs, if the method reads them, and as each piece sees them; all experts have them."""
-    nothing: list[tuple[GramFolder, ...]] = [() for _ in pieces]
-    if recipe.bare:
-        return (), nothing, []
-    paths = recipe.gram_paths
-    having = [key for key in models.experts if paths[key] is not None]
-    if not any(variant.method.uses_gram(_global_values(variant)) for variant in variants):
-        notes = [f"`gram:` is given, but method {recipe.merge_method!r} does not read it."]
-        return (), nothing, notes if having else []
-    if len(having) < len(models.experts):
-        missing = ", ".join(key for key in models.experts if key not in having)
-        raise GramError(
-            f"{recipe.merge_method!r} needs the Gram matrices of the inputs of every model; without `gram:` are: "
-            f"{missing}.\n  Make them with `rlmerge gram MODEL --data FILE.jsonl -o FOLDER`, and write `gram: FOLDER` "
-            "for each model in the recipe, or --gram on the command line."
-        )
-    plain = all(piece.layers is None for piece in pieces)
-    opened = {
-        key: open_gram(path, models.donor if plain or models.experts[key].adapter else models.experts[key])
-        for key in models.experts
-        if (path := paths[key]) is not None
-    }
-    of_pieces = []
-    for piece in pieces:
-        folders = [opened[key] for key in piece.keys]
-        if piece.layers is not None:
-            turned = [{own: name for name, own in names.items()} for names in piece.names]
-            folders = [view_gram(folder, names) for folder, names in zip(folders, turned)]
-        of_pieces.append(tuple(folders))
-    lacking, shared = _without_grams(pieces, of_pieces, matched)
-    if not shared:
-        raise GramError("the models have no Gram matrix in common, so nothing could be solved for.")
-    notes = []
-    if lacking:
-        notes.append(
-            f"{len(lacking)} matrices have no Gram matrix in every model and are averaged: "
-            + ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
-        )  # fmt: skip
-    return tuple(opened.values()), of_pieces, notes
-
-
-def _without_grams(
-    pieces: Sequence[Piece], of_pieces: Sequence[tuple[GramFolder, ...]], matched: Sequence[Matched]
-) -> tuple[list[str], list[str]]:
-    """Matrices that some model has no Gram matrix for, and those that all have one for."""
-    lacking, shared = [], []
-    for piece, folders, found in zip(pieces, of_pieces, matched):
-        for name in (name for name, info in piece.donor.tensors.items() if len(info.shape) == 2):
-            (shared if _has_grams(name, folders, found.tied) else lacking).append(name)
-            if len({name in folder.first for folder in folders if name in folder.tensors}) > 1:
-                raise GramError(
-                    f"the Gram matrices of {name!r} disagree on the dimension along which its inputs run "
-                    "('input_first' of gram.json): estimate them alike."
-                )
-    return lacking, shared
-
-
-def _has_grams(name: str, grams: tuple[GramFolder, ...], tied: Mapping[str, str]) -> bool:
-    """Whether every expert has a Gram matrix for this tensor. Tied copies, which must stay equal, have none."""
-    return all(name in folder.tensors for folder in grams) and name not in tied and name not in tied.values()
-
-
-def _with_grams(
-    tensor: TensorPlan, grams: tuple[GramFolder, ...], files: _Files, tied: Mapping[str, str]
-) -> TensorPlan:
-    """The same with the places of its Gram matrices, where every expert has one."""
-    name = tensor.name
-    if not grams or tensor.carry is not None or not _has_grams(name, grams, tied):
-        return tensor
-    places = tuple(files.place(folder.tensors[name]) for folder in grams)
-    known = all(name in folder.digests for folder in grams)
-    digests = tuple(folder.digests[name] for folder in grams) if known else ()
-    return replace(tensor, grams=places, gram_digests=digests, gram_first=name in grams[0].first)
 
 
 def _seen(folder: FisherFolder, piece: Piece, number: int) -> FisherFolder:

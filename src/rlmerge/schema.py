@@ -51,6 +51,7 @@ ENTRY_MEANINGS = {
     "model": "Folder of the model, of a LoRA, or of a delta pack.",
     "name": "What reports call the model; without one, its path as written.",
     "fisher": "Folder of its Fisher, or the data to estimate one on.",
+    "gram": "Folder of the Gram matrices of its layers' inputs, or the data to measure them on.",
     "parameters": "Parameters of the method, for this model alone.",
 }
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import xxhash
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.methods.small_models import (
@@ -223,7 +224,7 @@ def test_cost_is_foreseen_where_there_is_something_to_solve(tmp_path):
     recipe = make_recipe(tmp_path, "regmean", list(experts), {"matrix": [{"filter": "down", "value": False}]})
     plan = rlmerge.planner.make_plan(recipe)
     assert len(whole_cost(plan)) == 3  # up, square, row
-    assert max(held for _, _, held in whole_cost(plan)) >= 8 * (3 * 49 + 6 * 49)
+    assert max(held for _, _, held in whole_cost(plan)) >= 8 * (3 * 49 + 7 * 49)
     bytes_read = check(recipe).estimate["bytes_read"]
     own = {key: {"weight": 1} for key in experts}
     alone = check(make_recipe(tmp_path, "linear", list(experts), {}, own)).estimate["bytes_read"]
@@ -354,3 +355,29 @@ def test_tied_copies_stay_equal(tmp_path):
     found = merge_values(make_recipe(tmp_path, "regmean", list(experts), grams=True))
     assert found["lm_head.weight"].tobytes() == found["model.embed_tokens.weight"].tobytes()
     np.testing.assert_allclose(found["lm_head.weight"], mean(experts, "lm_head.weight", [1, 1]), rtol=1e-6)
+
+
+def test_slices_take_the_gram_matrices_of_their_own_layers(tmp_path):
+    rng = np.random.default_rng(16)
+    shapes = {f"layers.{n}.up.weight": (5, 4) for n in range(3)}
+    base, *others = (
+        {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(3)
+    )
+    experts = dict(zip(("e0", "e1"), others))
+    write_all(tmp_path, base, experts)
+    grams = {key: some_grams(key, shapes) for key in experts}
+    write_grams(tmp_path, grams)
+    sources = [
+        [
+            {"model": "e0", "gram": "gram_e0", "layer_range": [a, a + 1]},
+            {"model": "e1", "gram": "gram_e1", "layer_range": [b, b + 1]},
+        ]
+        for a, b in ((2, 1), (0, 0))
+    ]
+    data = {"merge_method": "regmean", "slices": [{"sources": pair} for pair in sources]}
+    found = merge_values(rlmerge.parse_recipe(yaml.safe_dump(data), folder=tmp_path))
+    for place, (a, b) in enumerate(((2, 1), (0, 0))):
+        names = f"layers.{a}.up.weight", f"layers.{b}.up.weight"
+        pairs = list(zip(("e0", "e1"), names))
+        wanted = regmean([experts[key][name] for key, name in pairs], [grams[key][name] for key, name in pairs])
+        np.testing.assert_allclose(found[f"layers.{place}.up.weight"], wanted, rtol=2e-6, atol=2e-6)

@@ -64,14 +64,14 @@ class RegMean(Method):
         self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
     ) -> tuple[float, int]:
         """Two multiplications for the 20 of a decomposition; a sum of Gram matrices, its factor (or the matrix that is
-        added), what NumPy copies, and six times the tensor.
+        added), what NumPy copies, and seven times the tensor.
         """
         if gram is None or not values["matrix"]:
             return 0, 0
         width, height = shape[gram], shape[1 - gram]
         products = (experts + 2) * width**2 * height + width**3 / 3
         share = products / 10 / max(1, width * height * min(shape))
-        return share, 8 * (3 * width**2 + 6 * width * height)
+        return share, 8 * (3 * width**2 + 7 * width * height)
 
     def whole(self, tensor: Whole, task: Task, results: Mapping[str, Result]) -> F64 | None:
         """The base and the solution for the deltas of a linear layer."""
