@@ -76,7 +76,7 @@ TINY = Preset(
         "gram": 8,
         "eval": 8,
         "merge": 4,
-    },  # fmt: skip
+    },
 )
 
 SMALL = Preset(
