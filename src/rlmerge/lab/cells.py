@@ -223,7 +223,19 @@ def _fisher(root: Path, preset: Preset, name: str) -> None:
     estimate_fisher(model_of(root, name), preset.tasks[domain], out, FisherSettings(choice=choice))
 
 
-MAKERS: dict[str, Callable[[Path, Preset, str], None]] = {"fisher": _fisher}
+def _gram(root: Path, preset: Preset, name: str) -> None:
+    from rlmerge.fisher.data import SequenceChoice
+    from rlmerge.gram.estimate import GramSettings, estimate_gram
+
+    out = input_of(root, "gram", name)
+    if out.exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+    estimate_gram(model_of(root, name), preset.tasks[name.split("-")[1]], out, GramSettings(choice=choice))
+
+
+MAKERS: dict[str, Callable[[Path, Preset, str], None]] = {"fisher": _fisher, "gram": _gram}
 """What makes each of INPUTS for an expert."""
 
 

@@ -1,6 +1,4 @@
-"""The merges that are compared: every method at its defaults where they cut, but for those that need Gram matrices,
-which the lab does not measure; and SAR without Fishers.
-"""
+"""The merges that are compared: every method that there is, at its defaults where they cut, and SAR without Fishers."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ HALVES = ("breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"
 """Methods whose default density cuts nothing, which makes them others that are listed already: they keep half."""
 
 
-INPUTS = ("fisher",)
+INPUTS = ("fisher", "gram")
 """What a method may be given for each expert, beside the model: keys of a recipe's models, and kinds of cells."""
 
 
@@ -38,13 +36,11 @@ class Contender:
 
 
 def contenders(experts: int, labels: Sequence[str] = ()) -> list[Contender]:
-    """All methods that take so many experts and need no Gram matrices, or those of these labels."""
+    """All methods that take so many experts, or those of these labels."""
     found = []
     for name in method_names():
         method = get_method(name)
         most = method.arity.maximum
-        if method.uses_gram({}):
-            continue
         if method.arity.minimum <= experts and (most is None or experts <= most):
             cut = {"density": 0.5} if name in HALVES else {}
             found.append(Contender(name, name, required(method) | cut, inputs_of(method, {})))
@@ -60,7 +56,8 @@ def required(method: Method) -> dict[str, Any]:
 def inputs_of(method: Method, settings: dict[str, Any]) -> tuple[str, ...]:
     """What the method reads for each expert at these settings, of INPUTS."""
     values = {parameter.name: parameter.default for parameter in method.parameters} | settings
-    return ("fisher",) if method.uses_fisher(values) else ()
+    reads = {"fisher": method.uses_fisher(values), "gram": method.uses_gram(values)}
+    return tuple(kind for kind in INPUTS if reads[kind])
 
 
 def write_recipe(

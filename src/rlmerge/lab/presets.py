@@ -18,7 +18,7 @@ class Preset:
     tasks      the task of each domain
     lr, steps  of every expert, whatever its kind
     prompts    problems of an RLVR step; group: completions of each; batch: documents of the other kinds
-    fisher     sequences of a Fisher
+    fisher     sequences of a Fisher, and of Gram matrices
     problems   of each domain, to evaluate on
     seconds    what a cell of a kind takes, for `rlmerge lab plan`, on one thread ('pretrain': on two); measured for
                tiny, estimated for small from single steps
@@ -66,7 +66,17 @@ TINY = Preset(
     fisher=256,
     problems=400,
     eval_batch=200,
-    seconds={"pretrain": 170, "base": 25, "rlvr": 75, "sft": 20, "rft": 25, "fisher": 10, "eval": 8, "merge": 4},
+    seconds={
+        "pretrain": 170,
+        "base": 25,
+        "rlvr": 75,
+        "sft": 20,
+        "rft": 25,
+        "fisher": 10,
+        "gram": 8,
+        "eval": 8,
+        "merge": 4,
+    },
 )
 
 SMALL = Preset(
@@ -94,6 +104,7 @@ SMALL = Preset(
         "sft": 700,
         "rft": 900,
         "fisher": 300,
+        "gram": 200,
         "eval": 300,
         "merge": 300,
     },

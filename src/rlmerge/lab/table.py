@@ -46,7 +46,7 @@ TABLE = TablePreset(
         "name": "methods",
         "kinds": ("rlvr",),
         "tuning": 300,
-        "seconds": {"models": 2, "fisher": 5, "eval": 4, "tune": 25, "score": 7},
+        "seconds": {"models": 2, "fisher": 5, "gram": 5, "eval": 4, "tune": 25, "score": 7},
     }
 )
 
