@@ -375,9 +375,7 @@ case(
 )
 case("recipe: model+no lora", recipe(("model: e1", "model: base+e1")), "base+e1", "must be a LoRA", "a full model")
 case("recipe: model+nothing", recipe(("model: e1", "model: base+e7")), "recipe.yml:8", "'e7' does not")
-case(
-    "recipe: base+lora", recipe(("base_model: base", "base_model: base+e1")), "recipe.yml:2", "'base+e1'", "passthrough"
-)  # fmt: skip
+case("recipe: base+lora", recipe(("base_model: base", "base_model: base+e1")), "base+e1", "must be a LoRA")
 case(
     "recipe: !!python",
     recipe(("lambda: 1.0", "lambda: !!python/object/apply:os.system [touch pwned]")),

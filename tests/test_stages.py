@@ -68,6 +68,40 @@ def test_stages_know_their_folders_and_what_they_are_made_of(tmp_path):
     assert final.with_settings({"seed": 3}).model_paths == final.model_paths
 
 
+def test_an_adapter_stands_on_a_stage_too(tmp_path):
+    for name in ("lora", "c", "base"):
+        (tmp_path / name).mkdir()
+    found = parse(OUTPUT.replace("both", "first+lora"), FIRST, folder=tmp_path)
+    assert found.names == ("first",)
+    final = found.at(tmp_path / "place").final
+    assert final.model_paths == dict.fromkeys(("first", "first+lora"), tmp_path / "place/first")
+    assert final.adapter_paths == {"first": None, "first+lora": tmp_path / "lora"}
+    assert list(final.ancestors) == ["base", "c", "lora"]
+    circle = FIRST.replace("model: c", "model: first+lora")
+    with pytest.raises(RecipeError, match="in a circle: first → first"):
+        parse(OUTPUT.replace("both", "c"), circle, folder=tmp_path)
+
+
+def test_a_base_with_an_adapter_is_a_stage_of_its_own(tmp_path):
+    """Once for all documents; on a stage, after it; under a name that is free."""
+    for name in ("lora", "c", "base", "base-with-lora"):
+        (tmp_path / name).mkdir()
+    on_both = OUTPUT.replace("linear", "task_arithmetic\nbase_model: first+lora").replace("both", "base+lora")
+    found = parse(FIRST.replace("base_model: base", "base_model: base+lora"), on_both, folder=tmp_path)
+    assert found.names == ("base-with-lora-2", "first", "first-with-lora")
+    made, first, on_first, final = found.at(tmp_path / "place").recipes
+    assert (made.merge_method, made.model_paths, made.adapter_paths) == (
+        "passthrough", {"base+lora": tmp_path / "base"}, {"base+lora": tmp_path / "lora"},
+    )  # fmt: skip
+    assert first.base_path == tmp_path / "place/base-with-lora-2"
+    assert on_first.model_paths == {"first+lora": tmp_path / "place/first"}
+    assert final.base_path == tmp_path / "place/first-with-lora"
+    # a model is another thing: its update stays exact, unless the stage is there anyway
+    assert final.model_paths["base+lora"] == tmp_path / "place/base-with-lora-2"
+    assert list(final.ancestors) == ["base", "lora", "c"]
+    assert found.with_settings([{"first.seed": 4}])[0].recipes[1].seed == 4
+
+
 def test_mergekits_way_to_write_a_path_refers_to_a_stage_too():
     document = BOTH.replace("base_model: first", "base_model: {model: {path: first}}")
     assert parse(OUTPUT, document, FIRST).recipes[1].base_path is not None
@@ -157,10 +191,6 @@ MISTAKES = {
     "no such document": (
         (OUTPUT.replace("both", "frist"), FIRST),
         ["r.yml:3: models[0].model: 'frist' is no path and no document. Did you mean 'first'?"],
-    ),
-    "a lora on a stage": (
-        (OUTPUT.replace("both", "first+lora/math"), FIRST),
-        ["r.yml:3: models[0].model: 'first+lora/math'", "base_model: first, models: [{model: lora/math,"],
     ),
     "mistakes in two documents": (
         (OUTPUT.replace("linear", "liner"), BOTH + "dtpye: x\n", FIRST),

@@ -42,7 +42,8 @@ def with_all_downloads(
         return with_downloads(recipe, headers=headers, tell=tell)
     if not any(one.remote for one in recipe.recipes):
         return recipe
-    return Stages(tuple(with_downloads(one, headers=headers, tell=tell) for one in recipe.recipes)).at(PLACE)
+    fetched = tuple(with_downloads(one, headers=headers, tell=tell) for one in recipe.recipes)
+    return replace(recipe, recipes=fetched).at(PLACE)
 
 
 def find_model(reference: str, download: bool = False, tell: Tell = lambda text: None) -> Path | Recipe:

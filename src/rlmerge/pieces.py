@@ -78,8 +78,7 @@ class Models:
     def _get(self, path: Path, reference: str, adapter: Path | None = None, base: Path | None = None) -> Checkpoint:
         key = f"{os.path.abspath(path)}\0{reference}"
         if key not in self._open:
-            known = path in self._planned
-            self._open[key] = self._planned[path] if known else open_model(path, adapter, reference, base)
+            self._open[key] = open_model(path, adapter, reference, base, self._planned.get(path))
         return self._open[key]
 
     @property

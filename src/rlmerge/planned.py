@@ -61,7 +61,7 @@ def plan_stages(
     for recipe in stages.recipes:
         last = recipe is stages.final
         name = "" if last else recipe.name or ""
-        waits = tuple(key for key, (folder, _) in recipe.stages.items() if folder in unmade)
+        waits = tuple(folder.name for folder, _ in recipe.stages.values() if folder in unmade)
         kept, notes = with_kept(recipe, unmade)
         with recipe.located():
             variants = make_variants(kept, sweep if last else ())
@@ -69,7 +69,7 @@ def plan_stages(
         made = not (last or waits or notes) and is_made is not None and is_made(name, plan)
         found.append(Planned(name, recipe, plan, made, waits, tuple(notes)))
         if not last and not made:
-            folder = next(other.stages[name][0] for other in stages.recipes if name in other.stages)
+            folder = stages.folder(name)
             unmade[folder] = planned_checkpoint(plan, name, folder)
     return found
 

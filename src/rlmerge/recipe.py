@@ -145,10 +145,8 @@ class Recipe:
         if adapter is not None:
             raise RecipeError(
                 f"{self.at(('base_model',))}: {show(self.base_model)}: a base is copied wherever nothing changed, and "
-                "a model with an adapter on it is stored nowhere.\n  Make it a document of its own in the same file, "
-                "before '---', and write its name as base_model:\n"
-                "    name: base-with-adapter\n    merge_method: passthrough\n"
-                f"    models: [{{model: {self.base_model}}}]"
+                "a model with an adapter on it is stored nowhere. A merge into a folder makes it first, as a stage; "
+                "here, store it and write its folder: merge_method: passthrough with this one model does that."
             )
         return self._find(model, ("base_model",))
 
@@ -172,7 +170,7 @@ class Recipe:
             named += [(name, place) for name, place in given if isinstance(name, str)]
         found: dict[str, Place] = {}
         for part, place in named:
-            if split_id(part) and part not in self._stages and not self._exists(part):
+            if split_id(part) and part not in self._stages and not self.exists(part):
                 found.setdefault(part, place)
         return found
 
@@ -224,6 +222,12 @@ class Recipe:
         return found
 
     @property
+    def bases(self) -> tuple[str, ...]:
+        """The bases of all its parts as written, each once."""
+        named = [self.base_model, *(part.recipe.base_model for part in self.parts)]
+        return tuple(dict.fromkeys(base for base in named if base is not None))
+
+    @property
     def stages(self) -> Mapping[str, tuple[Path, Recipe]]:
         """Those of its references that are made by another document of its file: folder and recipe, see `stages`."""
         return self._stages
@@ -248,10 +252,10 @@ class Recipe:
         """
         found: dict[str, Path] = {}
         for reference, place in self.references.items():
-            inner = self._stages[reference][1].ancestors if reference in self._stages else None
-            parts = [part for part in self.split(reference) if part]
-            for name, folder in ({part: self._find(part, place) for part in parts} if inner is None else inner).items():
-                found.setdefault(name, folder)
+            for part in filter(None, self.split(reference)):
+                stage = self._stages.get(part)
+                inner = {part: self._find(part, place)} if stage is None else stage[1].ancestors
+                found |= {name: folder for name, folder in inner.items() if name not in found}
         return found
 
     def resolve(self, reference: str) -> Path:
@@ -260,7 +264,7 @@ class Recipe:
 
     def split(self, reference: str) -> tuple[str, str | None]:
         """Model and adapter of a reference, as written; no adapter, as a rule."""
-        return split_reference(reference, self._exists)
+        return split_reference(reference, lambda part: part in self._stages or self.exists(part))
 
     def at(self, place: Place) -> str:
         """How a message names a place: 'recipe.yml:12: models[1].parameters.density', or the flag that set it."""
@@ -314,6 +318,12 @@ class Recipe:
             bare=self.bare,
         )  # fmt: skip
 
+    def sibling(self, data: dict[str, Any]) -> Recipe:
+        """Another recipe that stands where this one stands, and has fetched what this one has."""
+        places = [("models",), ("base_model",), ("name",)]
+        source = Source(self.source_name, {}, dict.fromkeys(places, self.at(("base_model",))))
+        return replace(build_recipe(data, source, self._folder, None), _fetched=self._fetched)
+
     def _given_path(self, entry: ModelEntry, kind: str) -> Path | None:
         given = getattr(entry, kind)
         if given is None:
@@ -337,7 +347,8 @@ class Recipe:
         folders = [Path.cwd()] if path.is_absolute() or self._folder is None else [self._folder, Path.cwd()]
         return list(dict.fromkeys(folder / path for folder in folders))
 
-    def _exists(self, reference: str) -> bool:
+    def exists(self, reference: str) -> bool:
+        """Whether something lies at this path, seen from the recipe's folder or the working directory."""
         return any(map(os.path.exists, self._tried(reference)))
 
     def _find(self, reference: str, place: Place) -> Path:

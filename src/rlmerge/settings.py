@@ -11,7 +11,7 @@ from rlmerge.errors import MismatchError, RecipeError
 from rlmerge.plan import PartResolver, Plan
 from rlmerge.planner import stage_names
 from rlmerge.recipe import Recipe, load_recipe
-from rlmerge.stages import Stages, load_stages
+from rlmerge.stages import Stages, load_stages, with_adapted_bases
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 KEPT_BYTES = 128 * 2**20
@@ -24,11 +24,13 @@ def as_recipe(recipe: Recipe | Path | str) -> Recipe:
 
 
 def as_recipes(recipe: Recipe | Stages | Path | str, folder: Path | str | None = None) -> Recipe | Stages:
-    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe.
+    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe, and
+    a recipe whose base is first to be made is stages.
 
     Raises RecipeError for a folder of stages where there are none.
     """
     found = load_stages(recipe) if isinstance(recipe, (str, Path)) else recipe
+    found = with_adapted_bases([found]) if isinstance(found, Recipe) and not found.stages else found
     found = found.final if isinstance(found, Stages) and len(found.recipes) == 1 else found
     if folder is not None and not isinstance(found, Stages):
         raise RecipeError(

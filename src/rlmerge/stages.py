@@ -1,14 +1,16 @@
 """Several recipes in one file: a document refers to another one by its `name:`, as if that were a model.
 
 The document that no other refers to is the output; the others are its stages, made before what is made of them.
+A base that is 'MODEL+ADAPTER' is a stage, too, which no document spells out: see `with_adapted_bases`.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,12 @@ class Stages:
     """The checked recipes of one file, each after those that it refers to, the output last; made by `load_stages`.
 
     Each recipe knows the folders of the stages that it refers to: see `at`.
+
+    written   how the recipes refer to a stage, where that is not its name
     """
 
     recipes: tuple[Recipe, ...]
+    written: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def final(self) -> Recipe:
@@ -48,14 +53,20 @@ class Stages:
 
     def at(self, folder: Path) -> Stages:
         """The same recipes, for stages that lie in this folder, each in one of its name."""
-        made: dict[str, Recipe] = {}
+        made: dict[str, tuple[Path, Recipe]] = {}
         placed = []
         for recipe in self.recipes:
-            used = [reference for reference in recipe.references if reference in made]
-            new = recipe.with_stages({name: (folder / name, made[name]) for name in used})
+            used = {stage for reference in recipe.references if (stage := _stage_of(reference, made))}
+            new = recipe.with_stages({reference: stage for reference, stage in made.items() if reference in used})
             placed.append(new)
-            made[new.name or ""] = new
-        return Stages(tuple(placed))
+            name = new.name or ""
+            made[self.written.get(name, name)] = folder / name, new
+        return replace(self, recipes=tuple(placed))
+
+    def folder(self, name: str) -> Path:
+        """Where a stage lies."""
+        reference = self.written.get(name, name)
+        return next(recipe.stages[reference][0] for recipe in self.recipes if reference in recipe.stages)
 
     def with_settings(self, points: Sequence[Mapping[str, Any]]) -> tuple[Stages, list[dict[str, Any]]]:
         """With the `--set` values of one merge or of a sweep; also the points of the sweep, [] for one merge.
@@ -81,7 +92,7 @@ class Stages:
         recipes = [
             recipe.with_settings(new) if (new := settings.get(recipe.name or "")) else recipe for recipe in self.recipes
         ]
-        return Stages(tuple(recipes)).at(PLACE), own if len(own) > 1 else []
+        return replace(self, recipes=tuple(recipes)).at(PLACE), own if len(own) > 1 else []
 
 
 def load_stages(path: Path | str, methods: Mapping[str, Method] | None = None) -> Stages:
@@ -106,12 +117,48 @@ def parse_stages(
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
-    if len(recipes) == 1:
-        return Stages(tuple(recipes))
     documents = [replace(document, recipe=recipe) for document, recipe in zip(documents, recipes, strict=True)]
-    _check_names(documents, folder)
-    _check_references(documents)
-    return Stages(tuple(_in_order(documents))).at(PLACE)
+    if len(recipes) > 1:
+        _check_names(documents, folder)
+        _check_references(documents)
+    return with_adapted_bases(_in_order(documents))
+
+
+def with_adapted_bases(recipes: Sequence[Recipe]) -> Stages:
+    """The stages of these recipes, each after those that it refers to, and before them one for every base that is
+    'MODEL+ADAPTER': a base is copied wherever nothing changed, so it must be stored, as mergekit and PEFT store it
+    (in the dtypes of MODEL).
+    """
+    names = {recipe.name for recipe in recipes if recipe.name}
+    written: dict[str, str] = {}
+    ordered: list[Recipe] = []
+    for recipe in recipes:
+        for base in recipe.bases:
+            model, _, adapter = base.partition("+")
+            if model not in names:
+                model, adapter = recipe.split(base)
+            if not adapter or base in written.values():
+                continue
+            name = _free_name(f"{Path(model).name}-with-{Path(adapter).name}", names, recipe)
+            names.add(name)
+            written[name] = base
+            ordered.append(recipe.sibling({"name": name, "merge_method": "passthrough", "models": [{"model": base}]}))
+        ordered.append(recipe)
+    stages = Stages(tuple(ordered), written)
+    return stages.at(PLACE) if len(ordered) > 1 else stages
+
+
+def _free_name(wanted: str, names: Collection[str], recipe: Recipe) -> str:
+    """A name for a stage that is no document's and no path's."""
+    plain = re.sub(r"[^\w.-]+", "-", wanted).strip("-.")[:90] or "base"
+    tries = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
+    return next(name for name in tries if name not in names and not _TAKEN.fullmatch(name) and not recipe.exists(name))
+
+
+def _stage_of(reference: str, stages: Collection[str]) -> str | None:
+    """The stage that a reference means: all of it, or what stands before '+ADAPTER'."""
+    model = reference.partition("+")[0]
+    return next((name for name in (reference, model) if name in stages), None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +176,11 @@ class _Document:
         assert self.recipe is not None
         return self.recipe.references
 
+    def uses(self, names: Collection[str]) -> dict[str, Place]:
+        """Those of these documents that it refers to, and where."""
+        found = {_stage_of(reference, names): place for reference, place in reversed(self.references.items())}
+        return {name: found[name] for name in reversed(found) if name is not None}
+
     @property
     def line(self) -> int:
         return self.source.line(()) or self.source.lines.get((), 0)
@@ -138,8 +190,12 @@ class _Document:
         return self.source.at(place) if place else f"{self.source.name}:{self.line}"
 
 
+def _names(documents: Sequence[_Document]) -> list[str]:
+    return [document.name for document in documents if document.name]
+
+
 def _used(documents: Sequence[_Document]) -> set[str]:
-    return {reference for document in documents for reference in document.references}
+    return {name for document in documents for name in document.uses(_names(documents))}
 
 
 def _check_names(documents: Sequence[_Document], folder: Path | None) -> None:
@@ -175,18 +231,11 @@ def _check_names(documents: Sequence[_Document], folder: Path | None) -> None:
 
 def _check_references(documents: Sequence[_Document]) -> None:
     """Every document but one is used, and what looks like a name is one."""
-    names = [document.name for document in documents if document.name]
+    names = _names(documents)
     for document in documents:
         for reference, place in document.references.items():
-            stage, plus, adapter = reference.partition("+")
-            if plus and stage in names:
-                raise RecipeError(
-                    f"{document.at(place)}: {show(reference)}: a LoRA on a stage is a document of its own. Write\n"
-                    f"  {{name: NAME, merge_method: task_arithmetic, base_model: {stage}, "
-                    f"models: [{{model: {adapter or 'LORA'}, parameters: {{weight: 1}}}}]}}\n"
-                    "  and its name here; or, where the base_model is this stage, the path of the LoRA alone."
-                )
-            if reference not in names and (hint := did_you_mean(reference, names)) and not _exists(document, reference):
+            known = _stage_of(reference, names) is not None or _exists(document, reference)
+            if not known and (hint := did_you_mean(reference, names)):
                 raise RecipeError(f"{document.at(place)}: {show(reference)} is no path and no document.{hint}")
     used = _used(documents)
     unused = [document for document in documents if document.name not in used]
@@ -212,10 +261,10 @@ def _exists(document: _Document, reference: str) -> bool:
 def _in_order(documents: Sequence[_Document]) -> list[Recipe]:
     """Each after those that it refers to, else in the order of the file. Raises RecipeError for a circle."""
     left, made = list(documents), set[str]()
-    names = {document.name for document in documents if document.name}
+    names = _names(documents)
     ordered = []
     while left:
-        ready = next((d for d in left if not (d.references.keys() & names) - made), None)
+        ready = next((d for d in left if not d.uses(names).keys() - made), None)
         if ready is None:
             raise RecipeError(_circle(left))
         left.remove(ready)
@@ -229,11 +278,11 @@ def _circle(left: Sequence[_Document]) -> str:
     by_name = {document.name: document for document in left if document.name}
     walk = [next(iter(by_name))]
     while walk.count(walk[-1]) == 1:
-        walk.append(next(name for name in by_name[walk[-1]].references if name in by_name))
+        walk.append(next(iter(by_name[walk[-1]].uses(by_name))))
     walk = walk[walk.index(walk[-1]) :]
     first = by_name[walk[0]]
     shown = " → ".join(walk)
     return (
-        f"{first.at(first.references[walk[1]])}: documents refer to each other in a circle: {shown}. Each can be made "
-        "only of those that are made before."
+        f"{first.at(first.uses(by_name)[walk[1]])}: documents refer to each other in a circle: {shown}. Each can be "
+        "made only of those that are made before."
     )

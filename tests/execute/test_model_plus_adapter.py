@@ -177,7 +177,46 @@ def test_what_cannot_be_one(tmp_path):
         with pytest.raises(error, match=part):
             make_plan(recipe_in(tmp_path, "task_arithmetic", [model]))
     with pytest.raises(RecipeError, match="passthrough"):
-        make_plan(recipe_in(tmp_path, "task_arithmetic", ["stage"], "origin+lora"))
+        next(rlmerge.merge(recipe_in(tmp_path, "task_arithmetic", ["stage"], "origin+lora")))
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_as_a_base_it_is_what_peft_stores(tmp_path, variety):
+    """Made first, as a stage in the dtype of its model; the deltas of the others start there, PEFT's merge included."""
+    make, config = VARIETIES[variety]
+    _, _, state = train(tmp_path, make(), **config)
+    rng = np.random.default_rng(2)
+    expected = {name: value.double().numpy() for name, value in state.items()}
+    step = {name: 0.01 * rng.standard_normal(value.shape).astype(np.float32) for name, value in expected.items()}
+    names = read_values(tmp_path / "base")
+    write_model(tmp_path / "tuned", {name: (expected[name] + step[name]).astype(np.float32) for name in names})
+    recipe = recipe_in(tmp_path, "task_arithmetic", ["tuned"], "base+lora", parameters={"weight": 0.5})
+    outcome = rlmerge.merge_to_folder(recipe, tmp_path / "out")
+    assert [str(stage.out) for stage in outcome.stages.values()] == [str(tmp_path / "out.stages/base-with-lora")]
+    assert verify(tmp_path / "out")
+    for name, array in read_values(tmp_path / "out").items():
+        np.testing.assert_allclose(array, expected[name] + 0.5 * step[name], rtol=1e-6, atol=6e-6, err_msg=name)
+    said = json.loads((tmp_path / "out" / "rlmerge.json").read_text())
+    assert [stage["recipe"]["models"] for stage in said["stages"].values()] == [[{"model": "base+lora"}]]
+    # by the command line, and from a recipe file
+    found = rlmerge.check(recipe, out=tmp_path / "new")
+    assert list(found.stages) == ["base-with-lora"]
+
+
+def test_on_a_stage_and_on_the_base_that_is_one(tmp_path):
+    """An adapter on a stage: exact as on any model, alone where the stage is the base."""
+    write_set(tmp_path, ("F32", "F32"))
+    update = write_lora(tmp_path / "lora", size=0.1)
+    first = text("task_arithmetic", ["stage"], parameters={"weight": 0.5})[1:-1]
+    for base, models in (("origin", ["made+lora"]), ("made", ["made+lora"]), ("made+lora", [])):
+        last = text("task_arithmetic", [*models, "origin"], base)
+        (tmp_path / "r.yml").write_text(f'{{"name": "made", {first}}}\n---\n{last}')
+        rlmerge.merge_to_folder(tmp_path / "r.yml", tmp_path / "out", overwrite=True)
+        values = {name: read_values(tmp_path / name)[NAME].astype(np.float64) for name in ("origin", "stage", "out")}
+        made = (values["origin"] + values["stage"]) / 2
+        at = {"origin": values["origin"], "made": made, "made+lora": made + update}
+        expected = at[base] + sum(at["made+lora"] - at[base] for _ in models) + (values["origin"] - at[base])
+        np.testing.assert_allclose(values["out"], expected, rtol=2.0**-21, atol=2.0**-23, err_msg=base)
 
 
 def test_in_slices_layers_keep_their_own_update(tmp_path):

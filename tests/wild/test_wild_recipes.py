@@ -35,9 +35,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "22-megamoon-karcher": ("models[15]: 'm12' is listed twice (also models[12])",),
     # mergekit returns the base with its LoRA: a copy, which another method says plainly
     "34-lorablated-base-alone": ("found 0. The base is the only model", "merge_method: passthrough"),
-    # a base with a LoRA on it: a stage of its own, which the message spells out
-    "20-aurora-sce-lora-base": ("a base is copied wherever nothing changed", "name: base-with-adapter"),
-    "33-huatuo-loras": ("a base is copied wherever nothing changed", "name: base-with-adapter"),
     # a method of a fork of mergekit, which shares no more than the name with the one here
     "40-preconditioner-ota": ("epsilon: unknown parameter of method 'ota'", "preconditioner_path"),
 }
@@ -50,6 +47,7 @@ WARNED: dict[str, tuple[str, ...]] = {
     "05-arcee_fusion": ("models[0]",),
     "13-embeddings-dare-ties": (*MASK, "models[0]"),
     "17-angel-slayer-della-linear": (*MASK, "models[1]"),
+    "20-aurora-sce-lora-base": ("parameters.normalize",),
     "24-eggs-breadcrumbs-ties": (*MASK, "models[0]"),
     "25-gemma-moon-dare-ties": (*MASK, "models[0]"),
     "27-sapientia-della": ("models[0]",),

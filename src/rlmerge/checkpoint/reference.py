@@ -5,6 +5,7 @@ What exists on disk as it is written is what is meant, whatever signs its name h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +36,17 @@ def split_reference(reference: str, exists: Callable[[str], bool]) -> tuple[str,
     return reference, None
 
 
-def open_model(folder: Path, adapter: Path | None, reference: str, base: Path | None = None) -> Checkpoint:
+def open_model(
+    folder: Path, adapter: Path | None, reference: str, base: Path | None = None, planned: Checkpoint | None = None
+) -> Checkpoint:
     """Opens a model, with a LoRA adapter on it where there is one: then `lora` of the result is the opened adapter.
 
+    planned   the model, if its folder does not exist yet
     An adapter on the merge's own base is that adapter alone: its update starts at the base in either case.
     Raises AdapterError for an adapter that is none, or on something that takes none; otherwise as `open_checkpoint`.
     """
     if adapter is None:
-        return open_checkpoint(folder, reference)
+        return planned or open_checkpoint(folder, reference)
     lora = open_checkpoint(adapter, reference)
     if not lora.adapter:
         kind = "a delta pack" if lora.pack is not None else "a full model"
@@ -50,13 +54,13 @@ def open_model(folder: Path, adapter: Path | None, reference: str, base: Path | 
             f"{reference}: what follows '+' must be a LoRA adapter, and {adapter} is {kind}. "
             "List it as a model of its own."
         )
-    if base is not None and folder.samefile(base):
+    if base is not None and os.path.realpath(folder) == os.path.realpath(base):
         return lora
-    model = open_checkpoint(folder, reference)
+    model = planned or open_checkpoint(folder, reference)
     if model.adapter or model.pack is not None:
         kind = "a delta pack: unpack it first (rlmerge unpack)" if model.pack is not None else "itself an adapter"
         raise MismatchError(
             f"{reference}: what stands before '+' must be a full model, and {folder} is {kind}. One adapter can be "
             "written after a model."
         )
-    return replace(model, headers=(*model.headers, *lora.headers), lora=lora)
+    return replace(model, reference=reference, headers=(*model.headers, *lora.headers), lora=lora)
