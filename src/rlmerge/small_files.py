@@ -17,12 +17,15 @@ import xxhash
 from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
 from rlmerge.checkpoint.chat_templates import write_template
 from rlmerge.checkpoint.copied import other_files
+from rlmerge.checkpoint.folder import read_json_object
 from rlmerge.checkpoint.header import Header
 from rlmerge.checkpoint.hub import origin, split_id
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
+from rlmerge.checkpoint.reading import read_file
 from rlmerge.checkpoint.restack import restack_config
 from rlmerge.checkpoint.token_ids import follow_vocabulary
 from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
+from rlmerge.errors import CheckpointError
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
@@ -68,7 +71,7 @@ def written_config(plan: Plan, raw: bytes) -> bytes:
 def copied_files(plan: Plan) -> dict[str, bytes]:
     """The donor's files beside the weights, with the tokenizer and the chat template that the recipe asks for."""
     home = plan.donor.planned or plan.donor.folder
-    found = {path.relative_to(home).as_posix(): path.read_bytes() for path in other_files(home)}
+    found = {path.relative_to(home).as_posix(): read_file(path, None) for path in other_files(home)}
     if (vocabulary := plan.vocabulary) is not None:
         found = {name: data for name, data in found.items() if not is_tokenizer_file(name)} | vocabulary.files
         name = "generation_config.json"
@@ -138,7 +141,7 @@ def _stages(recipe: Recipe) -> dict[str, Any]:
     """What the stages of a recipe were made of, by name, each after its own stages: recipe, inputs, weights."""
     found: dict[str, Any] = {}
     for name, (folder, _) in recipe.stages.items():
-        said = json.loads((folder / PROVENANCE).read_bytes())
+        said = read_json_object(folder / PROVENANCE)
         found |= said.get("stages", {})
         found[name] = {key: said[key] for key in ("recipe", "plugin", "inputs", "weights", "notes") if key in said}
     return found
@@ -179,8 +182,11 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
         listed = [{"file": header.file.name, "size": header.size, "header": header.digest} for header in headers]
         for item, header in zip(listed, headers if sha256 else ()):
             if header.file not in hubs:
-                with open(header.file, "rb") as file:
-                    hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
+                try:
+                    with open(header.file, "rb") as file:
+                        hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise CheckpointError(f"{header.file}: cannot be read: {error.strerror or error}.") from error
             item["sha256"] = hubs[header.file]
         commits = dict(known for header in headers if (known := origin(header.file.parent)))
         entry = {"role": role, "reference": reference, "files": listed, "xxh3": state.hexdigest()}

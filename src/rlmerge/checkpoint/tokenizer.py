@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from rlmerge.checkpoint.reading import read_file
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Cache:
         ]
         names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{TEMPLATE_FOLDER}/"))
         files = {name: file for name in names if (file := self.place(folder, name)).is_file()}
-        return {name: xxhash.xxh3_128_hexdigest(_bytes(file)) for name, file in files.items()}
+        return {name: xxhash.xxh3_128_hexdigest(read_file(file)) for name, file in files.items()}
 
     def place(self, folder: Path, name: str) -> Path:
         """Where a file of a folder lies."""
@@ -166,16 +167,9 @@ class _Cache:
         return self._parsed[key]
 
 
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
-
-
 def _parse(file: Path) -> Any:
     try:
-        text = _bytes(file).decode("utf-8")
+        text = read_file(file).decode("utf-8")
         if file.suffix != ".json":
             return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         value = json.loads(text)

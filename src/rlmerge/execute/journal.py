@@ -18,7 +18,7 @@ from rlmerge.errors import OutputError
 from rlmerge.methods.base import Result
 
 from .leftovers import is_journal
-from .safe_files import open_inside
+from .safe_files import close_quietly, open_inside
 from .work import UnitRecord
 
 
@@ -82,7 +82,7 @@ class Journal:
     def close(self) -> None:
         """Closes the file."""
         if self._handle is not None:
-            os.close(self._handle)
+            close_quietly(self._handle)
             self._handle = None
 
     def _append(self, line: dict[str, Any]) -> None:
