@@ -108,7 +108,7 @@ def _is_folder(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _inner_folder(folder: Path, name: str) -> Iterator[tuple[int, str]]:
-    """A handle of the folder that holds folder/name, and the last part of the name."""
+    """A handle of the folder that holds folder/name, and the last part of the name. An OSError names all of it."""
     *before, last = name.split("/")
     handle = os.open(folder, FOLDER)
     path = folder
@@ -126,6 +126,9 @@ def _inner_folder(folder: Path, name: str) -> Iterator[tuple[int, str]]:
             close_quietly(handle)
             handle = inner
         yield handle, last
+    except OSError as error:
+        error.filename, error.filename2 = str(folder / name), None
+        raise
     finally:
         close_quietly(handle)
 

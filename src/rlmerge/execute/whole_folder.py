@@ -44,6 +44,8 @@ def whole_folder(out: Path, inputs: Sequence[Path], overwrite: bool, is_ours: Ca
         put_in_place(work, out, old)
         whole = True
     except OSError as error:
+        if error.filename is not None and not os.path.abspath(str(error.filename)).startswith(str(out)):
+            raise  # of an input
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
     finally:
         if lock is not None:
