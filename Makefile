@@ -33,7 +33,7 @@ demo: .venv/.demo
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# The long suite: 50 kills instead of 20, more examples for every law.
+# The long suite: 200 kills instead of 20, a fault at every call, more examples for every law.
 test-long: $(STAMP)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "long or not long" tests
 

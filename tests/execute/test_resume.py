@@ -126,7 +126,7 @@ def test_kill_and_continue(killable, tmp_path, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 150))
+@pytest.mark.parametrize("seed", range(100, 300))
 def test_kill_and_continue_often(killable, tmp_path, seed):
     check_kill(killable, tmp_path, seed)
 
