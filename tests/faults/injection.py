@@ -25,7 +25,9 @@ class Disk:
     if the fault `stays`, as a full disk does.
     """
 
-    def __init__(self, folders: list[Path], kinds: tuple[str, ...], number: int, fails: int | None, stays: bool) -> None:
+    def __init__(
+        self, folders: list[Path], kinds: tuple[str, ...], number: int, fails: int | None, stays: bool
+    ) -> None:
         self.folders = [os.path.realpath(folder) for folder in folders]
         self.kinds = frozenset(kinds)
         self.number = number

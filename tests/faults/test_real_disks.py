@@ -48,7 +48,9 @@ def small_disk(tmp_path):
     """A file system of a megabyte; skips where none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, check=False
+    )
     if made.returncode != 0:
         pytest.skip("no file system can be mounted here")
     yield place
@@ -128,7 +130,9 @@ def test_the_second_of_two_processes_is_refused(tmp_path, what):
     rlmerge.pack(home / "e0", home / "base", home / "p0", **HOW)
     inputs = {"merge_to_folder": [home / "recipe.yml"], "pack": [home / "e0", home / "base"], "unpack": [home / "p0"]}
     arguments = [*inputs[what], tmp_path / "out"]
-    first = subprocess.Popen([sys.executable, "-c", BUSY, what, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", BUSY, what, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
     assert first.stdout is not None
     assert first.stdout.readline() == "working\n"
     for _ in range(2):  # the refused one leaves the lock where it is

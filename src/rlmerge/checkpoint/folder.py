@@ -6,14 +6,13 @@ is and what to do first. Nothing but `config.json`, the index and the headers is
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.checkpoint.header import Header, TensorInfo, read_header
-from rlmerge.checkpoint.reading import read_file
+from rlmerge.checkpoint.reading import parse_json, read_file
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -107,10 +106,11 @@ def is_pack(folder: Path) -> bool:
 def read_json_object(file: Path) -> dict[str, Any]:
     """A small JSON file that must hold an object. Raises CheckpointError, naming the file."""
     try:
-        parsed = json.loads(read_file(file).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise CheckpointError(f"{file}: is not JSON ({reason}). Restore it from the original model.") from None
+        parsed = parse_json(read_file(file).decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: is not JSON ({str(error)[:200]}). Restore it from the original model."
+        ) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(
             f"{file}: holds a JSON {type(parsed).__name__}, and must hold an object {{...}}. "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from rlmerge.errors import CheckpointError
 
 MOST = 100_000_000
 """Bytes of a JSON file, at most: more than any tokenizer has."""
+DEEPEST = 100
+"""Objects and lists within each other, at most: what reads them again is not to run out of its stack."""
 
 
 def read_file(file: Path, most: int | None = MOST) -> bytes:
@@ -27,3 +31,18 @@ def read_file(file: Path, most: int | None = MOST) -> bytes:
             return opened.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as plain data. ValueError for what is none (a RecursionError is made one), or is nested too deeply."""
+    try:
+        parsed = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level, depth = [parsed], 0
+    while level := [entry for entry in level if isinstance(entry, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+        level = [value for entry in level for value in (entry.values() if isinstance(entry, dict) else entry)]
+    return parsed

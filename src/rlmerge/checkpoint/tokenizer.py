@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from rlmerge.checkpoint.reading import read_file
+from rlmerge.checkpoint.reading import parse_json, read_file
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -172,10 +171,11 @@ def _parse(file: Path) -> Any:
         text = read_file(file).decode("utf-8")
         if file.suffix != ".json":
             return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise CheckpointError(f"{file}: cannot be read ({reason}). Restore it from the original model.") from None
+        value = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({str(error)[:200]}). Restore it from the original model."
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold a JSON object {{...}}. Restore it from the original model.")
     return value
@@ -218,7 +218,11 @@ def _vocabulary(get: Callable[[str], Any]) -> _Vocabulary | None:
         added += (get("added_tokens.json") or {}).items()
         decoder = (get("tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
         added += [(token["content"], int(number)) for number, token in decoder.items()]
-    return _Vocabulary({**vocabulary, **dict(added)}, scores)
+    tokens = {**vocabulary, **dict(added)}
+    for token, number in tokens.items():
+        if type(token) is not str or type(number) is not int or number < 0:
+            raise ValueError(f"token {token!r} has the id {number!r}")
+    return _Vocabulary(tokens, scores)
 
 
 def _merges(get: Callable[[str], Any]) -> list[Any] | None:

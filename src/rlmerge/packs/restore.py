@@ -19,8 +19,8 @@ from rlmerge.checkpoint.folder import Checkpoint, open_checkpoint
 from rlmerge.checkpoint.header import TensorInfo
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack import Pack, find_base, read_bytes
-from rlmerge.checkpoint.reading import read_file
 from rlmerge.checkpoint.pack_steps import WORDS, Tables, add_steps, read_table, reference_words
+from rlmerge.checkpoint.reading import read_file
 from rlmerge.disk_errors import disk_errors
 from rlmerge.errors import CheckpointError, MismatchError, PackError
 from rlmerge.execute.safe_files import open_inside, write_inside

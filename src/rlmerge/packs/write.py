@@ -22,8 +22,8 @@ from rlmerge.checkpoint.folder import DELTA, MERGED_DTYPES, NOTE, Checkpoint, op
 from rlmerge.checkpoint.header import TensorInfo, equal_bytes
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack import CHUNK, FORMAT, ROW_BYTES, identify, read_bytes
-from rlmerge.checkpoint.reading import read_file
 from rlmerge.checkpoint.pack_steps import WORDS, reference_words
+from rlmerge.checkpoint.reading import read_file
 from rlmerge.disk_errors import disk_errors
 from rlmerge.errors import CheckpointError, MismatchError, PackError
 from rlmerge.execute.inputs import changed, stamps_of
