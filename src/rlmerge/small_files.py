@@ -21,9 +21,10 @@ from rlmerge.checkpoint.folder import read_json_object
 from rlmerge.checkpoint.header import Header
 from rlmerge.checkpoint.hub import origin, split_id
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
-from rlmerge.checkpoint.reading import read_file
+from rlmerge.checkpoint.reading import json_text, read_file
 from rlmerge.checkpoint.restack import restack_config
 from rlmerge.checkpoint.token_ids import follow_vocabulary
+from rlmerge.checkpoint.tokenizer import plausible
 from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
 from rlmerge.errors import CheckpointError
 from rlmerge.execute.folder import OutputFolder
@@ -76,9 +77,11 @@ def copied_files(plan: Plan) -> dict[str, bytes]:
         found = {name: data for name, data in found.items() if not is_tokenizer_file(name)} | vocabulary.files
         name = "generation_config.json"
         if name in found:
+            read_json_object(home / name)  # it is one, or this says which file is none
             found[name] = follow_vocabulary(name, found[name], vocabulary.rows, vocabulary.ids, vocabulary.lender)
     if plan.chat_template is not None:
-        found = write_template(found, plan.chat_template)
+        with plausible(home):
+            found = write_template(found, plan.chat_template)
     return dict(sorted(found.items()))
 
 
@@ -88,11 +91,11 @@ def json_lines(data: Any, depth: int = 3) -> str:
     A tensor's statistics are a line: shorter, easier to compare than one number a line, and `json` writes it in C.
     """
     if depth == 0 or not data or not isinstance(data, (dict, list)):
-        return json.dumps(data, ensure_ascii=False)
+        return json_text(data)
     margin = " " * (4 - depth)
     opening, closing = "{}" if isinstance(data, dict) else "[]"
     entries = (
-        [f"{json.dumps(str(key), ensure_ascii=False)}: {json_lines(value, depth - 1)}" for key, value in data.items()]
+        [f"{json_text(str(key))}: {json_lines(value, depth - 1)}" for key, value in data.items()]
         if isinstance(data, dict)
         else [json_lines(value, depth - 1) for value in data]
     )

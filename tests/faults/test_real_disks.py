@@ -136,7 +136,7 @@ def test_the_second_of_two_processes_is_refused(tmp_path, what):
     assert first.stdout is not None
     assert first.stdout.readline() == "working\n"
     for _ in range(2):  # the refused one leaves the lock where it is
-        with pytest.raises(OutputError, match="another (rlmerge|process)"):
+        with pytest.raises(OutputError, match=r"another (rlmerge|process)"):
             getattr(rlmerge, what)(*arguments, **HOW)
     assert first.poll() is None
     first.kill()

@@ -1,4 +1,4 @@
-"""A disk that does not take what is written, at every call in turn: one message, nothing lost, the same command ends it.
+"""A disk that does not take what is written, at every call in turn: one message, nothing lost, and the way on.
 
 By default one call of each kind on each file fails; the long suite goes through all calls.
 """
@@ -71,6 +71,15 @@ def prepared(name: str, home: Path, folder: Path) -> Path:
     return folder / "out"
 
 
+def refusal(call: Callable[[], object]) -> str | None:
+    """The message of an OutputError; None if there was none."""
+    try:
+        call()
+    except OutputError as error:
+        return str(error)
+    return None
+
+
 def held(out: Path) -> dict[str, bytes]:
     """An output without what a failure in the last moments may leave in it."""
     return {name: data for name, data in contents(out).items() if name.split("/")[0] not in LEFTOVERS}
@@ -81,23 +90,18 @@ def check(name: str, home: Path, folder: Path, want: dict[str, bytes], call: int
     out = prepared(name, home, folder)
     earlier = held(out)
     kinds, number, stays = (WRITES, errno.EIO, False) if disk == "broken" else (FULL, errno.ENOSPC, True)
-    failed = False
     with failing_disk([folder], kinds, number, call, stays) as found:
-        try:
-            OPERATIONS[name](home, out)
-        except OutputError as error:
-            failed = True
-            assert str(folder / "out") in str(error)
-            assert os.strerror(number) in str(error)
+        said = refusal(lambda: OPERATIONS[name](home, out))
     site = found.calls[call]
-    if not failed:
+    if said is not None:
+        assert str(folder / "out") in said, site
+        assert os.strerror(number) in said, site
+    if said is None:
         assert held(out) == want, site
     elif out.exists() and any(out.iterdir()):  # never half of it
         assert held(out) in (want, earlier), site
-    try:
-        OPERATIONS[name](home, out)
-    except OutputError as error:  # it is whole, and rlmerge says so by not replacing it
-        assert "is not empty" in str(error), site
+    said = refusal(lambda: OPERATIONS[name](home, out))
+    assert said is None or "is not empty" in said, site  # it is whole, and rlmerge says so by not replacing it
     assert contents(out) == want, site
     assert not LEFTOVERS & set(os.listdir(out)), site
     assert os.listdir(folder) == ["out"], site
@@ -123,3 +127,25 @@ def test_at_every_call(home, tmp_path, name, disk, request):
     for call in places(counted, thorough):
         check(name, home, tmp_path / f"call-{call}", want, call, disk)
     assert snapshot(home) == before
+
+
+def test_a_pack_and_a_kill_between_the_renames(home, tmp_path):
+    """The earlier pack is back with the next command, replaced if that says so; a stranger's folder stays."""
+    out, aside = tmp_path / "out", tmp_path / "out.replaced"
+    rlmerge.pack(home / "e1", home / "base", out, **HOW)
+    before = contents(out)
+    out.rename(aside)
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / ".made-in-one-go").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        rlmerge.pack(home / "e0", home / "base", out, **HOW)
+    assert contents(out) == before
+    assert not aside.exists()
+    out.rename(aside)
+    rlmerge.pack(home / "e0", home / "base", out, overwrite=True, **HOW)
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    aside.mkdir()
+    (aside / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="is in the way"):
+        rlmerge.pack(home / "e0", home / "base", out, overwrite=True, **HOW)
+    assert (aside / "thesis.tex").read_text() == "mine"

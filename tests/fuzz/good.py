@@ -14,7 +14,7 @@ import numpy as np
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.cli.command_line import SHAPES, fishers, good_set, weights
 from tests.execute.test_same_bytes import contents
-from tests.methods.small_models import read_values
+from tests.methods.small_models import read_values, some_grams
 
 import rlmerge
 from rlmerge.execute.journal import is_signed, signed
@@ -60,6 +60,11 @@ merge_method: task_arithmetic
 base_model: base
 models: [{model: p0, parameters: {weight: 1}}, {model: base+l0, parameters: {weight: 0.3}}]
 """,
+    "regmean.yml": """\
+merge_method: regmean
+base_model: base
+models: [{model: e0, gram: g0, parameters: {weight: 1}}, {model: e1, gram: g1, parameters: {weight: 1}}]
+""",
     "union.yml": """\
 merge_method: linear
 base_model: base
@@ -104,7 +109,7 @@ def write_good(home: Path) -> None:
     for name in ("base", "e0", "e1", "e2"):
         folder = home / name
         if name == "e2":
-            write_model(folder, {key: value for key, value in weights(3).items()}, dtype="BF16")
+            write_model(folder, dict(weights(3)), dtype="BF16")
             tokenizer["added_tokens"] = [*tokenizer["added_tokens"], _added(14, "<new>")]  # type: ignore[misc]
         put(folder / "config.json", CONFIG)
         put(folder / "tokenizer.json", tokenizer)
@@ -114,6 +119,10 @@ def write_good(home: Path) -> None:
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}\n")
         (folder / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\n---\n# A model\n")
     _write_fishers(home)
+    for k in (0, 1):
+        grams = some_grams(str(k), SHAPES)
+        write_tensors(home / f"g{k}" / "gram.safetensors", grams)
+        put(home / f"g{k}" / "gram.json", {"aliases": {}, "input_first": [], "tensors": {}, "source": "own"})
     rng = np.random.default_rng(5)
     pair = {f"base_model.model.model.layers.{layer}.{part}_proj.lora_{ab}.weight":
             rng.standard_normal((2, 8) if ab == "A" else ((8 if part == "q" else 12), 2)).astype(np.float32)
@@ -121,7 +130,8 @@ def write_good(home: Path) -> None:
     write_tensors(home / "l0" / "adapter_model.safetensors", pair)
     put(home / "l0" / "adapter_config.json", {
         "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q_proj", "up_proj"],
-        "alpha_pattern": {"q_proj": 8}, "rank_pattern": {}, "use_rslora": True, "base_model_name_or_path": "base"})  # fmt: skip
+        "alpha_pattern": {"q_proj": 8}, "rank_pattern": {}, "use_rslora": True, "base_model_name_or_path": "base",
+    })  # fmt: skip
     rlmerge.pack(home / "e0", home / "base", home / "p0", **HOW)
     for name, text in RECIPES.items():
         (home / name).write_text(text)
@@ -199,7 +209,7 @@ def merging(recipe: str) -> Callable[[Path, Path], None]:
         outcome = rlmerge.merge_to_folder(home / recipe, out, **HOW)
         rlmerge.verify(out)
         for name, value in read_values(out).items():
-            assert value.dtype.kind in "iub" or np.isfinite(value).all(), f"{name} of the output is not finite"
+            assert value.dtype.kind in "iubc" or np.isfinite(value).all(), f"{name} of the output is not finite"
         assert outcome.out == out
 
     return run
@@ -253,6 +263,8 @@ SCENARIOS: dict[str, Scenario] = {
     "fishers": Scenario(("f0/fisher.safetensors", "f0/fisher.json", "f1/fisher.safetensors"), merging("sar.yml")),
     "compact fishers": Scenario(("f2/fisher.safetensors", "f2/fisher.json", "f3/fisher.safetensors"),
                                 merging("compact.yml")),
+    "grams": Scenario(tuple(f"g{k}/gram.{kind}" for k in (0, 1) for kind in ("safetensors", "json")),
+                      merging("regmean.yml")),
     "adapter": Scenario(("l0/adapter_config.json", "l0/adapter_model.safetensors"), merging("packed.yml")),
     "pack": Scenario(("p0/pack.json", "p0/delta.safetensors"), merging("packed.yml")),
     "unpack": Scenario(("p0/pack.json", "p0/delta.safetensors", "base/config.json"), _unpack),

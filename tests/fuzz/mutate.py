@@ -18,14 +18,16 @@ TOKENS = (
     "!!python/object/apply:os.system ['touch owned']", "!!python/name:os.system", "!!binary aGk=", "!!set {a, b}",
     "!custom x", "&a", "*a", "&a [*a, *a]", "<<: *some", "<<: {}", "? x", "|", ">-", "---", "...", "{", "}", "[", "]",
     ": ", "- ", "#", "'", '"', "@", "`", "%YAML 1.2", "\t", "\0", "\u2028", "\ufeff", "0x1F", "0o17", "1_000", "1:30",
-    "2001-01-01", "~", "yes", ".nan", "-.inf", "1e999", "1e-400", "9" * 400, "9" * 5000, "../../../etc", "/etc", "~/.ssh",
-    "$HOME", "e0", "e1", "base", "base+l0", "e0+l0", "e0@main", "owner/name", "owner/name@../..", "p0", "f0", "one", "two",
-    "merge_method: ties", "base_model: e0", "models: []", "slices: []", "name: ../../x", "name: .", "dtype: int8",
-    "weight: [1, 2, 3]", "density: -1", "layer_range: [0, 99999999]", "layer_range: [2, 0]", "t: 2", "filter: '('",
-    "seed: -1", "exclude: ['*']", "include: ['(a+)+$']", "chat_template: /etc/passwd", "tokenizer_source: e1",
-    "pad_to_multiple_of: 1000000000", "allow_nonfinite: true", "out_dtype: float16", "rounding: stochastic",
+    "2001-01-01", "~", "yes", ".nan", "-.inf", "1e999", "1e-400", "9" * 400, "9" * 5000, "../../../etc", "/etc",
+    "~/.ssh", "$HOME", "e0", "e1", "base", "base+l0", "e0+l0", "e0@main", "owner/name", "owner/name@../..", "p0",
+    "f0", "one", "two", "merge_method: ties", "base_model: e0", "models: []", "slices: []", "name: ../../x", "name: .",
+    "dtype: int8", "weight: [1, 2, 3]", "density: -1", "layer_range: [0, 99999999]", "layer_range: [2, 0]", "t: 2",
+    "filter: '('", "seed: -1", "exclude: ['*']", "include: ['(a+)+$']", "chat_template: /etc/passwd",
+    "tokenizer_source: e1", '"\\ud800"', '"\\e[31m"', '"\\0"', "pad_to_multiple_of: 1000000000",
+    "allow_nonfinite: true", "out_dtype: float16", "rounding: stochastic",
 )  # fmt: skip
 HUGE = 3000
+TYPES = (("U8", 1), ("I16", 2), ("F16", 2), ("BF16", 2), ("F32", 4), ("I64", 8), ("F64", 8), ("C64", 8), ("F8_E5M2", 1))
 
 
 class Pairs(list):  # type: ignore[type-arg]
@@ -149,8 +151,9 @@ def _json_file(raw: bytes, chance: random.Random) -> bytes:
         value = spoil_json(value, chance)
     text = dump(value)
     if chance.random() < 0.05:
-        text = chance.choice(("[" * HUGE + "]" * HUGE, '{"a":' * HUGE + "1" + "}" * HUGE, "9" * 5000, "", "\ufeff" + text,
-                              text + " x", text.replace(":", ": " * 2), "NaN", '"' + "x" * 10**5 + '"'))  # fmt: skip
+        deep = "[" * HUGE + "]" * HUGE, '{"a":' * HUGE + "1" + "}" * HUGE
+        other = "\ufeff" + text, text + " x", text.replace(":", ": " * 2)
+        text = chance.choice((*deep, *other, "9" * 5000, "", "NaN", '"' + "x" * 10**5 + '"'))
     return text.encode(errors=chance.choice(("replace", "surrogatepass")))
 
 
@@ -251,9 +254,8 @@ def _shift(header: dict[str, Any], data: bytearray, name: str, chance: random.Ra
         elif kind == 1:
             entry["shape"] = [*shape[:-1], shape[-1] // 2, 2] if shape[-1] % 2 == 0 else [1, *shape]
         elif kind == 2:
-            entry["dtype"], entry["shape"] = chance.choice((("U8", 1), ("I16", 2), ("F16", 2), ("BF16", 2), ("F32", 4),
-                                                            ("I64", 8), ("F64", 8), ("C64", 8), ("F8_E5M2", 1)))  # fmt: skip
-            entry["shape"] = [(stop - start) // entry["shape"]]
+            entry["dtype"], width = chance.choice(TYPES)
+            entry["shape"] = [(stop - start) // width]
         elif kind == 3:
             header[name + chance.choice((".bias", "x", "_scale_inv", "#values", "\u00e9"))] = header.pop(name)
         elif kind == 4:

@@ -1,10 +1,11 @@
-"""Fuzzing: spoiled files through check, merge and verify, each case in a process of its own with bounds on all it takes.
+"""Fuzzing: spoiled files through check, merge and verify, each case in a process of its own, within bounds.
 
     python -m tests.fuzz.run [--minutes M | --cases N] [--seed S] [--jobs J] [--only SCENARIO] [--save FOLDER]
 
-Allowed are an output that is finite and verifies, and an RlmergeError of a sensible length. Everything else is a defect: another
-exception, a warning, more than 10 s, more memory than files of this size can need, a crash, a file opened for writing
-outside, a program started. Its files are saved in tests/fuzz/cases, where `test_cases.py` finds them ever after.
+Allowed are an output that is finite and verifies, and an RlmergeError of a sensible length. Everything else is a
+defect: another exception, a warning, more than 10 s, more memory than files of this size can need, a crash, a file
+opened for writing outside, a program started. Its files are saved in tests/fuzz/cases, from where `test_fuzz.py` runs
+them ever after.
 """
 
 from __future__ import annotations
@@ -165,7 +166,13 @@ def save_case(folder: Path, seed: int, scenario: str, files: dict[str, bytes], r
     word = "".join(c if c.isalnum() else "-" for c in f"{scenario}-{result.kind}".lower())[:60].strip("-")
     path = folder / f"{word}-{seed}.json"
     spoiled = {name: base64.b64encode(data).decode() for name, data in files.items()}
-    said = {"scenario": scenario, "seed": seed, "found": result.kind, "story": result.story[-600:], "files": spoiled}
+    said = {
+        "scenario": scenario,
+        "seed": seed,
+        "found": result.kind,
+        "story": (result.story.strip().splitlines() or [""])[-1][:200],
+        "files": spoiled,
+    }
     path.write_text(json.dumps(said, indent=1) + "\n")
     return path
 
@@ -191,6 +198,17 @@ def work(home: Path, names: list[str], seeds: Any, until: float, save: Path | No
     return count
 
 
+def replay(cases: dict[str, tuple[Scenario, dict[str, bytes]]]) -> None:
+    """Runs cases by their names and says how each ended; exits with 1 for a defect."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-good-") as home:
+        write_good(Path(home))
+        ends = {name: run_case(Path(home), scenario, files) for name, (scenario, files) in cases.items()}
+    for name, result in ends.items():
+        print(f"{name}: {result.kind}: {result.story.strip()}")
+    print(f"{len(ends)} cases replayed")
+    sys.exit(1 if any(result.is_defect for result in ends.values()) else 0)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.run", description=__doc__)
@@ -199,8 +217,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="the first one; by default another every time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", action="append", help="a scenario; repeatable")
-    parser.add_argument("--save", type=Path, default=CASES)
+    parser.add_argument("--save", type=Path, default=CASES, help="where the files of defects go")
+    parser.add_argument("--replay", type=Path, nargs="+", metavar="CASE", help="saved cases, instead of new ones")
+    parser.add_argument("--good", action="store_true", help="all scenarios with files that nobody spoiled")
     given = parser.parse_args()
+    if given.replay or given.good:
+        good = {name: (scenario, {}) for name, scenario in SCENARIOS.items()} if given.good else {}
+        replay({path.name: load_case(path) for path in given.replay or ()} | good)
+        return
     first = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
     names = given.only or list(SCENARIOS)
     until = time.monotonic() + 60 * given.minutes

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlmerge.checkpoint.copied import leads_out
-from rlmerge.checkpoint.reading import read_file
+from rlmerge.checkpoint.reading import json_text, leads_out, read_file
 from rlmerge.figures import as_markdown, statistics_table
 from rlmerge.version import VERSION
 
@@ -27,7 +26,7 @@ def rewrite_config(raw: bytes, dtype: str) -> bytes:
     name = DTYPE_NAMES[dtype]
     if not _set_dtype(config, name):
         return raw
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(config, 2) + "\n").encode()
 
 
 def _set_dtype(node: Any, name: str) -> bool:

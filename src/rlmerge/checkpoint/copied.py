@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from rlmerge.checkpoint.folder import PICKLE_SUFFIXES, TRAINER_STATE
-from rlmerge.errors import CheckpointError
+from rlmerge.checkpoint.reading import leads_out, refuse_outside
 
 _WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
     ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".npz", ".tflite", ".distcp",
@@ -32,23 +32,8 @@ def other_files(folder: Path) -> list[Path]:
     entries = sorted(folder.iterdir())
     files = [entry for entry in entries if _is_copied(entry.name) and entry.is_file()]
     for file in files:
-        target = leads_out(file)
-        if target is not None:
-            raise CheckpointError(
-                f"{file}: is a link to {target}, outside of the model's folder and of the hub's cache. The output would "
-                "get a copy of that. If it belongs to the model, put it in the place of the link; else remove the link."
-            )
+        refuse_outside(file)
     return files + [file for entry in entries for file in _files_below(entry, folder)]
-
-
-def leads_out(file: Path, folder: Path | None = None) -> Path | None:
-    """Where a link leads that leaves the folder of its model (that of the file, by default) and the hub's cache."""
-    home, target = (folder or file.parent).resolve(), file.resolve()
-    blobs = target.parent.name == "blobs"
-    beside = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if home in target.parents or beside or (blobs and target.parent.parent.name.startswith("models--")):
-        return None
-    return target
 
 
 def _files_below(entry: Path, model: Path) -> list[Path]:

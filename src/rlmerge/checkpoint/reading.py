@@ -33,6 +33,25 @@ def read_file(file: Path, most: int | None = MOST) -> bytes:
         raise CheckpointError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
+def leads_out(file: Path, folder: Path | None = None) -> Path | None:
+    """Where a link leads that leaves the folder of its model (that of the file, by default) and the hub's cache."""
+    home, target = (folder or file.parent).resolve(), file.resolve()
+    beside = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    of_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return None if home in target.parents or beside or of_cache else target
+
+
+def refuse_outside(file: Path, folder: Path | None = None) -> None:
+    """Raises CheckpointError for such a link, where the output would get a copy of what it leads to."""
+    target = leads_out(file, folder)
+    if target is not None:
+        raise CheckpointError(
+            f"{file}: is a link to {target}, outside of the model's folder and of the hub's cache, and the output "
+            "would get a copy of that.\n  If it belongs to the model, put the file in the place of the link; else "
+            "remove it."
+        )
+
+
 def parse_json(text: str | bytes) -> Any:
     """JSON as plain data. ValueError for what is none (a RecursionError is made one), or is nested too deeply."""
     try:
@@ -46,3 +65,13 @@ def parse_json(text: str | bytes) -> Any:
             raise ValueError("nested too deeply")
         level = [value for entry in level for value in (entry.values() if isinstance(entry, dict) else entry)]
     return parsed
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: as it reads best, or all in ASCII where a string has half a character."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from rlmerge.checkpoint.reading import parse_json, read_file
+from rlmerge.checkpoint.reading import parse_json, read_file, refuse_outside
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compare_tokenizers(
     first: dict[str, tuple[Path, Any]] = {}
     differences: list[str] = []
     for folder, digests in distinct:
-        with _plausible(folder):
+        with plausible(folder):
             found = _read(digests, functools.partial(cache.parsed, folder, digests))
             differences += _compare(folder, {key: found[key] for key in found if key in aspects}, first)
     return differences
@@ -87,8 +87,11 @@ def open_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]]
     for folder in folders:
         digests = cache.digests(folder)
         get = functools.partial(cache.parsed, folder, digests)
-        with _plausible(folder):
+        with plausible(folder):
             vocabulary = _vocabulary(get)
+            for merge in _merges(get) or []:
+                if not (" " in merge if isinstance(merge, str) else isinstance(merge, list) and len(merge) == 2):
+                    raise ValueError(f"{str(merge)[:60]!r} is no merge of two pieces")
             templates = {name: get(name) for name in digests if "chat_template" in name}
             tokens = None if vocabulary is None else vocabulary.tokens
             found.append(
@@ -114,11 +117,11 @@ def lent_files(lender: Checkpoint, models: Iterable[Checkpoint]) -> dict[Path, d
 
 
 @contextlib.contextmanager
-def _plausible(folder: Path) -> Iterator[None]:
+def plausible(folder: Path) -> Iterator[None]:
     """JSON that is not what tokenizers look like is an error that says so."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
             "Restore them from the original model."
@@ -150,6 +153,8 @@ class _Cache:
         ]
         names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{TEMPLATE_FOLDER}/"))
         files = {name: file for name in names if (file := self.place(folder, name)).is_file()}
+        for name, file in files.items():
+            refuse_outside(file, Path(*file.parts[: -len(Path(name).parts)]))
         return {name: xxhash.xxh3_128_hexdigest(read_file(file)) for name, file in files.items()}
 
     def place(self, folder: Path, name: str) -> Path:
@@ -221,7 +226,7 @@ def _vocabulary(get: Callable[[str], Any]) -> _Vocabulary | None:
     tokens = {**vocabulary, **dict(added)}
     for token, number in tokens.items():
         if type(token) is not str or type(number) is not int or number < 0:
-            raise ValueError(f"token {token!r} has the id {number!r}")
+            raise ValueError(f"token {str(token)[:60]!r} has the id {str(number)[:60]!r}")
     return _Vocabulary(tokens, scores)
 
 

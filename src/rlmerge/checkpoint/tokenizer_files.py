@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlmerge.checkpoint.reading import read_file
+from rlmerge.checkpoint.reading import json_text, read_file
 from rlmerge.checkpoint.tokenizer import OTHER_FORMATS, TEMPLATE_FOLDER, TOKENIZER_FILES, Tokenizer
 from rlmerge.errors import MismatchError
 
@@ -261,7 +261,7 @@ def _content(value: Any) -> Any:
 
 def as_json(value: Any) -> bytes:
     """Readable JSON, as tokenizers store theirs."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, 2) + "\n").encode()
 
 
 def is_tokenizer_file(name: str) -> bool:
