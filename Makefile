@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-long check bench bench-kernels docs clean
+.PHONY: install demo test test-long fuzz check bench bench-kernels docs clean
 
 install: $(STAMP)
 
@@ -33,9 +33,14 @@ demo: .venv/.demo
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# The long suite: 50 kills instead of 20, more examples for every law.
+# The long suite: 200 kills instead of 20, a fault at every call, more examples for every law.
 test-long: $(STAMP)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "long or not long" tests
+
+# Spoiled files through check, merge and verify, for as long as one likes; what is found is saved in tests/fuzz/cases.
+HOURS ?= 1
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.run --minutes $$(python3 -c "print(60 * $(HOURS))")
 
 check: $(STAMP)
 	$(BIN)/ruff check .

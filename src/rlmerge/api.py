@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
+from rlmerge.disk_errors import disk_errors
 from rlmerge.downloads import with_all_downloads, with_downloads, without_weights
 from rlmerge.errors import MismatchError
 from rlmerge.execute.folder import OutputFolder
@@ -84,6 +85,7 @@ class Outcome:
         return self.reports[0]
 
 
+@disk_errors()
 def merge_to_folder(
     recipe: Recipe | Stages | Path | str,
     out: Path | str,
@@ -146,7 +148,9 @@ def merge_to_folder(
     if not ready:
         progress(Step(0, 0, 0, "compiling the kernels: once, some seconds"))
     with _worker(plan, load_kernels(kernels), threads) as worker:
-        journal = target.open(f"{plan.digest()} {names}", worker.inputs.stamps())
+        stamps = worker.inputs.stamps()
+        worker.inputs.check_unchanged(stamps)  # since it was planned
+        journal = target.open(f"{plan.digest()} {names}", stamps)
         try:
             done, total = len(journal.units), len(plan.unit_list())
             if done:
@@ -154,6 +158,7 @@ def merge_to_folder(
             run = LocalRun(worker, journal, threads, lambda count: progress(Step(count, len(journal.units), total)))
             first = run.measure()
             run.merge(first, range(len(plan.tensors)), target.write)
+            worker.inputs.check_unchanged(stamps)
             reports = collect(worker, journal)
             for variant, report in enumerate(reports):
                 write_small_files(target, variant, report, journal, sha256)
@@ -186,6 +191,7 @@ def merge(
         plan = without_records(make_plan(recipe))
     check_tokenizers(plan, accept_tokenizers)
     with _worker(plan, load_kernels(kernels, plan.values_read), threads or default_threads()) as worker:
+        stamps = worker.inputs.stamps()
         journal = Journal(None, "", [])
         run = LocalRun(worker, journal, threads or default_threads())
         first = run.measure()
@@ -198,6 +204,7 @@ def merge(
 
             run.merge(first, [t], write)
             yield tensor.name, _as_array(raw, tensor.dtype, tensor.shape, worker)
+        worker.inputs.check_unchanged(stamps)
 
 
 def merge_to(

@@ -24,7 +24,20 @@ from collections.abc import Iterable
 
 
 class RlmergeError(Exception):
-    """What a user can get wrong; the command line prints it without a traceback and exits with 2."""
+    """What a user can get wrong; the command line prints it without a traceback and exits with 2.
+
+    What a file says of itself ends up in messages: whatever would steer a terminal, or cannot be written, is escaped.
+    """
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
+
+
+def plain(text: str) -> str:
+    """The text with every character but line breaks and printable ones escaped."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class RecipeError(RlmergeError):

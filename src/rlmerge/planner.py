@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlmerge.checkpoint.chat_templates import plan_template
+from rlmerge.checkpoint.copied import other_files
 from rlmerge.checkpoint.fisher import FisherFolder, open_fisher
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.gram import GramFolder
@@ -115,6 +116,7 @@ def make_plan(
     layers = count_layers(models.donor.tensors, models.donor.config)
     for variant in variants:
         _check_parameters(variant, pieces, tensors, layers)
+    other_files(models.donor.planned or models.donor.folder)  # what cannot be copied is known now, not at the end
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
     said = vocabulary.notes if vocabulary else ()
     notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlmerge.disk_errors import disk_errors
 from rlmerge.downloads import with_all_downloads, without_weights
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import with_kept
@@ -54,6 +55,7 @@ class CheckReport:
     total: dict[str, Any] = field(default_factory=dict)
 
 
+@disk_errors()
 def check(
     recipe: Recipe | Stages | Path | str,
     *,

@@ -86,7 +86,10 @@ def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     """Raises MismatchError if tokenizers differ although the vocabularies have one size; notes them if accepted."""
     from rlmerge.checkpoint.tokenizer import compare_tokenizers, lent_files
+    from rlmerge.small_files import copied_files
 
+    if plan.chat_template is not None or plan.vocabulary is not None:  # files that cannot take it are known now
+        copied_files(plan)
     folders = list(dict.fromkeys(model.planned or model.folder for model in (plan.donor, *plan.models)))
     # what the recipe decides is no question any more
     aspects = ["vocabulary", "merges", "sentencepiece"] if plan.vocabulary is None else []

@@ -17,12 +17,16 @@ import xxhash
 from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
 from rlmerge.checkpoint.chat_templates import write_template
 from rlmerge.checkpoint.copied import other_files
+from rlmerge.checkpoint.folder import read_json_object
 from rlmerge.checkpoint.header import Header
 from rlmerge.checkpoint.hub import origin, split_id
 from rlmerge.checkpoint.layout import INDEX, WIDTH, index_json
+from rlmerge.checkpoint.reading import json_text, read_file
 from rlmerge.checkpoint.restack import restack_config
 from rlmerge.checkpoint.token_ids import follow_vocabulary
+from rlmerge.checkpoint.tokenizer import plausible
 from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
+from rlmerge.errors import CheckpointError
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.plan import Plan
@@ -68,14 +72,16 @@ def written_config(plan: Plan, raw: bytes) -> bytes:
 def copied_files(plan: Plan) -> dict[str, bytes]:
     """The donor's files beside the weights, with the tokenizer and the chat template that the recipe asks for."""
     home = plan.donor.planned or plan.donor.folder
-    found = {path.relative_to(home).as_posix(): path.read_bytes() for path in other_files(home)}
+    found = {path.relative_to(home).as_posix(): read_file(path, None) for path in other_files(home)}
     if (vocabulary := plan.vocabulary) is not None:
         found = {name: data for name, data in found.items() if not is_tokenizer_file(name)} | vocabulary.files
         name = "generation_config.json"
         if name in found:
+            read_json_object(home / name)  # it is one, or this says which file is none
             found[name] = follow_vocabulary(name, found[name], vocabulary.rows, vocabulary.ids, vocabulary.lender)
     if plan.chat_template is not None:
-        found = write_template(found, plan.chat_template)
+        with plausible(home):
+            found = write_template(found, plan.chat_template)
     return dict(sorted(found.items()))
 
 
@@ -85,11 +91,11 @@ def json_lines(data: Any, depth: int = 3) -> str:
     A tensor's statistics are a line: shorter, easier to compare than one number a line, and `json` writes it in C.
     """
     if depth == 0 or not data or not isinstance(data, (dict, list)):
-        return json.dumps(data, ensure_ascii=False)
+        return json_text(data)
     margin = " " * (4 - depth)
     opening, closing = "{}" if isinstance(data, dict) else "[]"
     entries = (
-        [f"{json.dumps(str(key), ensure_ascii=False)}: {json_lines(value, depth - 1)}" for key, value in data.items()]
+        [f"{json_text(str(key))}: {json_lines(value, depth - 1)}" for key, value in data.items()]
         if isinstance(data, dict)
         else [json_lines(value, depth - 1) for value in data]
     )
@@ -138,7 +144,7 @@ def _stages(recipe: Recipe) -> dict[str, Any]:
     """What the stages of a recipe were made of, by name, each after its own stages: recipe, inputs, weights."""
     found: dict[str, Any] = {}
     for name, (folder, _) in recipe.stages.items():
-        said = json.loads((folder / PROVENANCE).read_bytes())
+        said = read_json_object(folder / PROVENANCE)
         found |= said.get("stages", {})
         found[name] = {key: said[key] for key in ("recipe", "plugin", "inputs", "weights", "notes") if key in said}
     return found
@@ -179,8 +185,11 @@ def _inputs(plan: Plan, journal: Journal, sha256: bool) -> list[dict[str, Any]]:
         listed = [{"file": header.file.name, "size": header.size, "header": header.digest} for header in headers]
         for item, header in zip(listed, headers if sha256 else ()):
             if header.file not in hubs:
-                with open(header.file, "rb") as file:
-                    hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
+                try:
+                    with open(header.file, "rb") as file:
+                        hubs[header.file] = hashlib.file_digest(file, "sha256").hexdigest()
+                except OSError as error:
+                    raise CheckpointError(f"{header.file}: cannot be read: {error.strerror or error}.") from error
             item["sha256"] = hubs[header.file]
         commits = dict(known for header in headers if (known := origin(header.file.parent)))
         entry = {"role": role, "reference": reference, "files": listed, "xxh3": state.hexdigest()}

@@ -32,6 +32,8 @@ def _word(key: str) -> str:
 
 
 _TAG = "tag:yaml.org,2002:"
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+"""Control characters and halves of characters, which only escapes can bring."""
 _WORDS = {
     "bool": re.compile("true|True|TRUE|yes|Yes|YES|on|On|ON|false|False|FALSE|no|No|NO|off|Off|OFF"),
     "null": re.compile("~|null|Null|NULL|"),
@@ -173,6 +175,8 @@ class _Reader:
                 shown = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
                 raise self.fail(key, place, f"a key must be text, found {shown}; if it is meant, write it in quotes.")
             line = key.start_mark.line + 1
+            if _UNWRITABLE.search(key.value):
+                raise self.fail(key, place, f"the key {show(key.value)} holds characters that no text has.")
             if key.value in own:
                 raise self.fail(key, (*place, key.value), f"the same key stands in line {own[key.value]} already.")
             own[key.value] = self.lines[(*place, key.value)] = line
@@ -191,6 +195,8 @@ class _Reader:
     def _scalar(self, node: Any, tag: str, place: Place) -> Any:
         text = node.value
         if tag == "str":
+            if _UNWRITABLE.search(text):
+                raise self.fail(node, place, f"{show(text)} holds characters that no text has.")
             return text
         if tag not in ("bool", "null", "int", "float"):
             raise self.fail(node, place, f"the tag {node.tag!r} is not allowed in a recipe.")

@@ -126,7 +126,7 @@ def test_kill_and_continue(killable, tmp_path, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(100, 150))
+@pytest.mark.parametrize("seed", range(100, 300))
 def test_kill_and_continue_often(killable, tmp_path, seed):
     check_kill(killable, tmp_path, seed)
 
@@ -247,6 +247,24 @@ def test_garbage_behind_the_journal(models, tmp_path, monkeypatch, garbage):
     journal.write_bytes(journal.read_bytes() + garbage)
     outcome = finish(recipe, tmp_path / "out")
     assert (outcome.resumed_units, contents(outcome.out)) == (4, expected)
+
+
+@pytest.mark.parametrize("line", [0, 1, 2, -1])
+def test_another_number_in_the_journal(models, tmp_path, monkeypatch, line):
+    """A flipped bit of a digit is JSON, too: that line and what follows it are done again."""
+    recipe = recipe_of(models, "sar", SAR["model"])
+    expected = contents(finish(recipe, tmp_path / "whole").out)
+    journal = interrupted(monkeypatch, recipe, tmp_path / "out", 4) / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    body, key, signature = lines[line].rpartition(b', "xxh3": "')
+    place = max(n for n, c in enumerate(body) if chr(c).isdigit() and (line != 0 or n > body.index(b"started")))
+    lines[line] = (
+        body[:place] + (b"1" if body[place : place + 1] == b"0" else b"0") + body[place + 1 :] + key + signature
+    )
+    json.loads(lines[line])
+    journal.write_bytes(b"".join(lines))
+    outcome = finish(recipe, tmp_path / "out")
+    assert (outcome.resumed_units, contents(outcome.out)) == (3 if line == -1 else 0, expected)
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])

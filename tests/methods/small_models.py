@@ -18,7 +18,8 @@ import rlmerge
 from rlmerge import planner
 
 Tensors = dict[str, np.ndarray]
-KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?",
+         "C64": "<c8", "I16": "<i2", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I8": "i1"}  # fmt: skip
 DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FORMS = ("F32", "BF16", "F16")
 

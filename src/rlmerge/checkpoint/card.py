@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rlmerge.checkpoint.reading import json_text, leads_out, read_file
 from rlmerge.figures import as_markdown, statistics_table
 from rlmerge.version import VERSION
 
@@ -25,7 +26,7 @@ def rewrite_config(raw: bytes, dtype: str) -> bytes:
     name = DTYPE_NAMES[dtype]
     if not _set_dtype(config, name):
         return raw
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(config, 2) + "\n").encode()
 
 
 def _set_dtype(node: Any, name: str) -> bool:
@@ -45,19 +46,21 @@ def _set_dtype(node: Any, name: str) -> bool:
 
 
 def read_licence(folder: Path) -> str | None:
-    """The `license:` of a model card's front matter, if there is one."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[: 2**16]
-    except OSError:
+    """The `license:` of a model card's front matter, if there is one. CheckpointError where a card cannot be read."""
+    file = folder / "README.md"
+    if not file.is_file() or leads_out(file) is not None:
         return None
+    text = read_file(file)[: 2**16].decode("utf-8", errors="replace")
     if not text.startswith("---"):
         return None
     try:
-        front = yaml.safe_load(text[3:].split("\n---", 1)[0])
+        # nodes only: a document that is made of aliases takes no more room than its text
+        front = yaml.compose(text[3:].split("\n---", 1)[0], yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return None
-    licence = front.get("license") if isinstance(front, dict) else None
-    return licence if isinstance(licence, str) else None
+    pairs = front.value if isinstance(front, yaml.MappingNode) else []
+    found = [value for key, value in pairs if key.value == "license" and isinstance(value, yaml.ScalarNode)]
+    return found[-1].value if found and found[-1].tag == "tag:yaml.org,2002:str" else None
 
 
 def model_card(

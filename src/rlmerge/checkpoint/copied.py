@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from rlmerge.checkpoint.folder import PICKLE_SUFFIXES, TRAINER_STATE
+from rlmerge.checkpoint.reading import leads_out, refuse_outside
 
 _WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {
     ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".onnx", ".npz", ".tflite", ".distcp",
@@ -26,21 +27,16 @@ def other_files(folder: Path) -> list[Path]:
     Not among them: weights and indexes of any framework, the model card, trainer and optimizer state, hidden files,
     what a merge writes itself, and what would turn the output into something else (adapter_config.json). Of folders
     below, the regular files, unless the folder holds weights, a trainer's logs or another checkpoint.
+    Raises CheckpointError for a link that leads out of the folder: a copy of what it leads to would be published.
     """
     entries = sorted(folder.iterdir())
     files = [entry for entry in entries if _is_copied(entry.name) and entry.is_file()]
-    homes = _homes(folder)
-    return files + [file for entry in entries for file in _files_below(entry, homes)]
+    for file in files:
+        refuse_outside(file)
+    return files + [file for entry in entries for file in _files_below(entry, folder)]
 
 
-def _homes(folder: Path) -> tuple[Path, ...]:
-    """Where a link in a model folder may lead: into the folder, or to the blobs of the hub's cache beside it."""
-    inside = folder.resolve()
-    blobs = (inside.parent.parent / "blobs",) if inside.parent.name == "snapshots" else ()
-    return (inside, *blobs)
-
-
-def _files_below(entry: Path, homes: tuple[Path, ...]) -> list[Path]:
+def _files_below(entry: Path, model: Path) -> list[Path]:
     """All files of a folder that go into an output; none if it is a link, or anything in it says weights."""
     if entry.is_symlink() or not entry.is_dir() or NOT_COPIED_FOLDER.fullmatch(entry.name):
         return []
@@ -52,8 +48,7 @@ def _files_below(entry: Path, homes: tuple[Path, ...]) -> list[Path]:
         for name in sorted(names):
             file = Path(here) / name
             target = file.resolve()
-            inside = any(home in target.parents for home in homes)
-            if _is_copied(name) and _is_copied(target.name) and target.is_file() and inside:
+            if _is_copied(name) and _is_copied(target.name) and target.is_file() and leads_out(file, model) is None:
                 found.append(file)
     return found
 

@@ -6,13 +6,13 @@ is and what to do first. Nothing but `config.json`, the index and the headers is
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.checkpoint.header import Header, TensorInfo, read_header
+from rlmerge.checkpoint.reading import parse_json, read_file
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _QUANTIZED_NAME = re.compile(
 _QUANTIZED_INTEGER_NAME = re.compile(r"weight$|_blocks$|_scales$")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 TRAINER_STATE = re.compile(r"optimizer|scheduler|scaler|rng_state|random_states|training_args\.bin")
-_MAX_JSON_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -107,16 +106,11 @@ def is_pack(folder: Path) -> bool:
 def read_json_object(file: Path) -> dict[str, Any]:
     """A small JSON file that must hold an object. Raises CheckpointError, naming the file."""
     try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{file}: has {file.stat().st_size} bytes, more than a JSON file of a model ever has."
-            )
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise CheckpointError(f"{file}: is not JSON ({reason}). Restore it from the original model.") from None
+        parsed = parse_json(read_file(file).decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: is not JSON ({str(error)[:200]}). Restore it from the original model."
+        ) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(
             f"{file}: holds a JSON {type(parsed).__name__}, and must hold an object {{...}}. "

@@ -49,7 +49,7 @@ def open_gram(folder: Path, base: Checkpoint) -> GramFolder:
         raise GramError(f"{headers[0].file}: holds no Gram matrix. Estimate it again.")
     tensors = {**stored, **_aliases(home / "gram.json", meta, stored)}
     first = meta.get("input_first", [])
-    if not isinstance(first, list) or not set(first) <= set(tensors):
+    if not isinstance(first, list) or not all(isinstance(name, str) and name in tensors for name in first):
         raise GramError(f"{home / 'gram.json'}: 'input_first' is not a list of names from the file. Estimate it again.")
     for name, info in tensors.items():
         _check(name, info, base, name in first)

@@ -17,6 +17,7 @@ import xxhash
 
 from rlmerge.checkpoint.folder import DELTA, MERGED_DTYPES, NOTE, Checkpoint, open_checkpoint
 from rlmerge.checkpoint.header import Header, PackedInfo, TensorInfo, parse_header, read_header
+from rlmerge.checkpoint.reading import read_file
 from rlmerge.errors import CheckpointError, HeaderError, MismatchError, PackError
 
 FORMAT = 2
@@ -182,7 +183,7 @@ def _read_note(note: Path) -> dict[str, Any]:
     try:
         if note.stat().st_size > _MAX_NOTE:
             raise _broken(note, "it is larger than any pack.json")
-        parsed = json.loads(note.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        parsed = json.loads(read_file(note, _MAX_NOTE).decode("utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise PackError(f"{note}: cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

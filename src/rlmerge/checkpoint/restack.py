@@ -17,6 +17,7 @@ from rlmerge.checkpoint.fisher import FisherFolder
 from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.gram import GramFolder
 from rlmerge.checkpoint.match import is_buffer
+from rlmerge.checkpoint.reading import json_text
 from rlmerge.errors import MismatchError, RecipeError
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|v_head|qa_outputs|output)(\.|$)")
@@ -200,7 +201,7 @@ def restack_config(raw: bytes, stack: Stack) -> bytes:
     node = config.get(stack.within) if stack.within else config
     if isinstance(node, dict):
         _restack(node, (stack.within,) if stack.within else (), stack)
-    return raw if config == before else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return raw if config == before else (json_text(config, 2) + "\n").encode()
 
 
 def _restack(node: dict[str, Any], path: tuple[str, ...], stack: Stack) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from rlmerge.checkpoint.reading import parse_json, read_file, refuse_outside
 from rlmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compare_tokenizers(
     first: dict[str, tuple[Path, Any]] = {}
     differences: list[str] = []
     for folder, digests in distinct:
-        with _plausible(folder):
+        with plausible(folder):
             found = _read(digests, functools.partial(cache.parsed, folder, digests))
             differences += _compare(folder, {key: found[key] for key in found if key in aspects}, first)
     return differences
@@ -87,8 +87,11 @@ def open_tokenizers(folders: list[Path], lent: Mapping[Path, Mapping[str, Path]]
     for folder in folders:
         digests = cache.digests(folder)
         get = functools.partial(cache.parsed, folder, digests)
-        with _plausible(folder):
+        with plausible(folder):
             vocabulary = _vocabulary(get)
+            for merge in _merges(get) or []:
+                if not (" " in merge if isinstance(merge, str) else isinstance(merge, list) and len(merge) == 2):
+                    raise ValueError(f"{str(merge)[:60]!r} is no merge of two pieces")
             templates = {name: get(name) for name in digests if "chat_template" in name}
             tokens = None if vocabulary is None else vocabulary.tokens
             found.append(
@@ -114,11 +117,11 @@ def lent_files(lender: Checkpoint, models: Iterable[Checkpoint]) -> dict[Path, d
 
 
 @contextlib.contextmanager
-def _plausible(folder: Path) -> Iterator[None]:
+def plausible(folder: Path) -> Iterator[None]:
     """JSON that is not what tokenizers look like is an error that says so."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise CheckpointError(
             f"{folder}: its tokenizer files are not what tokenizers look like ({type(error).__name__}: {error}). "
             "Restore them from the original model."
@@ -150,7 +153,9 @@ class _Cache:
         ]
         names += sorted(name for name in self._lent.get(folder, {}) if name.startswith(f"{TEMPLATE_FOLDER}/"))
         files = {name: file for name in names if (file := self.place(folder, name)).is_file()}
-        return {name: xxhash.xxh3_128_hexdigest(_bytes(file)) for name, file in files.items()}
+        for name, file in files.items():
+            refuse_outside(file, Path(*file.parts[: -len(Path(name).parts)]))
+        return {name: xxhash.xxh3_128_hexdigest(read_file(file)) for name, file in files.items()}
 
     def place(self, folder: Path, name: str) -> Path:
         """Where a file of a folder lies."""
@@ -166,22 +171,16 @@ class _Cache:
         return self._parsed[key]
 
 
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
-
-
 def _parse(file: Path) -> Any:
     try:
-        text = _bytes(file).decode("utf-8")
+        text = read_file(file).decode("utf-8")
         if file.suffix != ".json":
             return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise CheckpointError(f"{file}: cannot be read ({reason}). Restore it from the original model.") from None
+        value = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({str(error)[:200]}). Restore it from the original model."
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold a JSON object {{...}}. Restore it from the original model.")
     return value
@@ -224,7 +223,11 @@ def _vocabulary(get: Callable[[str], Any]) -> _Vocabulary | None:
         added += (get("added_tokens.json") or {}).items()
         decoder = (get("tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
         added += [(token["content"], int(number)) for number, token in decoder.items()]
-    return _Vocabulary({**vocabulary, **dict(added)}, scores)
+    tokens = {**vocabulary, **dict(added)}
+    for token, number in tokens.items():
+        if type(token) is not str or type(number) is not int or number < 0:
+            raise ValueError(f"token {str(token)[:60]!r} has the id {str(number)[:60]!r}")
+    return _Vocabulary(tokens, scores)
 
 
 def _merges(get: Callable[[str], Any]) -> list[Any] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlmerge.checkpoint.reading import json_text, read_file
 from rlmerge.checkpoint.tokenizer import OTHER_FORMATS, TEMPLATE_FOLDER, TOKENIZER_FILES, Tokenizer
 from rlmerge.errors import MismatchError
 
@@ -37,7 +38,7 @@ def write_tokenizer(start: Tokenizer, gone: set[str], new: Sequence[NewToken]) -
     start  whose files they are; its tokens keep their ids, except that those in `gone` are left out
     Raises MismatchError where the format of the files does not allow it.
     """
-    files = {name: path.read_bytes() for name, path in start.files.items()}
+    files = {name: read_file(path) for name, path in start.files.items()}
     if not gone and not new:
         return files, []
     if start.whole is None:
@@ -76,10 +77,10 @@ def added_tokens(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         return {entry["content"]: entry for entry in tokenizer.whole.get("added_tokens") or []}
     found: dict[str, dict[str, Any]] = {}
     if "added_tokens.json" in tokenizer.files:
-        listed = json.loads(tokenizer.files["added_tokens.json"].read_bytes())
+        listed = json.loads(read_file(tokenizer.files["added_tokens.json"]))
         found = {content: {"id": number, "content": content, **_PLAIN} for content, number in listed.items()}
     if "tokenizer_config.json" in tokenizer.files:
-        decoder = json.loads(tokenizer.files["tokenizer_config.json"].read_bytes()).get("added_tokens_decoder") or {}
+        decoder = json.loads(read_file(tokenizer.files["tokenizer_config.json"])).get("added_tokens_decoder") or {}
         found |= {entry["content"]: {"id": int(number), **entry} for number, entry in decoder.items()}
     return found
 
@@ -260,7 +261,7 @@ def _content(value: Any) -> Any:
 
 def as_json(value: Any) -> bytes:
     """Readable JSON, as tokenizers store theirs."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text(value, 2) + "\n").encode()
 
 
 def is_tokenizer_file(name: str) -> bool:

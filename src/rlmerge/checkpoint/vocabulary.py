@@ -15,6 +15,7 @@ from rlmerge.checkpoint.folder import Checkpoint, read_json_object
 from rlmerge.checkpoint.header import TensorInfo
 from rlmerge.checkpoint.row_maps import ZERO, Mapper, Origin, RowMap, RowTable, count_origins
 from rlmerge.checkpoint.token_ids import FILES, follow_settings, stops
+from rlmerge.checkpoint.tokenizer import plausible
 from rlmerge.checkpoint.tokenizer_files import NewToken, added_tokens, splitting, write_tokenizer
 from rlmerge.checkpoint.vocabulary_models import Member, find_model, open_members, vocabulary_tensors
 from rlmerge.errors import RecipeError, did_you_mean
@@ -93,7 +94,8 @@ def plan_vocabulary(
     chosen_start = None if policy["source"] in ("union", "base") else find_model(members, policy["source"])
     start = members[home if chosen_start is None else chosen_start] if outside is None else outside
     tokens, new = _choose_tokens(start, members if union else [], members, policy.get("tokens") or {})
-    files, notes = write_tokenizer(start.tokenizer, set(start.rowless), new)
+    with plausible(start.tokenizer.folder):
+        files, notes = write_tokenizer(start.tokenizer, set(start.rowless), new)
     rows = _count_rows(tokens, start, outside is not None, policy.get("pad_to_multiple_of"))
     chosen, forced = _choose_rows(policy.get("tokens") or {}, members, recipe)
     padding = [home] if chosen_start in (None, home) else [home, chosen_start]

@@ -68,14 +68,14 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int:
     """Rows of the embedding: `vocab_size` where a tensor that could be one has it, else what all such tensors have."""
     sizes = {info.shape[0]: info for info in _candidates(checkpoint) if len(info.shape) == 2}
     size = checkpoint.setting("vocab_size")
-    if size in sizes:
+    if type(size) is int and size in sizes:
         return size
     if len(sizes) == 1:
         return next(iter(sizes))
     found = ", ".join(f"{info.name} {list(info.shape)}" for info in sizes.values()) or "no tensor that looks like one"
     raise MismatchError(
-        f"{checkpoint.folder}: its embedding cannot be told: config.json has vocab_size {size}, and there is {found}. "
-        "Write the number of rows as vocab_size into config.json."
+        f"{checkpoint.folder}: its embedding cannot be told: config.json has vocab_size {str(size)[:60]}, and there is "
+        f"{found}. Write the number of rows as vocab_size into config.json."
     )
 
 

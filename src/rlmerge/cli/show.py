@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rlmerge.errors import plain
 from rlmerge.figures import as_text, statistics_table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def duration(seconds: float) -> str:
 
 def warn(text: str) -> None:
     """A warning on stderr."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {plain(text)}", file=sys.stderr)
 
 
 def told(quiet: bool) -> Callable[[str], None]:

@@ -33,7 +33,7 @@ from .leftovers import (
     tidy,
     work_folder,
 )
-from .safe_files import open_inside, take_lock, write_inside
+from .safe_files import close_quietly, open_inside, take_lock, write_inside
 
 
 class OutputFolder:
@@ -223,20 +223,31 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Makes the folder whole: the journal goes, the folder gets its name."""
-        for handle in self._handles.values():
-            if self.fsync:
-                os.fsync(handle)
-            os.close(handle)
-        self._handles.clear()
+        try:
+            # some disks, network disks above all, say only now that something was not written
+            for key in list(self._handles):
+                handle = self._handles[key]
+                if self.fsync:
+                    os.fsync(handle)
+                del self._handles[key]
+                os.close(handle)
+        except OSError as error:
+            raise OutputError(
+                f"{self.work}: cannot be written: {error.strerror}. The same command compares what is there, and "
+                "continues."
+            ) from error
         # what was true at the start may have changed in an hour
         self.check()
         try:
             self._take_place()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                restore(self.out)
             raise OutputError(
                 f"{self.out}: cannot be put in its place: {error.strerror}. The merge is whole; the same command "
                 "finishes it."
             ) from error
+        self._tidy_up()
         self.close()
 
     def _take_place(self) -> None:
@@ -249,19 +260,37 @@ class OutputFolder:
             self.out.rmdir()
         # a run that is stopped before this line has its journal and is continued, after it is finished
         self.work.rename(self.out)
-        remove_leftovers(self.out)
-        if self.fsync:
+
+    def _tidy_up(self) -> None:
+        """The output is there and counts; but as long as it has a journal, it looks unfinished."""
+        try:
+            remove_leftovers(self.out)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: is whole, but what says that it is unfinished cannot be removed: {error.strerror}. "
+                "`rlmerge verify` does it when the disk is well again."
+            ) from error
+        if not self.fsync:
+            return
+        try:
             handle = os.open(self.out.parent, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            try:
+                os.fsync(handle)
+            finally:
+                close_quietly(handle)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out}: is whole, but the disk does not say that it will be there after a loss of power: "
+                f"{error.strerror}."
+            ) from error
 
     def close(self) -> None:
         """Gives up the lock and closes what is open."""
         for handle in self._handles.values():
-            os.close(handle)
+            close_quietly(handle)
         self._handles.clear()
         if self._lock is not None:
-            os.close(self._lock)
+            close_quietly(self._lock)
             self._lock = None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from rlmerge.checkpoint.header import read_header
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack_steps import WORDS, Read, Tables, add_steps, read_table, reference_words
 from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
@@ -25,6 +26,7 @@ from rlmerge.plan import ExpertSource, GatheredPlace, Place, Plan, TensorPlan
 from .blocks import InputBlock, reference_of
 from .memory import Memo, Space
 from .rows import RowReader
+from .safe_files import close_quietly
 
 
 class Hashes:
@@ -80,12 +82,19 @@ class Inputs:
         """Closes all files."""
         with self._lock:
             for handle in self._handles.values():
-                os.close(handle)
+                close_quietly(handle)
             self._handles.clear()
 
     def stamps(self) -> list[list[int]]:
         """Size and modification time (ns) of every input file: what a resumed run compares."""
         return stamps_of(entry.path for entry in self.plan.files)
+
+    def check_unchanged(self, stamps: list[list[int]]) -> None:
+        """Raises CheckpointError for an input file that is not the one of which `stamps` and the plan speak."""
+        for entry, stamp in zip(self.plan.files, stamps, strict=True):
+            path = Path(entry.path)
+            if stamps_of([path]) != [stamp] or read_header(path).digest != entry.digest:
+                raise CheckpointError(changed(path))
 
     def read_into(self, place: Place, first: int, data: NDArray[np.uint8]) -> None:
         """Fills `data` with bytes of a stored tensor, or of one in a new vocabulary, from byte `first` of it."""
@@ -333,7 +342,8 @@ class Inputs:
         rows = a[:, first:last].T @ b.T if source.transposed else b[first:last] @ a
         offset = start - first * row
         # fp32 of the fp64 product, never rounded to the storage dtype (design, section 5)
-        out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number any more is an error of the result
+            out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
         return digest
 
     def _factors(
@@ -388,10 +398,24 @@ class Inputs:
         return rows, np.array(which, np.int64)
 
 
+def changed(path: Path) -> str:
+    """The message for an input file that did not stay what it was."""
+    return (
+        f"{path}: was changed while rlmerge was reading it, so what was read belongs to no one file. Nothing was "
+        "delivered. Start again with --overwrite when nobody writes it."
+    )
+
+
 def stamps_of(paths: Iterable[Path | str]) -> list[list[int]]:
     """Size and modification time (ns) of files."""
-    found = map(os.stat, paths)
-    return [[status.st_size, status.st_mtime_ns] for status in found]
+    found = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read any more: {error.strerror}.") from error
+        found.append([status.st_size, status.st_mtime_ns])
+    return found
 
 
 def cast(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlmerge.errors import OutputError
 
-from .safe_files import take_lock
+from .safe_files import close_quietly, take_lock
 
 JOURNAL = "journal.jsonl"
 REPLACED = ".replaced"
@@ -42,7 +42,7 @@ def is_journal(path: Path) -> bool:
     try:
         start = os.read(handle, len(JOURNAL_START)) if stat.S_ISREG(os.fstat(handle).st_mode) else b"?"
     finally:
-        os.close(handle)
+        close_quietly(handle)
     return JOURNAL_START.startswith(start)
 
 
@@ -103,7 +103,7 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(handle)
+        close_quietly(handle)
 
 
 def busy(out: Path) -> OutputError:

@@ -49,15 +49,66 @@ def take_lock(folder: Path, wait: bool = False) -> int | None:
     handle = open_inside(folder, "lock", os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
+    except BlockingIOError:
+        close_quietly(handle)
         return None
+    except OSError:
+        close_quietly(handle)
+        raise
     return handle
+
+
+def close_quietly(handle: int) -> None:
+    """Closes a file of which nothing more is wanted: what the disk says about it would hide what went wrong before."""
+    with contextlib.suppress(OSError):
+        os.close(handle)
+
+
+def put_in_place(work: Path, out: Path, old: Path) -> None:
+    """`work` becomes `out`, and what was there becomes `old`. Where that fails, everything is as it was: OSError.
+
+    A kill between the two renames leaves `old` and no `out`: see `put_back`.
+    """
+    replaces = out.exists()
+    if replaces:
+        os.rename(out, old)
+    try:
+        os.rename(work, out)
+    except BaseException:
+        if replaces:
+            with contextlib.suppress(OSError):
+                os.rename(old, out)
+        raise
+
+
+def put_back(work: Path, out: Path, old: Path) -> None:
+    """Undoes half a `put_in_place`, after a kill. OutputError while its process lives, or if the disk refuses.
+
+    Only for an `old` that is known to be one of ours.
+    """
+    if os.path.lexists(out) or not _is_folder(old):
+        return
+    handle: int | None = None
+    try:
+        if _is_folder(work):
+            handle = take_lock(work)
+            if handle is None:
+                raise OutputError(f"{work}: another process is working there. Wait for it, or stop it.")
+        os.rename(old, out)
+    except OSError as error:
+        raise OutputError(f"{old}: cannot be put back to {out}: {error.strerror}.") from error
+    finally:
+        if handle is not None:
+            close_quietly(handle)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 @contextlib.contextmanager
 def _inner_folder(folder: Path, name: str) -> Iterator[tuple[int, str]]:
-    """A handle of the folder that holds folder/name, and the last part of the name."""
+    """A handle of the folder that holds folder/name, and the last part of the name. An OSError names all of it."""
     *before, last = name.split("/")
     handle = os.open(folder, FOLDER)
     path = folder
@@ -72,11 +123,14 @@ def _inner_folder(folder: Path, name: str) -> Iterator[tuple[int, str]]:
                 if error.errno in LINK_ERRORS:
                     raise _refusal(path, "a symbolic link, or no folder") from None
                 raise
-            os.close(handle)
+            close_quietly(handle)
             handle = inner
         yield handle, last
+    except OSError as error:
+        error.filename, error.filename2 = str(folder / name), None
+        raise
     finally:
-        os.close(handle)
+        close_quietly(handle)
 
 
 def _open_regular(path: Path, name: str, flags: int, inner: int) -> int:
@@ -91,11 +145,15 @@ def _open_regular(path: Path, name: str, flags: int, inner: int) -> int:
         raise
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(handle)
+        close_quietly(handle)
         kind = "a file with other names (hard links)" if stat.S_ISREG(status.st_mode) else "no regular file"
         raise _refusal(path, kind)
     if flags & os.O_TRUNC:
-        os.ftruncate(handle, 0)
+        try:
+            os.ftruncate(handle, 0)
+        except OSError:
+            close_quietly(handle)
+            raise
     return handle
 
 

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlmerge.errors import OutputError
+from rlmerge.errors import CheckpointError, OutputError
 from rlmerge.plan import Plan
 from rlmerge.version import VERSION
 
 from .folder import foreign_to, is_unfinished
 from .inputs import stamps_of
 from .leftovers import busy, is_finished_but_untidy, standing_output, tidy, work_folder
-from .safe_files import take_lock, write_inside
+from .safe_files import close_quietly, take_lock, write_inside
 
 LIST = "stages.json"
 
@@ -86,7 +86,7 @@ class StageFolder:
         try:
             same = self._record(plan).items() <= record.items()
             made = stamps_of(folder / file.name for file in plan.outputs)
-        except OSError:
+        except CheckpointError:
             return False
         if not same or ("made" in record and record["made"] != made):
             return False
@@ -111,7 +111,7 @@ class StageFolder:
         try:
             yield
         finally:
-            os.close(lock)
+            close_quietly(lock)
 
     def tidy(self, names: Iterable[str], keep: bool) -> None:
         """Puts right what a merge that was killed in the last moments of a stage or of the output left.

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rlmerge.errors import OutputError
 
-from .safe_files import take_lock
+from .safe_files import close_quietly, put_back, put_in_place, take_lock, write_inside
 
-LOCK, MARK = "lock", "made-in-one-go"
-"""Files of OUT.unfinished; the second says that whatever else is in it may be thrown away."""
+LOCK, MARK = "lock", ".made-in-one-go"
+"""Files of OUT.unfinished; the second says that whatever else is in it may be thrown away. They go last of all."""
 
 
 @contextlib.contextmanager
@@ -29,29 +29,48 @@ def whole_folder(out: Path, inputs: Sequence[Path], overwrite: bool, is_ours: Ca
     """
     out = Path(os.path.abspath(out))
     work, old = out.with_name(f"{out.name}.unfinished"), out.with_name(f"{out.name}.replaced")
+    _put_right(out, work, old, is_ours)
     _check(out, work, old, inputs, overwrite, is_ours)
     lock: int | None = None
+    whole = False
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = take_lock(work)
         if lock is None:
             raise OutputError(f"{work}: another process is working there. Wait for it, or stop it.")
         _clear(work)
-        (work / MARK).touch()
+        write_inside(work, MARK, b"")
         yield work
-        (work / MARK).unlink()
-        if out.exists():
-            os.rename(out, old)
-        (work / LOCK).unlink()
-        os.rename(work, out)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(work, out, old)
+        whole = True
     except OSError as error:
+        if error.filename is not None and not os.path.abspath(str(error.filename)).startswith(str(out)):
+            raise  # of an input
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
     finally:
         if lock is not None:
-            if (work / MARK).exists():
+            if whole:
+                _tidy(out, old)
+            else:
                 shutil.rmtree(work, ignore_errors=True)
-            os.close(lock)
+            close_quietly(lock)
+
+
+def _put_right(out: Path, work: Path, old: Path, is_ours: Callable[[Path], bool]) -> None:
+    """What a kill in the last moments left: an output that was set aside goes back, or away if it is replaced."""
+    if is_ours(old):
+        put_back(work, out, old)
+    if (out / MARK).is_file() and not (out / MARK).is_symlink():
+        _tidy(out, old)
+
+
+def _tidy(out: Path, old: Path) -> None:
+    """Removes what was replaced, then the marks. The folder is whole: what cannot be removed waits for the next run."""
+    with contextlib.suppress(OSError):
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        for name in (LOCK, MARK):
+            (out / name).unlink(missing_ok=True)
 
 
 def _check(
@@ -76,7 +95,8 @@ def _check(
             raise OutputError(f"{out}: holds what rlmerge did not write there, so --overwrite does not replace it.")
     if old.exists():
         raise OutputError(f"{old}: is in the way. It is what an earlier run replaced: remove it.")
-    if work.exists() and any(entry.name != LOCK for entry in work.iterdir()) and not (work / MARK).is_file():
+    beginning = (LOCK, f"{MARK}.part")
+    if work.exists() and any(entry.name not in beginning for entry in work.iterdir()) and not (work / MARK).is_file():
         raise OutputError(f"{work}: is in the way, and rlmerge did not make it. Move it away.")
 
 

@@ -96,7 +96,8 @@ def read_gram(inputs: Inputs, tensor: TensorPlan, expert: int, hashes: Hashes) -
             "changed after gram.json was written, or belongs to another: estimate again (rlmerge gram)."
         )
     side = tensor.shape[0 if tensor.gram_first else -1]
-    gram = raw.view(np.float32).reshape(side, side).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what is no number is looked for below
+        gram = raw.view(np.float32).reshape(side, side).astype(np.float64)
     del raw
     diagonal = np.diagonal(gram)
     wrong = ""

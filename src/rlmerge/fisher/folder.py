@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import FisherError, OutputError, RlmergeError
-from rlmerge.execute.safe_files import take_lock
+from rlmerge.execute.safe_files import close_quietly, put_back, put_in_place, take_lock, write_inside
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
-SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part"})
+SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part", f"{NOTE}.part"})
 ONCE = {"made": "in one go"}
 
 
@@ -65,6 +64,8 @@ class RunFolder:
         for place in (self.out, self.path, self._old):
             if place.is_symlink():
                 raise self.kind.error(f"{place}: is a link; name a folder of its own.")
+        if (self._old / f"{self.kind.stem}.json").is_file() and self.kind.stranger(self._old) is None:
+            put_back(self.path, self.out, self._old)
         if self.out.exists():
             self._check_output()
         if self._old.exists():
@@ -122,15 +123,15 @@ class RunFolder:
 
     def _give_up_lock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            close_quietly(self._lock)
             self._lock = None
 
     def _prepare(self, said: dict[str, Any]) -> None:
         """Keeps what can be continued, clears what may be thrown away, refuses the rest."""
         note = self.path / NOTE
-        others = [file.name for file in self.path.iterdir() if file.name != LOCK]
+        others = [file.name for file in self.path.iterdir() if file.name not in (LOCK, f"{NOTE}.part")]
         if not others:
-            note.write_text(json.dumps(said) + "\n")
+            self._write_note(said)
             return
         stranger = self.kind.stranger(self.path, SUMS)
         if not note.exists() or stranger is not None:
@@ -141,7 +142,8 @@ class RunFolder:
         try:
             before = json.loads(note.read_text())
         except ValueError:
-            before = {}
+            before = None
+        before = before if isinstance(before, dict) else {}
         if before == said and said != ONCE:
             return
         same_draw = "draw" in said and before.get("draw") == said["draw"]
@@ -157,17 +159,19 @@ class RunFolder:
             # sequences that the same model drew from the same data serve other settings, too
             if file.name != LOCK and not (same_draw and file.name == SEQUENCES):
                 file.unlink()
-        note.write_text(json.dumps(said) + "\n")
+        self._write_note(said)
+
+    def _write_note(self, said: dict[str, Any]) -> None:
+        write_inside(self.path, NOTE, (json.dumps(said) + "\n").encode())
 
     def _finish(self) -> None:
         for name in SUMS:
             (self.path / name).unlink(missing_ok=True)
-        if self.out.exists():
-            os.rename(self.out, self._old)
-        os.rename(self.path, self.out)
-        for name in (NOTE, LOCK):
-            (self.out / name).unlink(missing_ok=True)
-        if self._old.exists():
-            for file in self._old.iterdir():
-                file.unlink()
-            self._old.rmdir()
+        put_in_place(self.path, self.out, self._old)
+        with contextlib.suppress(OSError):  # it is there and counts
+            if self._old.exists():
+                for file in self._old.iterdir():
+                    file.unlink()
+                self._old.rmdir()
+            for name in (NOTE, LOCK):
+                (self.out / name).unlink(missing_ok=True)

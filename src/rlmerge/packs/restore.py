@@ -20,7 +20,9 @@ from rlmerge.checkpoint.header import TensorInfo
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack import Pack, find_base, read_bytes
 from rlmerge.checkpoint.pack_steps import WORDS, Tables, add_steps, read_table, reference_words
-from rlmerge.errors import MismatchError, OutputError, PackError
+from rlmerge.checkpoint.reading import read_file
+from rlmerge.disk_errors import disk_errors
+from rlmerge.errors import CheckpointError, MismatchError, PackError
 from rlmerge.execute.safe_files import open_inside, write_inside
 from rlmerge.execute.whole_folder import whole_folder
 from rlmerge.kernels import Backend, load_kernels
@@ -50,6 +52,7 @@ class Stretch:
     last: bool
 
 
+@disk_errors()
 def unpack(
     pack: Path | str,
     out: Path | str,
@@ -113,12 +116,9 @@ def small_files(pack: Pack, base: Checkpoint, prose: bool = True) -> Iterator[tu
             continue
         path = (base.folder if said.of_base else pack.folder) / name
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PackError(
-                f"{path}: cannot be read ({error.strerror or error}), and the pack says that the expert had it. "
-                "Restore it."
-            ) from error
+            data = read_file(path, None)
+        except CheckpointError as error:
+            raise PackError(f"{error} The pack says that the expert had this file.") from error
         if xxhash.xxh3_128_hexdigest(data) != said.digest:
             whose = "the base's file was changed since the pack was made" if said.of_base else "the pack is damaged"
             raise PackError(f"{path}: is not what the expert had: {whose}. Restore it.")
@@ -219,9 +219,6 @@ def _reader(info: TensorInfo) -> Callable[[int, NDArray[np.uint8]], None]:
 
 def _write_all(handle: int, data: bytes | memoryview, at: int) -> None:
     view = memoryview(data)
-    try:
-        while view:
-            count = os.pwrite(handle, view, at)
-            view, at = view[count:], at + count
-    except OSError as error:
-        raise OutputError(f"the expert cannot be written: {error.strerror or error}.") from error
+    while view:
+        count = os.pwrite(handle, view, at)
+        view, at = view[count:], at + count

@@ -23,7 +23,10 @@ from rlmerge.checkpoint.header import TensorInfo, equal_bytes
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack import CHUNK, FORMAT, ROW_BYTES, identify, read_bytes
 from rlmerge.checkpoint.pack_steps import WORDS, reference_words
-from rlmerge.errors import MismatchError, PackError
+from rlmerge.checkpoint.reading import read_file
+from rlmerge.disk_errors import disk_errors
+from rlmerge.errors import CheckpointError, MismatchError, PackError
+from rlmerge.execute.inputs import changed, stamps_of
 from rlmerge.execute.safe_files import write_inside
 from rlmerge.execute.whole_folder import whole_folder
 from rlmerge.kernels import Backend, load_kernels
@@ -69,6 +72,7 @@ class Packed:
         return 8 * self.step_bytes / self.changed if self.changed else None
 
 
+@disk_errors()
 def pack(
     expert: Path | str,
     base: Path | str,
@@ -90,6 +94,8 @@ def pack(
     old, new = _open(base, "base"), _open(expert, "expert")
     kinds, reasons = _sort(old, new)
     target = Path(os.path.abspath(out))
+    inputs = [header.file for model in (old, new) for header in model.headers]
+    stamps = stamps_of(inputs)
     with whole_folder(target, [new.folder, old.folder], overwrite, lambda folder: (folder / NOTE).is_file()) as folder:
         note = {
             "format": FORMAT,
@@ -100,6 +106,9 @@ def pack(
         }
         run = _Run(old, new, kinds, load_kernels(kernels, 2 * sum(info.size for info in new.tensors.values())))
         note["tensors"] = run.write(folder / DELTA, threads or default_threads(), progress)
+        for path, before, now in zip(inputs, stamps, stamps_of(inputs), strict=True):
+            if before != now:
+                raise CheckpointError(changed(path))
         write_inside(folder, NOTE, (json.dumps(note, indent=1, ensure_ascii=False) + "\n").encode())
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     small = sum((new.folder / name).stat().st_size for name in note["files"])
@@ -169,11 +178,11 @@ def _write_small_files(base: Checkpoint, expert: Checkpoint, folder: Path) -> di
     files += [file for name in ("README.md", INDEX) if (file := expert.folder / name).is_file()]
     said = {}
     for file in files:
-        name, data = file.relative_to(expert.folder).as_posix(), file.read_bytes()
+        name, data = file.relative_to(expert.folder).as_posix(), read_file(file, None)
         if name in (NOTE, DELTA):
             raise PackError(f"{file}: a pack has a file of this name itself. Rename the expert's.")
         twin = base.folder / name
-        same = twin.is_file() and twin.stat().st_size == len(data) and twin.read_bytes() == data
+        same = twin.is_file() and twin.stat().st_size == len(data) and read_file(twin, None) == data
         said[name] = {"xxh3_128": xxhash.xxh3_128_hexdigest(data), "in": "base" if same else "pack"}
         if not same:
             write_inside(folder, name, data)
@@ -351,6 +360,9 @@ def _room(expert: Checkpoint, kinds: dict[str, str]) -> int:
 
 def _raw_header(file: Path) -> bytes:
     """The header of a safetensors file with its length field."""
-    with file.open("rb") as opened:
-        field = opened.read(8)
-        return field + opened.read(int.from_bytes(field, "little"))
+    try:
+        with file.open("rb") as opened:
+            field = opened.read(8)
+            return field + opened.read(int.from_bytes(field, "little"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
