@@ -21,8 +21,9 @@ from rlmerge.downloads import with_all_downloads, with_downloads, without_weight
 from rlmerge.errors import MismatchError
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
-from rlmerge.execute.local import LocalRun
+from rlmerge.execute.local import Threads
 from rlmerge.execute.report import collect
+from rlmerge.execute.schedule import Run
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.execute.work import Worker
 from rlmerge.fisher.on_demand import with_estimates, without_fishers
@@ -151,9 +152,9 @@ def merge_to_folder(
             done, total = len(journal.units), len(plan.unit_list())
             if done:
                 progress(Step(0, done, total, f"continuing: {done} of {total} units are done"))
-            run = LocalRun(worker, journal, threads, lambda count: progress(Step(count, len(journal.units), total)))
-            first = run.measure()
-            run.merge(first, range(len(plan.tensors)), target.write)
+            executor = Threads(worker, target.write, threads)
+            run = Run(worker, journal, executor, lambda count: progress(Step(count, len(journal.units), total)))
+            run.merge(run.measure(), range(len(plan.tensors)))
             reports = collect(worker, journal)
             for variant, report in enumerate(reports):
                 write_small_files(target, variant, report, journal, sha256)
@@ -186,18 +187,18 @@ def merge(
         plan = without_records(make_plan(recipe))
     check_tokenizers(plan, accept_tokenizers)
     with _worker(plan, load_kernels(kernels, plan.values_read), threads or default_threads()) as worker:
-        journal = Journal(None, "", [])
-        run = LocalRun(worker, journal, threads or default_threads())
+        made: dict[int, NDArray[np.uint8]] = {}
+
+        def write(variant: int, index: int, start: int, data: NDArray[np.uint8]) -> None:
+            offset = start * WIDTH[plan.tensors[index].dtype]
+            made[index][offset : offset + data.size] = data
+
+        run = Run(worker, Journal(None, "", []), Threads(worker, write, threads or default_threads()))
         first = run.measure()
         for t, tensor in enumerate(plan.tensors):
-            raw = np.empty(tensor.size * WIDTH[tensor.dtype], np.uint8)
-
-            def write(variant: int, index: int, start: int, data: NDArray[np.uint8], raw: Any = raw) -> None:
-                offset = start * WIDTH[plan.tensors[index].dtype]
-                raw[offset : offset + data.size] = data
-
-            run.merge(first, [t], write)
-            yield tensor.name, _as_array(raw, tensor.dtype, tensor.shape, worker)
+            made[t] = np.empty(tensor.size * WIDTH[tensor.dtype], np.uint8)
+            run.merge(first, [t])
+            yield tensor.name, _as_array(made.pop(t), tensor.dtype, tensor.shape, worker)
 
 
 def merge_to(
