@@ -23,7 +23,7 @@ from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
 from rlmerge.execute.local import Threads
 from rlmerge.execute.report import collect
-from rlmerge.execute.schedule import Run
+from rlmerge.execute.schedule import Executor, Run
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.execute.work import Worker
 from rlmerge.fisher.on_demand import with_estimates, without_fishers
@@ -37,6 +37,7 @@ from rlmerge.settings import (
     KEPT_BYTES,
     as_recipe,
     as_recipes,
+    check_executor,
     check_run,
     check_tokenizers,
     default_threads,
@@ -100,6 +101,8 @@ def merge_to_folder(
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     download: bool = False,
+    executor: str = "local",
+    address: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Outcome:
     """Merges into a folder that appears whole or, when interrupted, is continued by the same call.
@@ -109,11 +112,13 @@ def merge_to_folder(
     sweep    settings such as [{'lambda': 0.3}, {'lambda': 1.0}]: one sub-folder each, all from one reading
     threads  workers (default: the processors at hand); `memory` in bytes lowers them; no bit depends on it
     download  fetches models of the hub: headers first, weights once headers show no mistake
+    executor  'local': threads; 'ray': `threads` processes of the Ray cluster at `address`, or of one of our own
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
     recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
+    check_executor(executor, address, memory)
     if download:
         recipe = _fetch(recipe, StageFolder(Path(out), None if stages is None else Path(stages)), sweep, overwrite,
                         shard_bytes, progress)  # fmt: skip
@@ -123,7 +128,7 @@ def merge_to_folder(
         return merge_stages(
             recipe, Path(out), None if stages is None else Path(stages), sweep=sweep, threads=threads, memory=memory,
             kernels=kernels, overwrite=overwrite, fsync=fsync, sha256=sha256, accept_tokenizers=accept_tokenizers,
-            shard_bytes=shard_bytes, progress=progress,
+            shard_bytes=shard_bytes, executor=executor, address=address, progress=progress,
         )  # fmt: skip
     if recipe.to_estimate:  # hours, perhaps: first everything that can be known without them
         with recipe.located():
@@ -138,6 +143,7 @@ def merge_to_folder(
     target.tidy()
     target.check()
     target.check_space()
+    limit = threads
     threads = limit_threads(threads or default_threads(), memory, plan)
     kernels = choose(kernels, plan.values_read)
     ready = kernels == "numpy" or is_compiled()
@@ -146,26 +152,33 @@ def merge_to_folder(
         progress(Step(0, 0, 0, f"warning: {text}"))
     if not ready:
         progress(Step(0, 0, 0, "compiling the kernels: once, some seconds"))
-    with _worker(plan, load_kernels(kernels), threads) as worker:
-        journal = target.open(f"{plan.digest()} {names}", worker.inputs.stamps())
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(_worker(plan, load_kernels("numpy" if executor == "ray" else kernels), threads))
+        digest, stamps = f"{plan.digest()} {names}", worker.inputs.stamps()
+        journal = target.open(digest, stamps)
         try:
             done, total = len(journal.units), len(plan.unit_list())
             if done:
                 progress(Step(0, done, total, f"continuing: {done} of {total} units are done"))
-            executor = Threads(worker, target.write, threads)
-            run = Run(worker, journal, executor, lambda count: progress(Step(count, len(journal.units), total)))
+            if executor == "ray":
+                doer: Executor = stack.enter_context(
+                    _ray(plan, target, kernels, digest, stamps, address, threads, limit, progress)
+                )
+            else:
+                doer = Threads(worker, target.write, threads)
+            run = Run(worker, journal, doer, lambda count: progress(Step(count, len(journal.units), total)))
             run.merge(run.measure(), range(len(plan.tensors)))
             reports = collect(worker, journal)
             for variant, report in enumerate(reports):
                 write_small_files(target, variant, report, journal, sha256)
             seconds = time.monotonic() - started
-            write_log(target, seconds, threads, kernels, done, total, worker.inputs.bytes_read)
+            write_log(target, seconds, threads, kernels, done, total, doer.bytes_read, executor)
             journal.close()
             target.finish()
         finally:
             journal.close()
             target.close()
-    return Outcome(target.out, names, reports, notes, warnings, done, total, seconds, worker.inputs.bytes_read)
+    return Outcome(target.out, names, reports, notes, warnings, done, total, seconds, doer.bytes_read)
 
 
 def merge(
@@ -250,6 +263,25 @@ def _fetch(
     found = plan_stages(documents.at(place.folder), sweep, shard_bytes, place.is_made)
     check_places(place, found, sweep, overwrite)
     return with_all_downloads(recipe, tell=tell)
+
+
+@contextlib.contextmanager
+def _ray(
+    plan: Plan, target: OutputFolder, kernels: Backend, digest: str, stamps: list[list[int]], address: str | None,
+    threads: int, limit: int | None, progress: Progress,
+) -> Iterator[Executor]:  # fmt: skip
+    """The executor on a cluster: `threads` processors where it is our own, else `limit` of it or all."""
+    from rlmerge.execute.ray_cluster import connected
+    from rlmerge.execute.ray_run import merging
+
+    def tell(text: str) -> None:
+        progress(Step(0, 0, 0, f"warning: {text}"))
+
+    with (
+        connected(address, threads),
+        merging(plan, target, kernels, digest, stamps, limit, tell) as executor,
+    ):
+        yield executor
 
 
 @contextlib.contextmanager

@@ -218,9 +218,8 @@ class Run:
             walk, unit = item
             if isinstance(outcome, list):
                 return lambda: self._measured(walk, unit, outcome, last, merges, queue)
-            record = outcome
+            record = outcome.record if isinstance(outcome, Walked) else outcome
             if isinstance(outcome, Walked):
-                record = outcome.record
                 for group, stage, result in outcome.stages:
                     self.journal.stage(group, self.plan.tensors[walk.tensor].name, stage, result)
             self.journal.unit(record)
