@@ -171,9 +171,11 @@ class Pool:
         return room
 
     def run(
-        self, queue: deque[T], job: Callable[[T], Any], settle: Callable[[T, Any], None], more: Callable[[], bool]
-    ) -> None:
-        """Works off a queue that may grow; `more` fills it when it is empty, `settle` takes what came of an item.
+        self, queue: deque[T], job: Callable[[T], Any], more: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[T, Any]]:
+        """Works off a queue that may grow; yields items as they are done, and what came of each.
+
+        job, more  what an item is, asked when somebody is free for it; fills an empty queue
 
         Items of a process that died are done again by another. Raises what a job raised, and ClusterError where
         processes keep dying.
@@ -206,7 +208,7 @@ class Pool:
                     again.append((item, losses + 1))
                 else:
                     self._deaths = 0
-                    settle(item, outcome)
+                    yield item, outcome
 
     def _wait(self, refs: list[Any]) -> list[Any]:
         """Some that are done, or none after a beat."""

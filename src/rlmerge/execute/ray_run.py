@@ -118,12 +118,9 @@ class RayExecutor:
         more: Callable[[], bool],
     ) -> None:
         """See `Executor`."""
-
-        def done(item: T, made: tuple[Outcome, int]) -> None:
-            self.bytes_read += made[1]
-            settle(item, made[0])()
-
-        self.pool.run(queue, job, done, more)
+        for item, (outcome, count) in self.pool.run(queue, job, more):
+            self.bytes_read += count
+            settle(item, outcome)()
 
 
 @contextlib.contextmanager

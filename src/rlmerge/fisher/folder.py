@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from rlmerge.execute.safe_files import take_lock
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
 SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part"})
+CHUNK = re.compile(r"sums-(\d+)-\w+\.(safetensors|part-.*)")
+"""Sums of a chunk of sequences that a process of a cluster has made."""
 ONCE = {"made": "in one go"}
 
 
@@ -40,11 +43,12 @@ class Kind:
         """What such a folder may hold beside weights."""
         return self.others | {f"{self.stem}.json", f"{self.stem}.safetensors.index.json", SEQUENCES, NOTE, LOCK}
 
-    def stranger(self, folder: Path, also: frozenset[str] = frozenset()) -> str | None:
+    def stranger(self, folder: Path, unfinished: bool = False) -> str | None:
         """The name of something in a folder that none of this kind has."""
         for file in sorted(folder.iterdir()):
             weights = file.name.startswith(self.stem) and file.suffix == ".safetensors"
-            if file.is_dir() or not (weights or file.name in self.files | also):
+            sums = unfinished and (file.name in SUMS or CHUNK.fullmatch(file.name))
+            if file.is_dir() or not (weights or sums or file.name in self.files):
                 return file.name
         return None
 
@@ -132,7 +136,7 @@ class RunFolder:
         if not others:
             note.write_text(json.dumps(said) + "\n")
             return
-        stranger = self.kind.stranger(self.path, SUMS)
+        stranger = self.kind.stranger(self.path, unfinished=True)
         if not note.exists() or stranger is not None:
             raise self.kind.error(
                 f"{self.path}: is in the way, and is no unfinished {self.kind.word} ({stranger or others[0]}). Move it "
@@ -145,7 +149,8 @@ class RunFolder:
         if before == said and said != ONCE:
             return
         same_draw = "draw" in said and before.get("draw") == said["draw"]
-        costly = before != ONCE and ((self.path / "sums.safetensors").exists() or not same_draw)
+        summed = (self.path / "sums.safetensors").exists() or bool(sums_of_chunks(self.path))
+        costly = before != ONCE and (summed or not same_draw)
         if costly and not self.overwrite:
             pairs = ((before, said), (before.get("draw") or {}, said.get("draw") or {}))
             keys = {key for old, new in pairs for key in {*old, *new} - {"draw"} if old.get(key) != new.get(key)}
@@ -160,8 +165,8 @@ class RunFolder:
         note.write_text(json.dumps(said) + "\n")
 
     def _finish(self) -> None:
-        for name in SUMS:
-            (self.path / name).unlink(missing_ok=True)
+        for file in (*(self.path / name for name in SUMS), *sums_of_chunks(self.path)):
+            file.unlink(missing_ok=True)
         if self.out.exists():
             os.rename(self.out, self._old)
         os.rename(self.path, self.out)
@@ -171,3 +176,9 @@ class RunFolder:
             for file in self._old.iterdir():
                 file.unlink()
             self._old.rmdir()
+
+
+def sums_of_chunks(folder: Path, before: int | None = None) -> list[Path]:
+    """The files of single chunks in a folder, or of those with a smaller number."""
+    found = ((CHUNK.fullmatch(file.name), file) for file in folder.iterdir())
+    return [file for match, file in found if match and (before is None or int(match[1]) < before)]
