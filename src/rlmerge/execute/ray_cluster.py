@@ -54,18 +54,33 @@ def connected(address: str | None, processors: int) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    _knock(address)
     own = {"num_cpus": processors, "object_store_memory": STORE, "include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", **(own if address == LOCAL else {}))
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"{address}: no Ray cluster answers there: {' '.join(str(error).split())[:300]}\n"
-            "  Start one with 'ray start --head' and give its address and port, or leave --address out."
-        ) from None
+        raise _nobody(address, error) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises ClusterError where nobody listens at HOST:PORT, which Ray itself would find out after minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in address and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 10.0).close()
+        except (OSError, OverflowError) as error:
+            raise _nobody(address, error) from None
+
+
+def _nobody(address: str, error: Exception) -> ClusterError:
+    return ClusterError(
+        f"{address}: no Ray cluster answers there: {' '.join(str(error).split())[:300]}\n"
+        "  Start one with 'ray start --head' and give its address and port, or leave --address out."
+    )
 
 
 def machines() -> list[dict[str, Any]]:

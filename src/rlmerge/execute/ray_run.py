@@ -120,6 +120,8 @@ class RayExecutor:
         """See `Executor`."""
         for item, (outcome, count) in self.pool.run(queue, job, more):
             self.bytes_read += count
+            if isinstance(outcome, list):  # large arrays lie in Ray's store, read-only, and keep their place there
+                outcome = [{key: value.copy() for key, value in summary.items()} for summary in outcome]
             settle(item, outcome)()
 
 
