@@ -1,16 +1,17 @@
 """How much faster two processes of a Ray cluster are than one, each with one thread: a spectral merge and a Fisher.
 
-    python benchmarks/ray_scaling.py [--rounds 3] [--sequences 128]
+    python benchmarks/ray_scaling.py [--rounds 3] [--only merge]
 
-The models are made here: four layers of seven 1024 x 1024 matrices for the merge, an untrained Llama of 20M parameters
+The models are made here: eight layers of seven 1024 x 1024 matrices for the merge, an untrained Llama of 20M parameters
 for the Fisher. One and two in turn; what is timed is the work, without the start of cluster and processes. Prints
-seconds, medians, the ratio, and the machine's load, without which the ratio means little.
+seconds, medians, the ratio, the machine's load, and what two plain processes gain over one at that load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -37,7 +38,7 @@ def write_models(home: Path, side: int) -> None:
     rng = np.random.default_rng(0)
     base = {
         f"layers.{i}.{j}.weight": rng.standard_normal((side, side)).astype(np.float32)
-        for i in range(4)
+        for i in range(8)
         for j in range(7)
     }
     write(home / "base", base)
@@ -46,11 +47,11 @@ def write_models(home: Path, side: int) -> None:
 
 
 def time_merge(home: Path, method: str, workers: int) -> float:
-    """Seconds a matrix, from when every process has done one: its start is not what is divided."""
+    """Seconds a matrix, over the second half of them: the start of the processes is not what is divided."""
     marks: list[tuple[int, float]] = []
 
     def tell(step: Step) -> None:
-        if step.units >= workers and not step.message:
+        if 2 * step.units >= step.total_units and not step.message:
             marks.append((step.units, time.monotonic()))
 
     models = [{"model": "a"}, {"model": "b"}]
@@ -61,6 +62,27 @@ def time_merge(home: Path, method: str, workers: int) -> float:
     shutil.rmtree(home / "out")
     (first, began), (last, ended) = marks[0], marks[-1]
     return (ended - began) / (last - first)
+
+
+def decompose(count: int, side: int) -> None:
+    from threadpoolctl import threadpool_limits
+
+    matrix = np.random.default_rng(0).standard_normal((side, side))
+    with threadpool_limits(1):
+        for _ in range(count):
+            np.linalg.svd(matrix)
+
+
+def time_plainly(side: int, workers: int, count: int = 20) -> float:
+    """Seconds a decomposition by processes without Ray or rlmerge: what this machine has to divide just now."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=decompose, args=(count // workers, side)) for _ in range(workers)]
+    started = time.monotonic()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return (time.monotonic() - started) / count
 
 
 def write_language_model(home: Path, count: int) -> None:
@@ -86,14 +108,14 @@ def write_language_model(home: Path, count: int) -> None:
 
 
 def time_fisher(home: Path, workers: int) -> float:
-    """Seconds a sequence, from when every process has done a chunk: loading the model is not what is divided."""
+    """Seconds a sequence, over the second half of them: loading the model is not what is divided."""
     from rlmerge.fisher.data import SequenceChoice
     from rlmerge.fisher.estimate import FisherSettings, Progress, estimate_fisher
 
     marks: list[tuple[int, float]] = []
 
     def tell(step: Progress) -> None:
-        if step.what == "gradients" and step.done >= workers * 16:
+        if step.what == "gradients" and 2 * step.done >= step.total:
             marks.append((step.done, time.monotonic()))
 
     settings = FisherSettings(SequenceChoice("gold"), threads=1, executor="ray", workers=workers)
@@ -108,16 +130,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=1024)
-    parser.add_argument("--sequences", type=int, default=160)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--only", choices=("merge", "fisher"))
     given = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="rlmerge-ray-"))
     try:
         write_models(home, given.side)
         write_language_model(home, given.sequences)
         for name, run in (
+            ("plain processes, seconds a decomposition", lambda workers: time_plainly(given.side, workers)),
             ("iso_c, seconds a matrix", lambda workers: time_merge(home, "iso_c", workers)),
             ("fisher, seconds a sequence", lambda workers: time_fisher(home, workers)),
         ):
+            if given.only is not None and name.startswith("iso_c" if given.only == "fisher" else "fisher"):
+                continue
             found: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(given.rounds):
                 for workers in found:

@@ -118,7 +118,7 @@ def test_a_sweep(connection, models, tmp_path):
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
-@pytest.mark.parametrize("method", ["ties", "sar"])
+@pytest.mark.parametrize("method", ["ties", pytest.param("sar", marks=pytest.mark.long)])
 def test_a_machine_is_killed(connection, models, tmp_path, slowly, method):
     """In the middle, with jobs on it; the two that are left do them, and what was measured is not measured again."""
     recipe = recipe_of(models, method, {"density": 0.5})

@@ -112,8 +112,8 @@ def test_the_command_is_killed_and_given_again(cluster, home: Path, tmp_path: Pa
     """What its processes had added up is not added up again."""
     done = tmp_path / "done"
     command = [sys.executable, "-c", PROGRAM, str(done), "fisher", str(home / "model"), "--data",
-               str(home / "data.jsonl"), "-o", str(tmp_path / "f"), "--source", "gold", "--threads", "1", "--workers", "2", "--executor", "ray",
-               "--address", cluster.address, "--quiet"]  # fmt: skip
+               str(home / "data.jsonl"), "-o", str(tmp_path / "f"), "--source", "gold", "--threads", "1", "--workers", "2",
+               "--executor", "ray", "--address", cluster.address, "--quiet"]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < deadline and sums_in(tmp_path / "f.unfinished") < 2:
@@ -148,6 +148,7 @@ def test_a_machine_is_killed(cluster, home: Path, tmp_path: Path, monkeypatch: p
     assert contents(tmp_path / "f") == contents(home / "whole")
 
 
+@pytest.mark.long
 def test_machines_must_load_the_same_weights(cluster, home: Path, tmp_path: Path, monkeypatch) -> None:
     write_model(tmp_path / "other", 5)
 
