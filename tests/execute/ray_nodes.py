@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "memory": 4 * 2**30}
-MARKS = "RLMERGE_TEST_MARKS"
 
 
 @contextlib.contextmanager
@@ -31,9 +31,11 @@ def three_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
-def kill_node(cluster: Any) -> None:
-    """SIGKILL for the newest raylet and all that it runs."""
-    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+def kill_node(cluster: Any, marks: Path) -> None:
+    """SIGKILL for a raylet and for what it runs, which would go on for a second without it. Never the head."""
+    node = cluster.list_all_nodes()[-1]
+    os.kill(int((marks / node.node_id).read_text()), signal.SIGKILL)
+    cluster.remove_node(node, allow_graceful=False)
 
 
 def restore(cluster: Any) -> None:
@@ -44,10 +46,10 @@ def restore(cluster: Any) -> None:
 
 
 def begin_together(marks: Path, count: int = 3, patience: float = 60.0) -> None:
-    """In a worker: waits until so many nodes have one, so that each has work when one of them is killed."""
+    """In a worker: says which process it is, and waits until so many nodes have one, so that each has work."""
     import ray
 
-    (marks / ray.get_runtime_context().get_node_id()).touch()
+    (marks / ray.get_runtime_context().get_node_id()).write_text(str(os.getpid()))
     deadline = time.monotonic() + patience
     while len(os.listdir(marks)) < count and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -128,7 +128,7 @@ def test_a_machine_is_killed(connection, models, tmp_path, slowly, method):
         if step.message:
             said.append(step.message)
         elif left:
-            kill_node(left.pop())
+            kill_node(left.pop(), slowly)
 
     try:
         with small_blocks(8, 16):

@@ -112,8 +112,8 @@ def test_the_command_is_killed_and_given_again(cluster, home: Path, tmp_path: Pa
     """What its processes had added up is not added up again."""
     done = tmp_path / "done"
     command = [sys.executable, "-c", PROGRAM, str(done), "fisher", str(home / "model"), "--data",
-               str(home / "data.jsonl"), "-o", str(tmp_path / "f"), "--source", "gold", "--threads", "1", "--workers", "2",
-               "--executor", "ray", "--address", cluster.address, "--quiet"]  # fmt: skip
+               str(home / "data.jsonl"), "-o", str(tmp_path / "f"), "--source", "gold", "--threads", "1",
+               "--workers", "2", "--executor", "ray", "--address", cluster.address, "--quiet"]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < deadline and sums_in(tmp_path / "f.unfinished") < 2:
@@ -140,7 +140,7 @@ def test_a_machine_is_killed(cluster, home: Path, tmp_path: Path, monkeypatch: p
     def progress(step) -> None:
         said.append(step.what)
         if step.what == "gradients" and step.done and left:
-            kill_node(left.pop())
+            kill_node(left.pop(), marks)
 
     settings = replace(THERE, address=cluster.address)
     estimate_fisher(home / "model", home / "data.jsonl", tmp_path / "f", settings, progress=progress)
