@@ -22,8 +22,9 @@ from rlmerge.downloads import with_all_downloads, with_downloads, without_weight
 from rlmerge.errors import MismatchError
 from rlmerge.execute.folder import OutputFolder
 from rlmerge.execute.journal import Journal
-from rlmerge.execute.local import LocalRun
+from rlmerge.execute.local import Threads
 from rlmerge.execute.report import collect
+from rlmerge.execute.schedule import Executor, Run
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.execute.work import Worker
 from rlmerge.fisher.on_demand import with_estimates, without_fishers
@@ -37,6 +38,7 @@ from rlmerge.settings import (
     KEPT_BYTES,
     as_recipe,
     as_recipes,
+    check_executor,
     check_run,
     check_tokenizers,
     default_threads,
@@ -101,6 +103,8 @@ def merge_to_folder(
     accept_tokenizers: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     download: bool = False,
+    executor: str = "local",
+    address: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Outcome:
     """Merges into a folder that appears whole or, when interrupted, is continued by the same call.
@@ -110,11 +114,13 @@ def merge_to_folder(
     sweep    settings such as [{'lambda': 0.3}, {'lambda': 1.0}]: one sub-folder each, all from one reading
     threads  workers (default: the processors at hand); `memory` in bytes lowers them; no bit depends on it
     download  fetches models of the hub: headers first, weights once headers show no mistake
+    executor  'local': threads; 'ray': `threads` processes of the Ray cluster at `address`, or of one of our own
     Raises a subclass of RlmergeError for what a user can mend.
     """
     started = time.monotonic()
     recipe = as_recipes(recipe, stages)
     check_run(threads, kernels, shard_bytes)
+    check_executor(executor, address, memory)
     if download:
         recipe = _fetch(recipe, StageFolder(Path(out), None if stages is None else Path(stages)), sweep, overwrite,
                         shard_bytes, progress)  # fmt: skip
@@ -124,7 +130,7 @@ def merge_to_folder(
         return merge_stages(
             recipe, Path(out), None if stages is None else Path(stages), sweep=sweep, threads=threads, memory=memory,
             kernels=kernels, overwrite=overwrite, fsync=fsync, sha256=sha256, accept_tokenizers=accept_tokenizers,
-            shard_bytes=shard_bytes, progress=progress,
+            shard_bytes=shard_bytes, executor=executor, address=address, progress=progress,
         )  # fmt: skip
     if recipe.to_estimate:  # hours, perhaps: first everything that can be known without them
         with recipe.located():
@@ -139,6 +145,7 @@ def merge_to_folder(
     target.tidy()
     target.check()
     target.check_space()
+    limit = threads
     threads = limit_threads(threads or default_threads(), memory, plan)
     kernels = choose(kernels, plan.values_read)
     ready = kernels == "numpy" or is_compiled()
@@ -147,29 +154,35 @@ def merge_to_folder(
         progress(Step(0, 0, 0, f"warning: {text}"))
     if not ready:
         progress(Step(0, 0, 0, "compiling the kernels: once, some seconds"))
-    with _worker(plan, load_kernels(kernels), threads) as worker:
-        stamps = worker.inputs.stamps()
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(_worker(plan, load_kernels("numpy" if executor == "ray" else kernels), threads))
+        digest, stamps = f"{plan.digest()} {names}", worker.inputs.stamps()
         worker.inputs.check_unchanged(stamps)  # since it was planned
-        journal = target.open(f"{plan.digest()} {names}", stamps)
+        journal = target.open(digest, stamps)
         try:
             done, total = len(journal.units), len(plan.unit_list())
             if done:
                 progress(Step(0, done, total, f"continuing: {done} of {total} units are done"))
-            run = LocalRun(worker, journal, threads, lambda count: progress(Step(count, len(journal.units), total)))
-            first = run.measure()
-            run.merge(first, range(len(plan.tensors)), target.write)
+            if executor == "ray":
+                doer: Executor = stack.enter_context(
+                    _ray(plan, target, kernels, digest, stamps, address, threads, limit, progress)
+                )
+            else:
+                doer = Threads(worker, target.write, threads)
+            run = Run(worker, journal, doer, lambda count: progress(Step(count, len(journal.units), total)))
+            run.merge(run.measure(), range(len(plan.tensors)))
             worker.inputs.check_unchanged(stamps)
             reports = collect(worker, journal)
             for variant, report in enumerate(reports):
                 write_small_files(target, variant, report, journal, sha256)
             seconds = time.monotonic() - started
-            write_log(target, seconds, threads, kernels, done, total, worker.inputs.bytes_read)
+            write_log(target, seconds, threads, kernels, done, total, doer.bytes_read, executor)
             journal.close()
             target.finish()
         finally:
             journal.close()
             target.close()
-    return Outcome(target.out, names, reports, notes, warnings, done, total, seconds, worker.inputs.bytes_read)
+    return Outcome(target.out, names, reports, notes, warnings, done, total, seconds, doer.bytes_read)
 
 
 def merge(
@@ -192,18 +205,18 @@ def merge(
     check_tokenizers(plan, accept_tokenizers)
     with _worker(plan, load_kernels(kernels, plan.values_read), threads or default_threads()) as worker:
         stamps = worker.inputs.stamps()
-        journal = Journal(None, "", [])
-        run = LocalRun(worker, journal, threads or default_threads())
+        made: dict[int, NDArray[np.uint8]] = {}
+
+        def write(variant: int, index: int, start: int, data: NDArray[np.uint8]) -> None:
+            offset = start * WIDTH[plan.tensors[index].dtype]
+            made[index][offset : offset + data.size] = data
+
+        run = Run(worker, Journal(None, "", []), Threads(worker, write, threads or default_threads()))
         first = run.measure()
         for t, tensor in enumerate(plan.tensors):
-            raw = np.empty(tensor.size * WIDTH[tensor.dtype], np.uint8)
-
-            def write(variant: int, index: int, start: int, data: NDArray[np.uint8], raw: Any = raw) -> None:
-                offset = start * WIDTH[plan.tensors[index].dtype]
-                raw[offset : offset + data.size] = data
-
-            run.merge(first, [t], write)
-            yield tensor.name, _as_array(raw, tensor.dtype, tensor.shape, worker)
+            made[t] = np.empty(tensor.size * WIDTH[tensor.dtype], np.uint8)
+            run.merge(first, [t])
+            yield tensor.name, _as_array(made.pop(t), tensor.dtype, tensor.shape, worker)
         worker.inputs.check_unchanged(stamps)
 
 
@@ -256,6 +269,25 @@ def _fetch(
     found = plan_stages(documents.at(place.folder), sweep, shard_bytes, place.is_made)
     check_places(place, found, sweep, overwrite)
     return with_all_downloads(recipe, tell=tell)
+
+
+@contextlib.contextmanager
+def _ray(
+    plan: Plan, target: OutputFolder, kernels: Backend, digest: str, stamps: list[list[int]], address: str | None,
+    threads: int, limit: int | None, progress: Progress,
+) -> Iterator[Executor]:  # fmt: skip
+    """The executor on a cluster: `threads` processors where it is our own, else `limit` of it or all."""
+    from rlmerge.execute.ray_cluster import connected
+    from rlmerge.execute.ray_run import merging
+
+    def tell(text: str) -> None:
+        progress(Step(0, 0, 0, f"warning: {text}"))
+
+    with (
+        connected(address, threads),
+        merging(plan, target, kernels, digest, stamps, limit, tell) as executor,
+    ):
+        yield executor
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 ├── GramError                   Gram matrices that are missing, of another model, or none
 ├── PluginError                 a merge method of the user's own: its file, its definition, an error in its code
 ├── NonFiniteError              NaN or infinity in an input or in a result
+├── ClusterError                    machines that are not there, lack memory or files, or keep dying
 ├── OutputError                 the output folder: exists, locked, another plan's, disk full
 ├── EvaluationError, TaskError, VerifierError, WorkerError, ResultsError    what `evaluate` cannot do (defined there)
 ├── SandboxError                model-written code cannot be isolated here (`evaluate.sandbox`)
@@ -94,6 +95,10 @@ class NonFiniteError(RlmergeError):
 
 class OutputError(RlmergeError):
     """The output folder cannot be written, or belongs to another run."""
+
+
+class ClusterError(RlmergeError):
+    """A cluster that cannot be reached, or whose machines cannot do the work."""
 
 
 class MissingExtraError(RlmergeError):

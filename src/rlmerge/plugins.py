@@ -32,7 +32,7 @@ from rlmerge.recipe_checks import TOP_KEYS
 
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 CHOICE = re.compile(r"[\w.-]+")
-_FILES: set[str] = set()
+FILES: set[str] = set()
 """Plugins of this process, as their code objects name them."""
 
 
@@ -189,7 +189,7 @@ def _run(file: str) -> tuple[ModuleType, str]:
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look their module up
     linecache.checkcache(file)
-    _FILES.add(file)
+    FILES.add(file)
     try:
         exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
     except PluginError:
@@ -238,7 +238,7 @@ def origin_of(found: Method) -> Origin | None:
 
 def blame(error: BaseException) -> str:
     """The message for an error that a plugin's code raised or led to; '' if none did."""
-    place = place_of(error, _FILES)
+    place = place_of(error, FILES)
     if not place:
         return ""
     file, _, line = place.rpartition(":")

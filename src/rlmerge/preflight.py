@@ -20,6 +20,7 @@ from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
+    PROCESS_BYTES,
     as_recipes,
     check_run,
     check_tokenizers,
@@ -212,7 +213,7 @@ def estimate(plan: Plan, threads: int) -> dict[str, Any]:
         "bytes_written": moved["written"],
         "passes": passes,
         "disk_bytes": sum(file.size for file in plan.outputs) * len(plan.variants),
-        "memory_bytes": 250 * 2**20 + threads * each,
+        "memory_bytes": PROCESS_BYTES + threads * each,
         "threads": threads,
         "hours": ((read + moved["written"]) / RATE + decomposing) / threads / 3600,
     }

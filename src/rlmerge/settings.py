@@ -14,6 +14,8 @@ from rlmerge.recipe import Recipe, load_recipe
 from rlmerge.stages import Stages, load_stages, with_adapted_bases
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+PROCESS_BYTES = 250 * 2**20
+"""Python and the kernels."""
 KEPT_BYTES = 128 * 2**20
 """Per thread, for what stages keep of a tensor for the next one (4.4 M coordinates, three sparse experts: 40 MB)."""
 
@@ -42,6 +44,16 @@ def as_recipes(recipe: Recipe | Stages | Path | str, folder: Path | str | None =
 def default_threads() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_executor(executor: str, address: str | None, memory: int | None = None) -> None:
+    """Raises RecipeError for a way to run that there is not, or settings that it does not have."""
+    if executor not in ("local", "ray"):
+        raise RecipeError(f"--executor {executor!r}: choose local (threads of this machine) or ray (a cluster).")
+    if executor == "local" and address is not None:
+        raise RecipeError(f"--address {address}: is that of a Ray cluster: add --executor ray.")
+    if address is not None and memory is not None:
+        raise RecipeError("--memory bounds this machine; machines of a cluster know theirs. Leave it out.")
 
 
 def check_run(threads: int | None, kernels: str, shard_bytes: int) -> None:
@@ -112,7 +124,7 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
     threads = max(1, min(threads, len(plan.unit_list())))
     if memory is None:
         return threads
-    each, fixed = thread_bytes(plan), 250 * 2**20
+    each, fixed = thread_bytes(plan), PROCESS_BYTES
     if fixed + each > memory:
         raise RecipeError(
             f"--memory {memory / 1e6:.0f} MB is less than one thread needs: {(fixed + each) / 1e6:.0f} MB "

@@ -223,12 +223,14 @@ def _written_units(plan: Plan, journal: Journal, variant: int) -> dict[str, Any]
 
 
 def write_log(
-    target: OutputFolder, seconds: float, threads: int, kernels: str, resumed: int, units: int, bytes_read: int
-) -> None:
+    target: OutputFolder, seconds: float, threads: int, kernels: str, resumed: int, units: int, bytes_read: int,
+    executor: str = "local",
+) -> None:  # fmt: skip
     """run.log of the first variant: the only file of an output that differs from run to run."""
     line = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 3),
+        "executor": executor,
         "threads": threads,
         "kernels": kernels,
         "units_resumed": resumed,

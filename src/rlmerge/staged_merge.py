@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlmerge.api import Outcome, Step, merge_to_folder
+from rlmerge.execute.ray_cluster import connected
 from rlmerge.execute.stage_folder import StageFolder
 from rlmerge.fisher.on_demand import check_extra, with_estimates
 from rlmerge.planned import Planned, check_places, disk_bytes, plan_stages
@@ -33,6 +35,8 @@ def merge_stages(
     accept_tokenizers: bool,
     threads: int | None,
     memory: int | None,
+    executor: str = "local",
+    address: str | None = None,
     **options: Any,
 ) -> Outcome:
     """`merge_to_folder` for several documents; arguments and errors as there. `folder` keeps the stages."""
@@ -49,9 +53,9 @@ def merge_stages(
     check_places(place, found, sweep, overwrite)
     progress(Step(0, 0, 0, _announce(place, found)))
     options |= {"shard_bytes": shard_bytes, "accept_tokenizers": accept_tokenizers}
-    options |= {"threads": threads, "memory": memory}
+    options |= {"threads": threads, "memory": memory, "executor": executor, "address": address}
     outcomes: dict[str, Outcome | None] = {}
-    with place.locked():
+    with place.locked(), connected(address, threads or default_threads()) if executor == "ray" else nullcontext():
         for recipe in stages.recipes[:-1]:
             name = recipe.name or ""
             tell = _labelled(name, progress)

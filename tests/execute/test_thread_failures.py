@@ -8,7 +8,7 @@ import pytest
 
 import rlmerge
 from rlmerge.errors import RecipeError
-from rlmerge.execute.local import Total
+from rlmerge.execute.schedule import Total
 from rlmerge.methods import get_method
 from rlmerge.methods.topk import Coarse
 from rlmerge.recipe import parse_recipe

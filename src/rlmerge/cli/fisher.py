@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import FisherError, MissingExtraError
 
-from .options import Parser, at_least, declare_download, declare_output, parse_bytes
+from .options import Parser, at_least, declare_download, declare_executor, declare_output, parse_bytes
 from .show import duration, told
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def declare(parser: Parser) -> None:
     add("--from-adam", metavar="CHECKPOINT", help="folder with optimizer.pt of a Hugging Face trainer")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of samples")
     add("--memory", metavar="SIZE", help="bound on memory, such as 4GB")
-    add("--threads", metavar="N", type=at_least(1), help="threads of torch")
+    add("--threads", metavar="N", type=at_least(1), help="threads of torch, in every process")
+    declare_executor(parser)
+    add("--workers", metavar="N", type=at_least(1), help="with ray: processes, each with the model; default: all")
     add("--overwrite", action="store_true", help="replace an earlier Fisher, or an unfinished one")
     add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
     declare_download(parser)
@@ -109,6 +111,9 @@ def _settings(given: Namespace) -> FisherSettings:
         part=(int(place), int(parts)),
         unsafe=given.unsafe_exec,
         threads=given.threads,
+        executor=given.executor,
+        address=given.address,
+        workers=given.workers,
     )
 
 
@@ -127,6 +132,8 @@ def _estimate(given: Namespace) -> dict[str, Any]:
         elif step.what == "sampling":
             began["gradients"] = now
             print(f"sampling: {step.done} of {step.total} sequences from {step.tokens} completions", file=sys.stderr)
+        elif step.what != "gradients":
+            print(f"warning: {step.what}", file=sys.stderr)
         else:
             rate = f", {(step.done - step.before) / (now - since):.2f} a second" if now > since else ""
             if step.done == step.before:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import json
 import sys
@@ -17,6 +15,7 @@ from .options import (
     Parser,
     at_least,
     declare_download,
+    declare_executor,
     declare_output,
     declare_parts,
     declare_run,
@@ -40,17 +39,6 @@ merges a sweep in one reading, one folder below OUT for each value. A recipe of
 several documents is merged in stages: OUT.stages, removed when OUT is whole."""
 
 
-def hold_memory() -> None:
-    """Asks glibc to keep freed memory and to share one arena: block arrays come and go by the thousand, and giving
-    their pages back to the kernel each time costs a third of a merge. Elsewhere, nothing.
-    """
-    gc.disable()  # numba brings many objects that live as long as we do
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-1, 2**30), (-3, 2**30), (-2, 2**26), (-8, 1)):  # trim, mmap threshold; top pad; arenas
-            libc.mallopt(option, value)
-
-
 def declare(parser: Parser) -> None:
     """Its arguments."""
     parser.add_argument("first", metavar="RECIPE", help="recipe file; left out with --base/--expert")
@@ -58,6 +46,7 @@ def declare(parser: Parser) -> None:
     declare_parts(parser)
     declare_download(parser)
     declare_run(parser)
+    declare_executor(parser)
     add = parser.add_argument
     add("--memory", metavar="SIZE", help="bound on memory, such as 600MB")
     add("--seed", metavar="N", type=at_least(0), help="seed of random choices and ties")
@@ -94,15 +83,20 @@ def run(given: Namespace) -> None:
     }
     if given.dry_run:
         from rlmerge.preflight import check
+        from rlmerge.settings import check_executor
 
         from .check import show_report
 
+        check_executor(given.executor, given.address, options["memory"])
         show_report(check(recipe, out=out, **options), given.json, given.quiet)
         return
     from rlmerge.api import merge_to_folder
+    from rlmerge.execute.memory import hold_memory
 
     hold_memory()
+    gc.disable()  # numba brings many objects that live as long as we do
     kernels.skip_blas = True
+    options |= {"executor": given.executor, "address": given.address}
     line = ProgressLine(given.quiet)
     try:
         outcome = merge_to_folder(recipe, out, fsync=given.fsync, sha256=given.sha256, progress=line, **options)

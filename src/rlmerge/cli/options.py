@@ -94,6 +94,12 @@ def declare_run(parser: Parser) -> None:
     )
 
 
+def declare_executor(parser: Parser) -> None:
+    """Where the work is done."""
+    parser.add_argument("--executor", metavar="E", default="local", help="local (default), or ray: on a cluster")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of our own, here")
+
+
 def declare_output(parser: Parser) -> None:
     """What every command takes."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

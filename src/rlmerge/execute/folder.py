@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH, hash_range
-from rlmerge.errors import OutputError
+from rlmerge.errors import ClusterError, OutputError
 from rlmerge.plan import Plan
 
 from .journal import Journal
@@ -195,6 +196,41 @@ class OutputFolder:
                     f"{self.work}: cannot be written: {error.strerror}. What is done is kept; the same command "
                     "continues."
                 ) from error
+
+    def join(self, digest: str) -> None:
+        """Opens the shards of the unfinished folder that another process, on another machine perhaps, made and locked.
+
+        Raises ClusterError where this machine does not see them.
+        """
+        try:
+            with open(self.work / JOURNAL, "rb") as journal:
+                found = json.loads(journal.readline())["plan"]
+        except (OSError, ValueError, KeyError, TypeError):
+            found = None
+        try:
+            if found != digest:
+                raise FileNotFoundError(errno.ENOENT, "the journal of this merge is not there")
+            for variant, name in enumerate(self.names):
+                for place, file in enumerate(self.plan.outputs):
+                    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+                    self._handles[variant, place] = os.open(self.work / name / file.name, flags)
+        except OSError as error:
+            self.close()
+            raise ClusterError(
+                f"{self.work}: {socket.gethostname()} cannot write there: {error.strerror}. Every machine must see the "
+                "output under the same path: choose a folder on a shared file system."
+            ) from None
+
+    def sync(self, tensor: int) -> None:
+        """Waits until what was written of a tensor is where a lost machine cannot take it along."""
+        place = self._file_of[self.plan.tensors[tensor].name]
+        try:
+            for variant in range(len(self.names)):
+                os.fsync(self._handles[variant, place])
+        except OSError as error:
+            raise OutputError(
+                f"{self.work}: cannot be written: {error.strerror}. What is done is kept; the same command continues."
+            ) from error
 
     def _is_written(self, key: tuple[int, int], digests: list[str]) -> bool:
         if key not in self._units or len(digests) != len(self.names):

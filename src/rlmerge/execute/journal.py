@@ -38,6 +38,11 @@ class Results:
         """All results that a tensor sees: the model's and its own."""
         return {**self._found.get((group, ""), {}), **self._found.get((group, tensor), {})}
 
+    def listed(self, tensor: str) -> list[tuple[int, str, Result]]:
+        """The results of a tensor as (group, stage, result)."""
+        found = ((group, stages) for (group, name), stages in self._found.items() if name == tensor)
+        return [(group, stage, result) for group, stages in found for stage, result in stages.items()]
+
 
 def signed(line: bytes) -> bytes:
     """A line of JSON with its own xxh3 as the last key, for a flipped bit in a number is a number, too."""

@@ -50,6 +50,34 @@ class UnitRecord:
     base_sum: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One unit to measure for some stages, or to merge. Small, and as good on another machine.
+
+    wanted    (group, number of the stage) to measure; empty: merge
+    results   of finished stages: for each entry of `wanted`, or for every group
+    alone     the first stage of a tensor that goes through all that are left and its merge in this one job
+    """
+
+    tensor: int
+    unit: int
+    wanted: tuple[tuple[int, int], ...]
+    results: tuple[Mapping[str, Result], ...]
+    alone: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """What came of a job that is `alone`: the results of its stages as (group, stage, result), and the merged unit."""
+
+    stages: list[tuple[int, str, Result]]
+    record: UnitRecord
+
+
+Outcome = list[Summary] | UnitRecord | Walked
+"""What comes of a job: the summaries that it measured, or what its merge leaves behind."""
+
+
 class Worker:
     """A plan ready to be worked on: open inputs, resolved tasks, stages. Threads share it."""
 
@@ -95,6 +123,18 @@ class Worker:
         size = sum(self.plan.tensors[t].size for t in tensors)
         first = self.task(variant, tensors[0])
         return Task("", (size,), first.experts, first.values, first.per_model, first.keys, first.key, first.fisher)
+
+    def do(self, job: Job, write: Write, space: Space) -> list[Summary] | UnitRecord:
+        """Measures or merges a unit."""
+        if not job.wanted:
+            return self.merge(job.tensor, job.unit, job.results, write, space)
+        asked = [(group, self.stages[group][step], known) for (group, step), known in zip(job.wanted, job.results)]
+        return self.measure(asked, job.tensor, job.unit, space)
+
+    def forget(self, tensor: int, unit: int) -> None:
+        """Drops what a measured unit left behind for its merge, which somebody else may do."""
+        self._hashes.pop((tensor, unit), None)
+        self.memo.drop(tensor)
 
     def measure(
         self, wanted: Sequence[tuple[int, Stage, Mapping[str, Result]]], tensor: int, unit: int, space: Space

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ from rlmerge.checkpoint.folder import Checkpoint, is_weight_tensor, open_checkpo
 from rlmerge.errors import FisherError, NonFiniteError
 from rlmerge.evaluate.run import load_model
 from rlmerge.evaluate.tasks import Task
+from rlmerge.settings import check_executor
 from rlmerge.version import VERSION
 
 from .data import SequenceChoice, check_choice, load_data
-from .folder import RunFolder
+from .folder import RunFolder, sums_of_chunks
 from .given import TOKEN_RULE, Progress, as_source, base_of, count_accepted, draw, drawing, read_small_files
 from .gradients import SquaredGradients
 from .names import as_stored, names_in_files
 from .only import positions_asked, tensors_asked
 from .room import fit
-from .sequences import Unit, make_batches
+from .sequences import Batch, Unit, make_batches
 from .sources import make_units
 from .store import DTYPES, Course, save_tensors, write_fisher
 
@@ -57,6 +59,9 @@ class FisherSettings:
     tokens     padded tokens of a batch, at most
     memory     bytes that the run may take: lowers `tokens`, and computes activations twice where it must
     part       (i, n): the i-th of n shares of the units, for several machines
+    threads    of torch, in every worker
+    executor   'local', or 'ray': `workers` processes of the cluster at `address` (or of one of our own), or as many as
+               fit, each with the model; chunks of sequences are added up apart
     """
 
     choice: SequenceChoice = field(default_factory=SequenceChoice)
@@ -69,6 +74,9 @@ class FisherSettings:
     part: tuple[int, int] = (1, 1)
     unsafe: bool = False
     threads: int | None = None
+    executor: str = "local"
+    address: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,16 @@ def estimate_fisher(
             )
         longest = max(unit.length * len(unit.sequences) for unit in live)
         tokens, checkpointing = fit(loaded, longest, settings.tokens, settings.memory)
-        run = _Run(loaded, replace(settings, tokens=tokens), unfinished, asked, stored, checkpointing)
-        resumed = run.measure(live, progress)
+        run = Run(loaded, replace(settings, tokens=tokens), unfinished, asked, stored, checkpointing)
+        if settings.executor == "ray":
+            from .on_ray import ModelSource, add_on_cluster
+
+            origin = ModelSource(
+                source, base, said["draw"]["weights"], xxhash.xxh3_64_hexdigest(json.dumps(said).encode())
+            )
+            resumed = run.measure(live, progress, partial(add_on_cluster, run, origin, progress))
+        else:
+            resumed = run.measure(live, progress, run.add_here)
         meta = {
             "format": 1,
             "rlmerge": VERSION,
@@ -159,7 +175,7 @@ def estimate_fisher(
     return Estimate(Path(out), json.loads((Path(out) / "fisher.json").read_text()), time.monotonic() - started, resumed)
 
 
-class _Run:
+class Run:
     """The sums of one run, on disk from time to time."""
 
     def __init__(
@@ -174,23 +190,34 @@ class _Run:
         self.squares = SquaredGradients(model, wanted, compute=settings.compute, checkpointing=checkpointing)
         self._stored = names_in_files(model, self.squares.total, stored.tensors)
         self.course = Course({self._stored[name]: value.numel() for name, value in self.squares.total.items()})
+        self.checkpointing = checkpointing
         self.notes: list[str] = []
         self.log_probability = 0.0
 
-    def measure(self, units: list[Unit], progress: Callable[[Progress], None]) -> int:
-        """Adds all units, chunk by chunk. Returns how many an earlier run had added."""
+    def add_here(self, units: list[Unit], first: int, size: int) -> Generator[tuple[int, int]]:
+        """Adds chunks of `size` units from unit `first` on; yields each one's first unit and its tokens."""
+        for start in range(first, len(units), size):
+            tokens = 0
+            for batch in batches_of(units[start : start + size], self.settings):
+                self.squares.add(batch)
+                tokens += int(batch.mask.sum())
+            yield start, tokens
+
+    def measure(
+        self, units: list[Unit], progress: Callable[[Progress], None],
+        add: Callable[[list[Unit], int, int], Generator[tuple[int, int]]],
+    ) -> int:  # fmt: skip
+        """Adds all units, chunk by chunk, by `add_here` or its like. Returns how many an earlier run had added."""
         size = min(CHUNK, max(1, -(-len(units) // 2)))
-        self.squares.check(make_batches(units[:size], self.settings.tokens, self.settings.reduce == "mean")[0])
+        self.squares.check(batches_of(units[:size], self.settings)[0])
         first = resumed = self._read_state()
         saved, cost, tokens = time.monotonic(), 0.0, 0
         progress(Progress("gradients", first, len(units), 0, resumed))
+        chunks = add(units, first, size)
         try:
-            for start in range(first, len(units), size):
-                chunk = units[start : start + size]
-                for batch in make_batches(chunk, self.settings.tokens, self.settings.reduce == "mean"):
-                    self.squares.add(batch)
-                    tokens += int(batch.mask.sum())
-                done = start + len(chunk)
+            for start, read in chunks:
+                tokens += read
+                done = min(start + size, len(units))
                 if not math.isfinite(self.squares.log_probability):
                     raise NonFiniteError(
                         f"the log-probability of one of sequences {start + 1} to {done} is infinite or no number: the "
@@ -201,10 +228,11 @@ class _Run:
                 progress(Progress("gradients", done, len(units), tokens, resumed))
                 if time.monotonic() - saved > max(PATIENCE, 10 * cost) and done < len(units):
                     began = time.monotonic()
-                    self._write_state(done)
+                    self._write_state(done, done // size)
                     saved = time.monotonic()
                     cost = saved - began
         except BaseException:
+            chunks.close()
             self.squares.close()
             raise
         self.notes = self.squares.notes
@@ -222,8 +250,8 @@ class _Run:
         write_fisher(self.folder, values, meta, self.settings.dtype, self.settings.storage, self.asked.positions)
         save_tensors(self.course.to_tensors(), self.folder / "course.safetensors")
 
-    def _write_state(self, done: int) -> None:
-        """Sums and how many units they hold, in one file that appears whole."""
+    def _write_state(self, done: int, chunks: int) -> None:
+        """Sums and how many units they hold, in one file that appears whole; sums of these chunks alone go."""
         state = {f"sum/{name}": value for name, value in self.squares.total.items()}
         state |= {f"course/{name}": value for name, value in self.course.to_tensors().items()}
         state["log_probability"] = torch.tensor(self.squares.log_probability, dtype=torch.float64)
@@ -231,6 +259,8 @@ class _Run:
         part = self.folder / "sums.part"
         save_tensors(state, part)
         part.replace(self.folder / "sums.safetensors")
+        for file in sums_of_chunks(self.folder, chunks):
+            file.unlink()
 
     def _read_state(self) -> int:
         file = self.folder / "sums.safetensors"
@@ -280,6 +310,11 @@ class _Asked:
         return state.hexdigest()
 
 
+def batches_of(units: list[Unit], settings: FisherSettings) -> list[Batch]:
+    """The batches of a chunk."""
+    return make_batches(units, settings.tokens, settings.reduce == "mean")
+
+
 def _check(settings: FisherSettings, sparse: bool, task: Task, data: str) -> None:
     check_choice(settings.choice, task.problems, data)
     for name, value, known in (
@@ -294,6 +329,9 @@ def _check(settings: FisherSettings, sparse: bool, task: Task, data: str) -> Non
         raise FisherError("--sparse keeps single coordinates, and --storage factored sums of rows: choose one.")
     if settings.tokens < 1:
         raise FisherError(f"--batch-tokens {settings.tokens}: at least one is needed.")
+    check_executor(settings.executor, settings.address)
+    if settings.workers is not None and settings.executor != "ray":
+        raise FisherError(f"--workers {settings.workers}: are processes of a cluster: add --executor ray.")
     place, parts = settings.part
     if not 1 <= place <= parts:
         raise FisherError(f"--part {place}/{parts}: write I/N with 1 ≤ I ≤ N.")
@@ -327,4 +365,5 @@ def _identity(
         "share": list(settings.part),
         "only": asked.digest,
         "torch": torch.__version__.split("+")[0],
+        **({"sums": "by chunk"} if settings.executor == "ray" else {}),
     }

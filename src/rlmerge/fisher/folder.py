@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from rlmerge.execute.safe_files import close_quietly, put_back, put_in_place, ta
 
 NOTE, LOCK, SEQUENCES = "run.json", "lock", "sequences.jsonl"
 SUMS = frozenset({"sums.safetensors", "sums.part", "groups.json", "groups.part", f"{NOTE}.part"})
+CHUNK = re.compile(r"sums-(\d+)-\w+\.(safetensors|part-.*)")
+"""Sums of a chunk of sequences that a process of a cluster has made."""
 ONCE = {"made": "in one go"}
 
 
@@ -39,11 +42,12 @@ class Kind:
         """What such a folder may hold beside weights."""
         return self.others | {f"{self.stem}.json", f"{self.stem}.safetensors.index.json", SEQUENCES, NOTE, LOCK}
 
-    def stranger(self, folder: Path, also: frozenset[str] = frozenset()) -> str | None:
+    def stranger(self, folder: Path, unfinished: bool = False) -> str | None:
         """The name of something in a folder that none of this kind has."""
         for file in sorted(folder.iterdir()):
             weights = file.name.startswith(self.stem) and file.suffix == ".safetensors"
-            if file.is_dir() or not (weights or file.name in self.files | also):
+            sums = unfinished and (file.name in SUMS or CHUNK.fullmatch(file.name))
+            if file.is_dir() or not (weights or sums or file.name in self.files):
                 return file.name
         return None
 
@@ -133,7 +137,7 @@ class RunFolder:
         if not others:
             self._write_note(said)
             return
-        stranger = self.kind.stranger(self.path, SUMS)
+        stranger = self.kind.stranger(self.path, unfinished=True)
         if not note.exists() or stranger is not None:
             raise self.kind.error(
                 f"{self.path}: is in the way, and is no unfinished {self.kind.word} ({stranger or others[0]}). Move it "
@@ -147,7 +151,8 @@ class RunFolder:
         if before == said and said != ONCE:
             return
         same_draw = "draw" in said and before.get("draw") == said["draw"]
-        costly = before != ONCE and ((self.path / "sums.safetensors").exists() or not same_draw)
+        summed = (self.path / "sums.safetensors").exists() or bool(sums_of_chunks(self.path))
+        costly = before != ONCE and (summed or not same_draw)
         if costly and not self.overwrite:
             pairs = ((before, said), (before.get("draw") or {}, said.get("draw") or {}))
             keys = {key for old, new in pairs for key in {*old, *new} - {"draw"} if old.get(key) != new.get(key)}
@@ -165,8 +170,8 @@ class RunFolder:
         write_inside(self.path, NOTE, (json.dumps(said) + "\n").encode())
 
     def _finish(self) -> None:
-        for name in SUMS:
-            (self.path / name).unlink(missing_ok=True)
+        for file in (*(self.path / name for name in SUMS), *sums_of_chunks(self.path)):
+            file.unlink(missing_ok=True)
         put_in_place(self.path, self.out, self._old)
         with contextlib.suppress(OSError):  # it is there and counts
             if self._old.exists():
@@ -175,3 +180,9 @@ class RunFolder:
                 self._old.rmdir()
             for name in (NOTE, LOCK):
                 (self.out / name).unlink(missing_ok=True)
+
+
+def sums_of_chunks(folder: Path, before: int | None = None) -> list[Path]:
+    """The files of single chunks in a folder, or of those with a smaller number."""
+    found = ((CHUNK.fullmatch(file.name), file) for file in folder.iterdir())
+    return [file for match, file in found if match and (before is None or int(match[1]) < before)]

@@ -47,8 +47,8 @@ TOKEN_RULE = (
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done ('loading', 'sampling', 'gradients', 'activations'), how far it is, tokens (or completions
-    tried) by this call, and how far an earlier call had come.
+    """What is being done ('loading', 'sampling', 'gradients', 'activations', or a sentence that warns), how far it is,
+    tokens (or completions tried) by this call, and how far an earlier call had come.
     """
 
     what: str

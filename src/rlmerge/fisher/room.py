@@ -23,6 +23,31 @@ def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, b
     """
     if memory is None:
         return most, False
+    kept, twice, fixed = _costs(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    free = memory - fixed
+    for each, checkpointing in ((kept, False), (twice, True)):
+        if free >= _needed(longest, each, vocabulary):
+            return max(1, min(most, int(free // (each + 12 * vocabulary)))), checkpointing
+    unit = _needed(longest, twice, vocabulary)
+    weights = _weights(model)
+    needed = fixed + unit
+    raise FisherError(
+        f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
+        f"{longest:,} tokens {unit / 1e9:.2g} GB even with activations computed twice. Give "
+        f"{-(-needed // 10**8) / 10:.1f} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
+    )
+
+
+def taken(model: Any, longest: int, tokens: int, checkpointing: bool) -> int:
+    """Bytes that a process takes for units of up to `longest` tokens in batches of `tokens`; the same estimate."""
+    kept, twice, fixed = _costs(model)
+    each, vocabulary = twice if checkpointing else kept, model.config.get_text_config().vocab_size
+    return fixed + max(_needed(longest, each, vocabulary), tokens * (each + 12 * vocabulary))
+
+
+def _costs(model: Any) -> tuple[int, int, int]:
+    """Bytes a token with activations kept, and computed twice; bytes whatever the tokens."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers, _ = layers_of(model, names, set(names.values()))
     head = model.get_output_embeddings()
@@ -34,22 +59,15 @@ def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, b
         if parameter.dim() > 1
     )
     blocks = max(1, getattr(model.config.get_text_config(), "num_hidden_layers", 1))
-    hidden, vocabulary = model.config.get_text_config().hidden_size, model.config.get_text_config().vocab_size
-    weights = sum(parameter.numel() * (parameter.element_size() + 4) for parameter in model.parameters())
+    hidden = model.config.get_text_config().hidden_size
     largest = max((_size(layer.module) for layer in layers), default=0)
-    free = memory - weights - 4 * largest - AROUND
     kept = 6 * width
-    twice = 6 * hidden * blocks + 6 * width // blocks
-    for each, checkpointing in ((kept, False), (twice, True)):
-        if free >= _needed(longest, each, vocabulary):
-            return max(1, min(most, int(free // (each + 12 * vocabulary)))), checkpointing
-    unit = _needed(longest, twice, vocabulary)
-    needed = memory - free + unit
-    raise FisherError(
-        f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
-        f"{longest:,} tokens {unit / 1e9:.2g} GB even with activations computed twice. Give "
-        f"{-(-needed // 10**8) / 10:.1f} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
-    )
+    return kept, 6 * hidden * blocks + kept // blocks, _weights(model) + 4 * largest + AROUND
+
+
+def _weights(model: Any) -> int:
+    """Bytes of weights and sums."""
+    return sum(parameter.numel() * (parameter.element_size() + 4) for parameter in model.parameters())
 
 
 def _needed(longest: int, each: int, vocabulary: int) -> int:
