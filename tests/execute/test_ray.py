@@ -242,7 +242,11 @@ def test_a_plugin_travels_and_its_error_names_file_and_line(connection, models, 
 
 
 def test_machines_must_see_the_same_inputs(connection, models, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlmerge.execute.inputs.Inputs.stamps", lambda self: [[1, 2] for _ in self.plan.files])
+    class OtherFiles(ray_run.MergeWorker):
+        def __init__(self, stamps, **arguments):
+            super().__init__(stamps=[[1, 2] for _ in stamps], **arguments)
+
+    monkeypatch.setattr(ray_run, "MergeWorker", OtherFiles)
     with pytest.raises(ClusterError, match="another file"):
         rlmerge.merge_to_folder(recipe_of(models, "ties", {}), tmp_path / "ray", executor="ray")
 
