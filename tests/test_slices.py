@@ -239,6 +239,75 @@ def test_a_tied_head_goes_with_its_embedding(home):
     assert np.array_equal(made["lm_head.weight"], made["model.embed_tokens.weight"])
 
 
+def tie(home, *names, copy=False):
+    """Makes models tied: their head is their embedding, stored twice or once."""
+    for name in names:
+        tensors = read_values(home / name)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        if not copy:
+            del tensors["lm_head.weight"]
+        write_model(home / name, tensors, {**config(4), "tie_word_embeddings": True})
+
+
+def ends(made, out, home, first, last):
+    """Asserts whose embedding and whose head a merge has, and that config.json says that they are two matrices."""
+    embedding, head = (read_values(home / name) for name in (first, last))
+    assert np.array_equal(made["model.embed_tokens.weight"], embedding["model.embed_tokens.weight"])
+    assert np.array_equal(made["lm_head.weight"], head.get("lm_head.weight", head["model.embed_tokens.weight"]))
+    assert np.array_equal(made["model.norm.weight"], head["model.norm.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("module", [False, True])
+@pytest.mark.parametrize(("tied", "notes"), [
+    ("one", ["embedding and head come from different models and are two matrices: config.json says "
+             "tie_word_embeddings: false."]),
+    ("two", ["lm_head.weight is the embedding of two, which ties the two."]),
+])  # fmt: skip
+def test_one_end_is_tied_and_the_other_is_not(home, tied, notes, module, copy):
+    """The head is that of the last slice, be it an embedding: without one, a loader would draw it at random."""
+    tie(home, tied, copy=copy)
+    data = slices([source("one", 0, 2)], [source("two", 2, 4)])
+    data = {"modules": {"text_decoder": data}} if module else data
+    merged = rlmerge.merge_to_folder(recipe(home, merge_method="passthrough", **data), home / "out")
+    ends(read_values(merged.out), merged.out, home, "one", "two")
+    said = json.loads((merged.out / "rlmerge.json").read_text())["notes"]
+    assert said == (notes if not copy or tied == "one" else [])
+
+
+def test_a_tied_base_of_the_last_slice_has_a_head(home):
+    """Its delta to an untied expert's head is that to its embedding."""
+    tie(home, "two")
+    data = slices([source("base", 0, 2), source("one", 0, 2)], [source("two", 2, 4), source("deep", 2, 4)])
+    data["slices"][1]["base_model"] = "two"
+    data |= {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": 0.5}}
+    made, two, deep = merge_values(recipe(home, **data)), read_values(home / "two"), read_values(home / "deep")
+    expected = (two["model.embed_tokens.weight"] + deep["lm_head.weight"]) / 2
+    np.testing.assert_allclose(made["lm_head.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lender_that_ties_other_than_the_slices(home):
+    """The config of `base_model` is made to say what the weights are."""
+    tie(home, "one", "two")
+    data = slices([source("one", 0, 2)], [source("two", 2, 4)], merge_method="passthrough", base_model="base")
+    out = rlmerge.merge_to_folder(recipe(home, **data), home / "out").out
+    assert "lm_head.weight" not in read_values(out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    tie(home, "base")
+    data = slices([source("deep", 0, 2)], [source("deep", 2, 4)], merge_method="passthrough", base_model="base")
+    out = rlmerge.merge_to_folder(recipe(home, **data), home / "other").out
+    ends(read_values(out), out, home, "deep", "deep")
+
+
+def test_a_last_slice_without_a_head(home):
+    tensors = read_values(home / "two")
+    del tensors["lm_head.weight"]
+    write_model(home / "two", tensors, config(4))
+    data = slices([source("one", 0, 2)], [source("two", 2, 4)], merge_method="passthrough")
+    assert "Take the last slice from a model with a head" in fails(home, MismatchError, **data)
+
+
 def test_names_that_no_pattern_knows(home):
     for name in ("one", "two"):
         write_model(home / name, {**read_values(home / name), "model.strange": np.ones(3)}, config(4))

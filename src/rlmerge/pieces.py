@@ -14,6 +14,7 @@ from rlmerge.checkpoint.pack import check_base
 from rlmerge.checkpoint.reference import open_model
 from rlmerge.checkpoint.restack import Layers, Stack, find_layers, inside, module_of, place_outside, view
 from rlmerge.errors import MismatchError, RecipeError
+from rlmerge.heads import embedding_as, is_tied, separate_head
 from rlmerge.parameters import Spot
 from rlmerge.recipe import Recipe
 from rlmerge.slices import Part, Range
@@ -104,7 +105,8 @@ def open_pieces(recipe: Recipe, models: Models) -> tuple[Piece, ...]:
             found.append(_module(part, base, donor, experts, keys, modules))
         else:
             start = starts.get(part.module, 0)
-            piece = _sliced(part, base, donor, experts, keys, modules, start)
+            head = _head(recipe, models, part)
+            piece = _sliced(part, base, donor, experts, keys, modules, start, head)
             first, last = next(iter(part.ranges.values()))
             starts[part.module] = start + last - first
             found.append(piece)
@@ -169,14 +171,15 @@ def _module(
 
 def _sliced(
     part: Part, base: Checkpoint | None, donor: Checkpoint, experts: tuple[Checkpoint, ...], keys: tuple[str, ...],
-    modules: Sequence[str], start: int,
+    modules: Sequence[str], start: int, head: str | None,
 ) -> Piece:  # fmt: skip
     donor_range = part.base_range if base is not None else part.ranges[part.recipe.models[0].key]
     assert donor_range is not None
     names_of_donor = _of_module(donor, base, part.module, modules)
     layers = find_layers(names_of_donor, donor.reference)
     recipe, outer = part.recipe, [name for name in names_of_donor if layers.layer(name) is None]
-    roles = place_outside(donor, outer, recipe.pre_weights, recipe.post_weights)
+    patterns = (recipe.pre_weights, recipe.post_weights)
+    roles = place_outside(donor, outer, *patterns, is_tied(donor) and head is None)
     taken = {
         word for word, is_here in (("before", part.number == 0), ("after", part.number == part.count - 1)) if is_here
     }
@@ -196,13 +199,14 @@ def _sliced(
             layer = own.layer(name)
             if layer is None:
                 # a tensor that the donor lacks is told apart by its own name; matching then says what is wrong
-                word = (
-                    roles.get(name) or place_outside(checkpoint, [name], recipe.pre_weights, recipe.post_weights)[name]
-                )
+                tied = is_tied(checkpoint) and head is None
+                word = roles.get(name) or place_outside(checkpoint, [name], *patterns, tied)[name]
                 if word in taken:
                     found[name] = name
             elif ranges[0] <= layer < ranges[1]:
                 found[name] = own.renamed(name, start + layer - ranges[0])
+        if head is not None and taken == {"after"}:
+            found |= embedding_as(head, base if checkpoint.adapter and base is not None else checkpoint, names)
         return found
 
     _check_packs(part, donor_range, experts, keys)
@@ -213,10 +217,24 @@ def _sliced(
     if base is None:
         seen_donor = next(one for one, key in zip(views, keys) if key == part.recipe.models[0].key)
     turned = tuple({new: old for old, new in names.items()} for names in maps)
+    roles = {name: word for name, word in roles.items() if word in taken}
+    roles |= {new: "after" for old, new in of_donor.items() if layers.layer(old) is None and old not in roles}
     return Piece(
-        part, None if base is None else seen_donor, seen_donor, views, keys, turned, layers, start,
-        {name: word for name, word in roles.items() if word in taken},
+        part, None if base is None else seen_donor, seen_donor, views, keys, turned, layers, start, roles
     )  # fmt: skip
+
+
+def _head(recipe: Recipe, models: Models, part: Part) -> str | None:
+    """The head of a module made of several slices, where it is a matrix of its own."""
+    slices = [other for other in recipe.parts if other.module == part.module]
+    found: dict[int, Checkpoint] = {}
+    for end in (slices[0], slices[-1]) if len(slices) > 1 else ():
+        base = models.base_of(end.recipe)
+        for one in (base, *(models.experts[entry.key] for entry in end.recipe.experts)):
+            if one is not None and not one.adapter:
+                names = _of_module(one, base, part.module, list(recipe.modules))
+                found[id(one)] = one if not part.module else view(one, {name: name for name in names})
+    return separate_head(found.values())
 
 
 def _check_packs(part: Part, base_range: Range, experts: Sequence[Checkpoint], keys: Sequence[str]) -> None:

@@ -139,7 +139,8 @@ class Plan:
     lends names, dtypes and files. `part_experts` are the experts of each part of the recipe, `experts` all of them.
     `stacks` say which layers the output has, where they are others than the donor's; `roles`, for sliced models,
     whether a tensor outside of the layers belongs before or after them. `vocabulary` is the output's, where the recipe
-    says how it comes about; `chat_template` the template that it names.
+    says how it comes about; `chat_template` the template that it names. `tied` is what config.json must say of
+    embedding and head, where the donor's says something else.
     """
 
     variants: tuple[Recipe, ...]
@@ -161,6 +162,7 @@ class Plan:
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
     grams: tuple[GramFolder, ...] = ()
+    tied: bool | None = None
 
     @property
     def recipe(self) -> Recipe:

@@ -22,6 +22,7 @@ from rlmerge.checkpoint.vocabulary import Vocabulary, plan_vocabulary
 from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.gathering import gather_rows
 from rlmerge.gram_places import open_grams, with_grams
+from rlmerge.heads import plan_tie
 from rlmerge.methods.base import Grain
 from rlmerge.parameters import count_layers
 from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
@@ -118,14 +119,15 @@ def make_plan(
         _check_parameters(variant, pieces, tensors, layers)
     other_files(models.donor.planned or models.donor.folder)  # what cannot be copied is known now, not at the end
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
-    said = vocabulary.notes if vocabulary else ()
+    tied, tie_notes = plan_tie(pieces, models.donor)
+    said = (*(vocabulary.notes if vocabulary else ()), *tie_notes)
     notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes)
     return Plan(
         variants, keys, models.base is not None, tuple(files.entries), tensors, outputs, layers,
         tuple(dict.fromkeys(notes)), models.donor, tuple(models.experts.values()), models.base, fishers, BLOCK,
         tuple(piece.keys for piece in pieces), stacks_of(pieces, models.donor, list(recipe.modules)),
         {name: word for piece in pieces for name, word in piece.roles.items()},
-        vocabulary, plan_template(recipe, models.donor, models.experts), grams,
+        vocabulary, plan_template(recipe, models.donor, models.experts), grams, tied,
     )  # fmt: skip
 
 

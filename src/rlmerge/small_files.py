@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config
+from rlmerge.checkpoint.card import model_card, read_licence, rewrite_config, rewrite_tie
 from rlmerge.checkpoint.chat_templates import write_template
 from rlmerge.checkpoint.copied import other_files
 from rlmerge.checkpoint.folder import read_json_object
@@ -59,9 +59,10 @@ def write_small_files(
 
 
 def written_config(plan: Plan, raw: bytes) -> bytes:
-    """The donor's config.json, as the output has it: with its dtype, its layers and its tokens."""
+    """The donor's config.json, as the output has it: with its dtype, its head, its layers and its tokens."""
     dtype, vocabulary = _main_dtype(plan), plan.vocabulary
     data = rewrite_config(raw, dtype) if dtype else raw
+    data = data if plan.tied is None else rewrite_tie(data, plan.tied)
     if vocabulary is not None:
         data = follow_vocabulary("config.json", data, vocabulary.rows, vocabulary.ids, vocabulary.lender)
     for stack in plan.stacks:

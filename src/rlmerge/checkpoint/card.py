@@ -45,6 +45,15 @@ def _set_dtype(node: Any, name: str) -> bool:
     return changed
 
 
+def rewrite_tie(raw: bytes, tied: bool) -> bytes:
+    """config.json with `tie_word_embeddings`, for the model and where it speaks of its text model."""
+    config = json.loads(raw)
+    config["tie_word_embeddings"] = tied
+    if isinstance(nested := config.get("text_config"), dict):
+        nested["tie_word_embeddings"] = tied
+    return (json_text(config, 2) + "\n").encode()
+
+
 def read_licence(folder: Path) -> str | None:
     """The `license:` of a model card's front matter, if there is one. CheckpointError where a card cannot be read."""
     file = folder / "README.md"

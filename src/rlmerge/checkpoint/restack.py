@@ -133,10 +133,11 @@ def outside(name: str, before: Sequence[str], after: Sequence[str], tied: bool) 
 
 
 def place_outside(
-    checkpoint: Checkpoint, names: Sequence[str], before: Sequence[str], after: Sequence[str]
+    checkpoint: Checkpoint, names: Sequence[str], before: Sequence[str], after: Sequence[str], tied: bool
 ) -> dict[str, str]:
-    """Every tensor outside of the layers → 'before' or 'after'. Raises RecipeError for one that no pattern knows."""
-    tied = checkpoint.setting("tie_word_embeddings") is True
+    """Every tensor outside of the layers → 'before' or 'after', arguments as in `outside`. Raises RecipeError for one
+    that no pattern knows.
+    """
     found = {name: outside(name, before, after, tied) for name in names}
     unknown = [name for name, word in found.items() if word is None and not is_buffer(checkpoint.tensors[name])]
     if unknown:
