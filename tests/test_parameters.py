@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from rlmerge.errors import RecipeError
 from rlmerge.methods.base import Method, Parameter
-from rlmerge.parameters import Resolver, count_layers, explain, fold_names, interpolate, layer_of
+from rlmerge.parameters import (
+    Resolver,
+    count_layers,
+    explain,
+    fold_names,
+    interpolate,
+    layer_of,
+    stack_depths,
+    stack_of,
+)
 from rlmerge.recipe import Recipe, parse_recipe
 
 
@@ -94,6 +103,21 @@ def test_count_layers():
     assert count_layers(names, {"num_hidden_layers": None, "text_config": 3}) == 7
     assert count_layers([EMBED], {}) == 0
     assert count_layers([], {"num_hidden_layers": True}) == 0
+
+
+def test_the_depth_of_every_stack():
+    """A vision tower that is deeper than the text model, a list with gaps, and a layer beyond the config's count."""
+    text = [f"model.layers.{k}.mlp.experts.9.weight" for k in range(4)]
+    tower = [f"visual.blocks.{k}.norm.weight" for k in range(6)]
+    config = {"text_config": {"num_hidden_layers": 3}}
+    found = stack_depths([*tower, *text, "visual.merger.mlp.0.weight", "visual.merger.mlp.2.weight", EMBED], config)
+    assert found == {"visual.blocks.": 6, "model.layers.": 3, "visual.merger.mlp.": 0}
+    assert stack_depths([text[0], text[2]], {}) == {"model.layers.": 3}
+    assert stack_depths(text, config) == {"model.layers.": 3}
+    assert stack_depths([*tower, *text], {}) == {"visual.blocks.": 6, "model.layers.": 4}
+    assert stack_depths([EMBED], config) == {}
+    assert stack_of(text[0]) == "model.layers."
+    assert stack_of(EMBED) == ""
 
 
 # ---- Interpolation ----------------------------------------------------------------------------------------------

@@ -182,6 +182,35 @@ def count_layers(tensors: Iterable[str], config: Mapping[str, Any]) -> int:
     return max((layer for layer in map(layer_of, tensors) if layer is not None), default=-1) + 1
 
 
+_SENSES = re.compile(r"vision|visual|audio|speech")
+
+
+def stack_depths(tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, int]:
+    """The layers of each stack of a model, by what stands before their numbers, as {'model.layers.': 24}.
+
+    `num_hidden_layers` is that of the text model: of the smallest stack that has as many. Numbers with gaps, as in a
+    list of a few modules with activations between them, count no layers and have depth 0, unless there are no others.
+    """
+    found: dict[str, set[int]] = {}
+    for name in tensors:
+        layer = layer_of(name)
+        if layer is not None:
+            found.setdefault(stack_of(name), set()).add(layer)
+    if len(found) == 1:
+        return dict.fromkeys(found, count_layers((), config) or max(max(layers) + 1 for layers in found.values()))
+    depths = {prefix: max(layers) + 1 if max(layers) < len(layers) else 0 for prefix, layers in found.items()}
+    said = count_layers((), config)
+    deep = {prefix: depth for prefix, depth in depths.items() if depth >= said > 0 and not _SENSES.search(prefix)}
+    return depths | {prefix: said for prefix, depth in deep.items() if depth == min(deep.values())}
+
+
+def stack_of(tensor: str) -> str:
+    """What stands before the number of a tensor's layer, with the dot; '' outside of layers."""
+    parts = tensor.split(".")
+    place = next((k for k, part in enumerate(parts) if _is_index(part)), 0)
+    return "".join(f"{part}." for part in parts[:place])
+
+
 def interpolate(values: Sequence[Any], layer: int | None, layers: int) -> Any:
     """The value of a gradient at a layer, t = layer / (layers - 1): 0 without a layer, 1 in a one-layer model.
 
@@ -203,14 +232,16 @@ def interpolate(values: Sequence[Any], layer: int | None, layers: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where a tensor of a slice stands: its layer among those of the slice, None outside of them.
+    """Where a tensor of a slice, or of another stack than the text model's, stands: its layer among those of the slice
+    or stack, None outside of them.
 
-    sources   the names under which the models have it, in the order of the experts: what per-model filters test
+    sources   the names under which the models have it, in the order of the experts: what per-model filters test; ()
+              where they are the output's
     """
 
     layer: int | None
     layers: int
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = ()
 
 
 # ---- Resolution -------------------------------------------------------------------------------------------------

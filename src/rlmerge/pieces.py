@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from rlmerge.checkpoint.reference import open_model
 from rlmerge.checkpoint.restack import Layers, Stack, find_layers, inside, module_of, place_outside, view
 from rlmerge.errors import MismatchError, RecipeError
 from rlmerge.heads import embedding_as, is_tied, separate_head
-from rlmerge.parameters import Spot
+from rlmerge.parameters import Spot, count_layers, layer_of, stack_depths, stack_of
 from rlmerge.recipe import Recipe
 from rlmerge.slices import Part, Range
 
@@ -31,6 +31,7 @@ class Piece:
     layers    the layers of the part in the donor, where it is a slice: where its names have their numbers
     start     the number in the output of its first layer
     roles     tensors outside of the layers → 'before' or 'after' them
+    depths    where it is no slice: the layers of each stack that has others in number than the recipe's donor
     """
 
     part: Part
@@ -42,11 +43,13 @@ class Piece:
     layers: Layers | None = None
     start: int = 0
     roles: Mapping[str, str] = field(default_factory=dict)
+    depths: Mapping[str, int] = field(default_factory=dict)
 
     def spot(self, name: str) -> Spot | None:
         """Where a tensor stands for gradients and filters; None where its name alone says it."""
         if self.layers is None:
-            return None
+            depth = self.depths.get(stack_of(name))
+            return None if depth is None else Spot(layer_of(name) if depth else None, depth)
         layer = self.layers.layer(name)
         first, last = next(iter(self.part.ranges.values()))
         sources = tuple(names.get(name, name) for names in self.names)
@@ -100,9 +103,10 @@ def open_pieces(recipe: Recipe, models: Models) -> tuple[Piece, ...]:
         donor = base if base is not None else models.experts[part.recipe.models[0].key]
         check_kinds(base, donor, experts)
         if not part.module and not part.sliced:
-            return (Piece(part, base, donor, experts, keys),)
+            return (Piece(part, base, donor, experts, keys, depths=_depths(donor, models.donor)),)
         if not part.sliced:
-            found.append(_module(part, base, donor, experts, keys, modules))
+            piece = _module(part, base, donor, experts, keys, modules)
+            found.append(replace(piece, depths=_depths(donor, models.donor)))
         else:
             start = starts.get(part.module, 0)
             head = _head(recipe, models, part)
@@ -111,6 +115,12 @@ def open_pieces(recipe: Recipe, models: Models) -> tuple[Piece, ...]:
             starts[part.module] = start + last - first
             found.append(piece)
     return tuple(found)
+
+
+def _depths(donor: Checkpoint, usual: Checkpoint) -> dict[str, int]:
+    """The stacks of a part's donor that are not as deep as the text model of the recipe's."""
+    layers = count_layers(usual.tensors, usual.config)
+    return {stack: n for stack, n in stack_depths(donor.tensors, donor.config).items() if n != layers}
 
 
 def check_kinds(base: Checkpoint | None, donor: Checkpoint, experts: Iterable[Checkpoint]) -> None:

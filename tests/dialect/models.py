@@ -9,6 +9,9 @@ import numpy as np
 from tests.checkpoint.checkpoint_files import write_model
 
 LAYERS = {"base": 4, "one": 4, "two": 4, "deep": 12}
+SEEING = {"see_one": 5, "see_two": 5}
+VISION_LAYERS = 3
+"""Models of two stacks: those of Mistral 3, with so many text layers, and with a vision tower of fewer."""
 HIDDEN = 4
 OF_LAYER = {
     "input_layernorm.weight": (4,),
@@ -30,10 +33,34 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (4,), "lm_head.weight": (16, 4)}
 
 
+OF_VISION_LAYER = {
+    "attention_norm.weight": (4,),
+    "ffn_norm.weight": (4,),
+    **{f"attention.{part}_proj.weight": (4, 4) for part in "qkvo"},
+    "feed_forward.gate_proj.weight": (8, 4),
+    "feed_forward.up_proj.weight": (8, 4),
+    "feed_forward.down_proj.weight": (4, 8),
+}
+
+
+def seeing_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Mistral 3 of so many text layers."""
+    found = {f"language_model.{name}": shape for name, shape in shapes(layers).items()}
+    found |= {f"multi_modal_projector.linear_{k}.weight": (4, 4) for k in (1, 2)}
+    found |= {
+        "multi_modal_projector.norm.weight": (4,),
+        "multi_modal_projector.patch_merger.merging_layer.weight": (4, 16),
+    }
+    found |= {"vision_tower.patch_conv.weight": (4, 3, 4, 4), "vision_tower.ln_pre.weight": (4,)}
+    for layer in range(VISION_LAYERS):
+        found |= {f"vision_tower.transformer.layers.{layer}.{name}": shape for name, shape in OF_VISION_LAYER.items()}
+    return found
+
+
 def value(model: str, name: str) -> float:
     """The number that a tensor of a model holds: exact in fp32, and another for every model and tensor."""
-    number = list(shapes(LAYERS[model])).index(name)
-    return list(LAYERS).index(model) + 1 + (1 + number) / 256
+    names = shapes(LAYERS[model]) if model in LAYERS else seeing_shapes(SEEING[model])
+    return [*LAYERS, *SEEING].index(model) + 1 + (1 + list(names).index(name)) / 256
 
 
 def config(layers: int) -> dict[str, object]:
@@ -46,11 +73,29 @@ def config(layers: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def seeing_config(layers: int) -> dict[str, object]:
+    """config.json of a Mistral 3."""
+    vision = {
+        "model_type": "pixtral", "hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 2,
+        "num_hidden_layers": VISION_LAYERS, "image_size": 8, "patch_size": 4, "num_channels": 3,
+    }  # fmt: skip
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "image_token_index": 15,
+        "spatial_merge_size": 2, "tie_word_embeddings": False, "torch_dtype": "float32", "vision_config": vision,
+        "text_config": config(layers) | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+    }  # fmt: skip
+
+
 def write_models(folder: Path) -> None:
     """All models, as folders by their names."""
     for model, layers in LAYERS.items():
         tensors = {name: np.full(shape, value(model, name), np.float32) for name, shape in shapes(layers).items()}
         write_model(folder / model, tensors, config(layers))
+    for model, layers in SEEING.items():
+        tensors = {
+            name: np.full(shape, value(model, name), np.float32) for name, shape in seeing_shapes(layers).items()
+        }
+        write_model(folder / model, tensors, seeing_config(layers))
 
 
 def read_numbers(folder: Path) -> dict[str, float]:
@@ -66,5 +111,6 @@ def read_numbers(folder: Path) -> dict[str, float]:
 
 
 def read_depth(folder: Path) -> int:
-    """num_hidden_layers of a merged model."""
-    return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    """num_hidden_layers of a merged model's text model."""
+    found = json.loads((folder / "config.json").read_text())
+    return found.get("text_config", found)["num_hidden_layers"]
