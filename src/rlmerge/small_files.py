@@ -48,14 +48,20 @@ def write_small_files(
         target.write_small(variant, name, data)
         digests[name] = xxhash.xxh3_128_hexdigest(data)
 
-    for name, data in copied_files(plan).items():
-        put(name, written_config(plan, data) if name == "config.json" else data)
+    for name, data in given_files(plan).items():
+        put(name, data)
     index = index_json(plan.outputs)
     if index is not None:
         put(INDEX, index.encode())
     put("README.md", _card(plan, variant, report).encode())
     provenance = _provenance(plan, variant, report, journal, sha256) | {"files": digests}
     target.write_small(variant, PROVENANCE, (json_lines(provenance) + "\n").encode())
+
+
+def given_files(plan: Plan) -> dict[str, bytes]:
+    """What an output gets from the small files of its inputs, as they are now."""
+    files = copied_files(plan)
+    return {name: written_config(plan, data) if name == "config.json" else data for name, data in files.items()}
 
 
 def written_config(plan: Plan, raw: bytes) -> bytes:

@@ -186,6 +186,61 @@ def test_changed_files_are_seen(models, tmp_path, touch):
         assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "chat_template.jinja"])
+def test_changed_small_files_are_seen(models, tmp_path, name):
+    """The base lends them to all that is made of it."""
+    made_again(models, tmp_path, 1)
+    text = json.dumps({"model_type": "none", "torch_dtype": "bfloat16", "rms_norm_eps": 0.5})
+    (models / "base" / name).write_text(text)
+    assert made_again(models, tmp_path, 2) == ["root", "left", "right"]
+    assert json.loads((tmp_path / "out2" / name).read_text())["rms_norm_eps"] == 0.5
+    if name != "config.json":
+        (models / "base" / name).unlink()
+        assert made_again(models, tmp_path, 3) == ["root", "left", "right"]
+        assert contents(tmp_path / "out3") == contents(tmp_path / "out1")
+
+
+@pytest.mark.parametrize("change", ["written", "gone"])
+def test_small_files_of_a_stage_are_watched_as_its_weights_are(models, tmp_path, change):
+    made_again(models, tmp_path, 1)
+    file = tmp_path / "kept/left/config.json"
+    file.unlink() if change == "gone" else file.write_text(file.read_text().replace("none", "some"))
+    assert made_again(models, tmp_path, 2) == ["left"]
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+def test_a_stage_of_several_tokenizers_is_made_of_all_of_them(models, tmp_path):
+    """With `tokenizer_source: union` the stage has what the expert's tokenizer.json says, too."""
+    from tests.token_models import byte_bpe, tensors, with_tokens, write
+
+    plain = byte_bpe()
+    chat = with_tokens(plain, "<chat>")
+    write(models / "base", plain, tensors(0, len(plain)))
+    write(models / "e0", chat, tensors(1, len(chat)))
+    root = DOCUMENTS["root"][:-1] + ", tokenizer_source: union}"
+    (models / "recipe.yml").write_text(
+        recipe_of({"root": root, "": "{merge_method: passthrough, models: [{model: root}]}"})
+    )
+    assert made_again(models, tmp_path, 1) == ["root"]
+    file = models / "e0/tokenizer.json"
+    said = json.loads(file.read_text())
+    said["added_tokens"][-1]["lstrip"] = True
+    file.write_text(json.dumps(said))
+    assert made_again(models, tmp_path, 2) == ["root"]
+    assert json.loads((tmp_path / "out2/tokenizer.json").read_text())["added_tokens"][-1]["lstrip"] is True
+
+
+def test_a_killed_stage_goes_on_when_only_small_files_change(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stop):
+            merge(models, tmp_path / "out")
+    (models / "base/generation_config.json").write_text('{"top_k": 7}')
+    outcome = merge(models, tmp_path / "out")
+    assert outcome.stages["root"].resumed_units > 0
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"top_k": 7}
+
+
 def test_another_shard_size_is_another_stage(models, tmp_path):
     for name in ("base", "e0", "e1", "e2"):
         write_model(models / name, {f"t{k}": np.ones((600, 512), np.float32) for k in range(2)})

@@ -1,6 +1,7 @@
 """The folder of intermediate merges, OUT.stages: which of them are whole and unchanged, and how it goes at the end.
 
-FOLDER/stages.json     by stage: digest of its plan and times of its inputs, written before it is begun
+FOLDER/stages.json     by stage: digests of its plan and its small files, and times of its inputs, written before it is
+                       begun; times of its files, written when it is whole
 FOLDER/NAME            a whole stage: it was made by what stages.json says, and appeared in one rename
 FOLDER/NAME.unfinished, FOLDER/NAME.removed    one that is being made; one that is being removed
 """
@@ -15,8 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlmerge.errors import CheckpointError, OutputError
 from rlmerge.plan import Plan
+from rlmerge.small_files import PROVENANCE, given_files
 from rlmerge.version import VERSION
 
 from .folder import foreign_to, is_unfinished
@@ -85,12 +89,12 @@ class StageFolder:
             return False
         try:
             same = self._record(plan).items() <= record.items()
-            made = stamps_of(folder / file.name for file in plan.outputs)
+            made = self._made(name, plan)
         except CheckpointError:
             return False
         if not same or ("made" in record and record["made"] != made):
             return False
-        for file, (size, _) in zip(plan.outputs, made, strict=True):
+        for file, (size, _) in zip(plan.outputs, made):
             with (folder / file.name).open("rb") as opened:
                 if size != file.size or opened.read(len(file.header)) != file.header:
                     return False
@@ -130,11 +134,11 @@ class StageFolder:
     def begin(self, name: str, plan: Plan) -> None:
         """Notes what a stage is about to be made of; removes what was made of something else."""
         record, known = self._record(plan), self._records()
-        old = {key: value for key, value in known.get(name, {}).items() if key != "made"}
         self._refuse_foreign(name)
         try:
             self._drop(self.place(name))
-            if old != record:
+            # what is there of the weights stays good when only small files change: they are written last
+            if any(known.get(name, {}).get(key) != record[key] for key in ("plan", "stamps")):
                 self._drop(work_folder(self.place(name)))
         except OSError as error:
             raise OutputError(f"{self.place(name)}: cannot be removed: {error.strerror}.") from error
@@ -142,16 +146,24 @@ class StageFolder:
 
     def done(self, name: str, plan: Plan) -> None:
         """Notes what a whole stage looks like, so that a change of its files is seen."""
-        made = stamps_of(self.place(name) / file.name for file in plan.outputs)
         known = self._records()
-        self._write({**known, name: {**known[name], "made": made}})
+        self._write({**known, name: {**known[name], "made": self._made(name, plan)}})
+
+    def _made(self, name: str, plan: Plan) -> list[list[int]]:
+        """The stamps of what a stage gives to those that are made of it, weights first."""
+        names = [*(file.name for file in plan.outputs), *given_files(plan), PROVENANCE]
+        return stamps_of(self.place(name) / file for file in names)
 
     def finishing(self) -> None:
         """Notes that all stages are whole, and OUT is next: when OUT is there, they may go."""
         self._write(self._records(), finishing=True)
 
     def _record(self, plan: Plan) -> dict[str, Any]:
-        return {"plan": plan.digest(), "stamps": stamps_of(entry.path for entry in plan.files)}
+        small = xxhash.xxh3_128()
+        for name, data in given_files(plan).items():
+            small.update(f"{name}\0{len(data)}\0".encode() + data)
+        stamps = stamps_of(entry.path for entry in plan.files)
+        return {"plan": plan.digest(), "small": small.hexdigest(), "stamps": stamps}
 
     def _records(self) -> dict[str, Any]:
         return (self._read() or {}).get("stages", {})
