@@ -19,18 +19,19 @@ def with_downloads(recipe: Recipe, *, headers: bool = False, tell: Tell = lambda
     """The recipe with every model and Fisher that is on the hub, and in no folder, fetched into the cache.
 
     headers   of models that are not there only headers and small files: enough to plan a merge, not to make it
-    Raises DownloadError, and MissingExtraError without the extra `hub`; a recipe of folders needs neither.
+    Of what only lends its tokenizer, small files. Raises DownloadError, and MissingExtraError without the extra `hub`;
+    a recipe of folders needs neither.
     """
-    wanted = recipe.remote
-    if not wanted:
+    wanted, lender = recipe.remote, recipe.remote_lender
+    if not wanted and not lender:
         return recipe
     from rlmerge.checkpoint.download import download
 
     found = {}
-    for part in wanted:
+    for part in (*wanted, *lender):
         named = split_id(part)
         assert named is not None
-        found[part] = download(*named, headers=headers, tell=tell)
+        found[part] = download(*named, headers=headers, small=part not in wanted, tell=tell)
     return recipe.with_fetched(found)
 
 
@@ -40,7 +41,7 @@ def with_all_downloads(
     """`with_downloads` for a recipe or for all documents of a file."""
     if isinstance(recipe, Recipe):
         return with_downloads(recipe, headers=headers, tell=tell)
-    if not any(one.remote for one in recipe.recipes):
+    if not any(one.remote or one.remote_lender for one in recipe.recipes):
         return recipe
     fetched = tuple(with_downloads(one, headers=headers, tell=tell) for one in recipe.recipes)
     return replace(recipe, recipes=fetched).at(PLACE)

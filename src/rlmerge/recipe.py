@@ -168,6 +168,17 @@ class Recipe:
         for kind in ("fisher", "gram"):
             given = [(getattr(entry, kind), self.place(entry, kind)) for entry in self.models]
             named += [(name, place) for name, place in given if isinstance(name, str)]
+        return self._absent(named)
+
+    @property
+    def remote_lender(self) -> dict[str, Place]:
+        """The same of what only lends its tokenizer: of that small files are enough."""
+        policy = self.tokenizer or {"source": self.tokenizer_source}
+        place: Place = ("tokenizer", "source") if self.tokenizer else ("tokenizer_source",)
+        source, models = policy["source"], {name for entry in self.models for name in (entry.key, entry.model)}
+        return {} if source is None or {source} & {*models, *self.references} else self._absent([(source, place)])
+
+    def _absent(self, named: Iterable[tuple[str, Place]]) -> dict[str, Place]:
         found: dict[str, Place] = {}
         for part, place in named:
             if split_id(part) and part not in self._stages and not self.exists(part):
@@ -258,9 +269,12 @@ class Recipe:
                 found |= {name: folder for name, folder in inner.items() if name not in found}
         return found
 
-    def resolve(self, reference: str) -> Path:
-        """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
-        return self._find(reference, ())
+    def resolve(self, reference: str, small: bool = False) -> Path:
+        """The path that a reference means: in the recipe's folder, else in the working directory; it must exist.
+
+        small   small files are enough: a model may be in the hub's cache without its weights
+        """
+        return self._find(reference, (), small)
 
     def split(self, reference: str) -> tuple[str, str | None]:
         """Model and adapter of a reference, as written; no adapter, as a rule."""
@@ -351,7 +365,7 @@ class Recipe:
         """Whether something lies at this path, seen from the recipe's folder or the working directory."""
         return any(map(os.path.exists, self._tried(reference)))
 
-    def _find(self, reference: str, place: Place) -> Path:
+    def _find(self, reference: str, place: Place, small: bool = False) -> Path:
         if reference in self._stages:
             return self._stages[reference][0]
         tried = self._tried(reference)
@@ -363,7 +377,7 @@ class Recipe:
             return self._fetched[reference]
         named = split_id(reference)
         snapshot = cached_snapshot(*named) if named else None
-        if snapshot is not None and (lacks := lacking(snapshot)):
+        if snapshot is not None and not small and (lacks := lacking(snapshot)):
             raise RecipeError(
                 f"{where}{show(reference)} is only in part in the hub's cache ({snapshot}): it lacks {lacks}.\n"
                 "  Nothing is downloaded unless asked: add --download, which fetches the rest."

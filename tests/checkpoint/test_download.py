@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.checkpoint.hub_server import Hub, serving
-from tests.cli.command_line import FIRST, SECOND, good_set, refused, rlmerge, succeeded
+from tests.cli.command_line import FIRST, SECOND, TOKENIZER, good_set, refused, rlmerge, succeeded
 
 from rlmerge.checkpoint import download as module
 from rlmerge.checkpoint.download import download
@@ -292,6 +292,33 @@ def test_commands_take_ids(hub: Hub, tmp_path: Path) -> None:
         find_folder("lab/e0@v1+lab/lora")
     with pytest.raises(RecipeError, match="MODEL: 'lab/nowhere' does not exist"):
         find_folder("lab/nowhere")
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source: lab/lender", "tokenizer: {source: lab/lender@v2}"])
+def test_who_lends_a_tokenizer_is_fetched_without_weights(hub: Hub, tmp_path: Path, key: str) -> None:
+    """Into the cache, too, where another merge finds it without the flag; `check` and `merge` alike."""
+    said = {**TOKENIZER, "added_tokens": [{"id": 3, "content": "<call>", "special": True}]}
+    (tmp_path / "lender").mkdir()
+    (tmp_path / "lender/tokenizer.json").write_text(json.dumps(said))
+    write_tensors(tmp_path / "lender/model.safetensors", {"model.norm.weight": np.ones(9)})
+    hub.add("lab/lender", tmp_path / "lender")
+    hub.add("lab/lender", tmp_path / "lender", "v2")
+    models = "[{model: local/e0, parameters: {weight: 1}}]"
+    (tmp_path / "lent.yml").write_text(f"merge_method: linear\nmodels: {models}\n{key}\n")
+    assert "Add --download" in refused(rlmerge("check", "lent.yml"))
+    succeeded(rlmerge("check", "lent.yml", "--download"))
+    succeeded(rlmerge("merge", "lent.yml", "out", "--download", "--kernels", "numpy"))
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / "lender/tokenizer.json").read_bytes()
+    assert not hub.weights()
+    hub.asked.clear()
+    succeeded(rlmerge("check", "lent.yml"))
+    assert not hub.asked
+    with pytest.raises(RecipeError, match="it lacks every safetensors file"):
+        find_folder("lab/lender" + ("@v2" if "@" in key else ""))
+    (tmp_path / "nothing").mkdir()
+    hub.add("lab/nothing", tmp_path / "nothing")
+    with pytest.raises(DownloadError, match="holds nothing that a merge reads"):
+        download("lab/nothing", small=True)
 
 
 def test_stages_of_ids(hub: Hub, tmp_path: Path) -> None:

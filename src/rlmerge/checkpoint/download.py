@@ -58,12 +58,14 @@ class _Model:
 
 
 def download(
-    repository: str, revision: str | None = None, *, headers: bool = False, tell: Tell = lambda text: None
-) -> Path:
+    repository: str, revision: str | None = None, *, headers: bool = False, small: bool = False,
+    tell: Tell = lambda text: None,
+) -> Path:  # fmt: skip
     """The folder of a model in the cache, with every file that a merge or an evaluation reads; network where it lacks.
 
     headers   weights that are not there are left away: the folder, another one, then has holes in their place
               (`hub.has_headers_only`). Adapters, packs and small files are always fetched whole.
+    small     only small files: no weights, and none need be there
     Pickles, GGUF and copies in other formats are never fetched. Raises DownloadError, MissingExtraError.
     """
     try:
@@ -78,8 +80,11 @@ def download(
             "without --download what is in the cache is used."
         )
     with _explained(repository, revision), _no_bars():
-        model, files = _look_up(repository, revision)
+        model, files = _look_up(repository, revision, small)
         _link_small(model, [file for file in files if not file.name.endswith(".safetensors")])
+        if small:
+            _note_revision(model, revision or "main")
+            return model.snapshot
         wanted = _weights(model.snapshot, [file for file in files if file.name.endswith(".safetensors")])
         missing = [file for file in wanted if not (model.snapshot / file.name).exists()]
         if headers and any(_is_large(file.name) for file in missing):
@@ -93,8 +98,8 @@ def download(
 # ---- What there is ------------------------------------------------------------------------------------------------
 
 
-def _look_up(repository: str, revision: str | None) -> tuple[_Model, list[_File]]:
-    """The commit that a revision means now, and the files there that anybody may want."""
+def _look_up(repository: str, revision: str | None, small: bool) -> tuple[_Model, list[_File]]:
+    """The commit that a revision means now, and the files there that anybody may want; weights, unless `small`."""
     from huggingface_hub import HfApi
 
     info = HfApi(library_name="rlmerge", library_version=VERSION).model_info(
@@ -110,7 +115,9 @@ def _look_up(repository: str, revision: str | None) -> tuple[_Model, list[_File]
         for entry in there
         if _is_wanted(entry.rfilename) and entry.rfilename.split("/")[0] not in others
     ]
-    if not any(file.name.endswith(".safetensors") for file in files):
+    if small and not files:
+        raise DownloadError(f"{repository}: holds nothing that a merge reads.")
+    if not small and not any(file.name.endswith(".safetensors") for file in files):
         pickles = sorted(name for entry in there if is_weight_file(name := entry.rfilename))
         found = f"only {pickles[0]}" if pickles else "no weights"
         raise DownloadError(

@@ -112,7 +112,7 @@ def open_members(
     foreign = source not in ("union", "base") and os.path.normpath(source) not in known
     if foreign:
         try:
-            folders.append(recipe.resolve(source))
+            folders.append(recipe.resolve(source, small=True))
         except RecipeError as error:
             raise RecipeError(f"{error}{did_you_mean(source, known)}", place) from None
     tokenizers = open_tokenizers(folders, lent_files(donor, experts.values()))
