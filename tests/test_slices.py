@@ -138,6 +138,37 @@ def test_lists_of_layers_follow(home):
     assert found["layer_types"] == [kinds[k] for k in (0, 1, 2, 1, 2, 3)]
     assert found["mlp_only_layers"] == [1, 3, 5]
     assert found["max_window_layers"] == 6
+    assert found["eos_token_id"] == [1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_which_lists_have_an_entry_a_layer(depth):
+    """A model of one layer has some, too; tokens, names and means of pixels are never cut or repeated."""
+    followed = {"layer_types": "abc", "no_rope_layers": "def", "layers_block_type": "ghi", "block_configs": "jkl"}
+    by_length = {"intermediate_size": "mno", "activation_sparsity_pattern": "pqr"}
+    others = ("eos_token_id", "suppress_tokens", "architectures", "image_mean", "mrope_section", "bad_words_ids")
+    data = {key: list(text[:depth]) for key, text in (followed | by_length).items()}
+    data |= {key: [1, 2, 3][:depth] for key in others} | {"num_hidden_layers": depth}
+    stack = Stack(depth, tuple((data, layer) for layer in (0, depth - 1, 0)))
+    found = json.loads(restack_config(json.dumps(data).encode(), stack))
+    for key in followed if depth == 1 else followed | by_length:
+        assert found[key] == [data[key][0], data[key][-1], data[key][0]], key
+    assert found["num_hidden_layers"] == 3
+    assert all(found[key] == data[key] for key in others)
+
+
+def test_layers_of_a_model_of_one_load(home):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    settings = transformers.Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(settings).save_pretrained(home / "shallow")
+    data = slices(*[[source("shallow", 0, 1)]] * 3, merge_method="passthrough")
+    out = rlmerge.merge_to_folder(recipe(home, **data), home / "out").out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert len(loaded.model.layers) == len(loaded.config.layer_types) == 3
 
 
 def test_a_stacked_model_loads_and_speaks(home):

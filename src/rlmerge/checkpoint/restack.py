@@ -26,8 +26,15 @@ _AFTER = re.compile(r"(^|\.)(\w*norm\w*|ln_f|ln_final|\w*head\w*|pooler|cls|proj
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "num_decoder_layers")
-LISTS_OF_LAYERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "no_rope_layer_indices")
-"""Keys of config.json that list the numbers of layers; lists as long as the model is deep have one entry a layer."""
+LISTS_OF_LAYERS = (
+    "mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "no_rope_layer_indices", "moe_layers",
+    "fullatt_block_indexes",
+)  # fmt: skip
+"""Keys of config.json that list the numbers of layers."""
+_EACH_LAYER = re.compile(r"(^|_)(layers?|blocks?)(_|$)|^attn_type_list$")
+"""Keys of lists with an entry a layer. So have others as long as the model is deep, but for those that hold tokens or
+describe something else; of one entry, nothing tells them apart."""
+_SOMETHING_ELSE = re.compile(r"token|architectures|(^|_)(ids?|labels?|languages|keys|mean|std|conv|sections?)(_|$)")
 
 
 # ---- Modules ------------------------------------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def _restack(node: dict[str, Any], path: tuple[str, ...], stack: Stack) -> None:
                 for number, (config, layer) in enumerate(stack.layers)
                 if layer in (_at(config, (*path, key)) or ())
             ]
-        elif len(value) == stack.depth and stack.depth > 1:
+        elif len(value) == stack.depth and _is_each_layers(key, stack.depth):
             found = [_at(config, (*path, key)) for config, _ in stack.layers]
             node[key] = [
                 there[layer] if isinstance(there, list) and layer < len(there) else value[min(layer, len(value) - 1)]
@@ -230,6 +237,11 @@ def _restack(node: dict[str, Any], path: tuple[str, ...], stack: Stack) -> None:
                 node[key] = len(stack.layers)
         if node.get("max_window_layers") == stack.depth:
             node["max_window_layers"] = len(stack.layers)
+
+
+def _is_each_layers(key: str, depth: int) -> bool:
+    """Whether a list of so many entries has one for each layer."""
+    return _EACH_LAYER.search(key) is not None or (depth > 1 and _SOMETHING_ELSE.search(key) is None)
 
 
 def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Any:
