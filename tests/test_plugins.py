@@ -295,6 +295,45 @@ def test_an_error_in_its_code_is_named_with_file_and_line(good, tmp_path):
     assert done.json["error"] == "PluginError"
 
 
+@pytest.mark.parametrize("way", ["print('seen', 1)", "sys.stdout.write('seen\\n')", "print('seen', file=OUT)"])
+def test_what_it_prints_goes_to_stderr(good, tmp_path, way):
+    """From its first line, from its function, in any thread: stdout is what the command says."""
+    start = f"import sys\nOUT = sys.stdout\ndef say():\n    {way}\nsay()\n"
+    text = CLIPPED.replace("    return base", "    say()\n    return base")
+    own = ("--plugin", plugin(tmp_path, start + text))
+    for command in (("schema",), ("methods", "clipped"), ("check", good / "own.yml"), ("explain", good / "own.yml")):
+        done = succeeded(rlmerge(*command, *own, "--json"))
+        assert done.json
+        assert "seen" in done.err
+    done = rlmerge("merge", good / "own.yml", tmp_path / "out", *own, "--json", "--kernels", "numpy", "--threads", "2")
+    assert succeeded(done).json["out"]
+    assert done.err.count("seen") > 2
+
+
+@pytest.mark.parametrize("code", ["0", "3", "'done'"])
+def test_leaving_from_within_is_an_error(good, tmp_path, code):
+    """A merge that ended in silence, with 0, would pass for a whole one."""
+    file = plugin(tmp_path, CLIPPED.replace("    return base", f"    raise SystemExit({code})\n    return base"))
+    done = rlmerge(
+        "merge", good / "own.yml", tmp_path / "out", "--plugin", file, "--kernels", "numpy", "--threads", "2"
+    )
+    assert f"{file}:16: method 'clipped' at model." in refused(done)
+    assert "SystemExit: " + code.strip("'") in done.err
+    file = plugin(
+        tmp_path, OWN.replace("        merged = super", f"        raise SystemExit({code})\n        merged = super")
+    )
+    parts = ["--base", good / "base", "--expert", good / "e0", "--method", "doubled", "--set", "weight=1"]
+    done = rlmerge("merge", tmp_path / "other", *parts, "--plugin", file, "--kernels", "numpy", "--threads", "2")
+    assert f"{file}:10: SystemExit: {code}".replace("'", "") in refused(done)
+
+
+def test_not_a_number_is_laid_to_the_plugin(good, tmp_path):
+    file = plugin(tmp_path, CLIPPED.replace("    return base", "    return base * np.nan\n    return base"))
+    out = ("merge", good / "own.yml", tmp_path / "out", "--plugin", file, "--kernels", "numpy")
+    with np.errstate(all="ignore"):
+        assert "Check method 'clipped' of own.py, then the inputs." in refused(rlmerge(*out))
+
+
 # ---- Files that are no plugins ----------------------------------------------------------------------------------
 
 BAD = {

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -218,6 +218,23 @@ def _methods_of(module: ModuleType, file: str) -> list[Method]:
         hint = f"write METHOD = {own[0]}()" if own else "decorate a function with @method (from rlmerge.plugins)"
         raise PluginError(f"{file}: defines no merge method: {hint}.")
     return found
+
+
+class BesidePlugins:
+    """A standard output of which plugins see nothing: what they print goes to stderr, whoever calls them, so that
+    what a command prints stays what it says it is.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename in FILES:
+                return getattr(sys.stderr, name)
+            frame = frame.f_back
+        return getattr(self._stream, name)
 
 
 # ---- What became of one --------------------------------------------------------------------------------------------

@@ -91,7 +91,9 @@ def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     if len(sweep) == 1:
         names = [",".join(f"{key}={value}" for key, value in sweep[0].items())]
     if len(set(names)) < len(names):
-        raise RecipeError(f"--set: a value is given twice: {', '.join(name or 'default' for name in names)}.")
+        point = next(point for point, name in zip(sweep, names) if names.count(name) > 1)
+        said = ", ".join(f"{key}={value}" for key, value in point.items())
+        raise RecipeError(f"--set: the sweep has {said} twice. Write each value once.")
     return tuple(names) or ("",)
 
 

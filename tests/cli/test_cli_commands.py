@@ -158,6 +158,9 @@ def test_wrong_usage_is_code_2(arguments: str) -> None:
     assert "Traceback" not in done.err
     assert done.err.count("Error") == 1
     assert "--help" in done.err
+    told = rlmerge(*arguments.split(), "--json")
+    assert (told.code, told.err) == (2, done.err)
+    assert told.json == {"error": "usage", "message": done.err.removeprefix("Error: ").rstrip("\n")}
 
 
 def test_what_is_needed_and_not_given(good: Path) -> None:

@@ -117,6 +117,13 @@ def test_a_single_set_changes_the_recipe(good: Path, tmp_path: Path) -> None:
         assert one == two
 
 
+def test_a_value_that_is_given_twice(good: Path, tmp_path: Path) -> None:
+    merge = ("merge", good / "ties.yml", tmp_path / "out", *NUMPY)
+    assert "the sweep has lambda=0.1 twice" in refused(rlmerge(*merge, "--set", "lambda=0.1,0.10"))
+    both = ("--set", "density=0.5,0.7", "--set", "lambda=1,1")
+    assert "the sweep has density=0.5, lambda=1 twice" in refused(rlmerge(*merge, *both))
+
+
 def test_a_sweep_writes_a_folder_for_each_value(good: Path, tmp_path: Path) -> None:
     values = ["--set", "lambda=0.5,1", "--set", "density=0.25,1"]
     done = succeeded(rlmerge("merge", good / "ties.yml", tmp_path / "sweep", *values, *NUMPY, "--json"))

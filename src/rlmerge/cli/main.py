@@ -6,10 +6,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rlmerge.errors import PluginError, RlmergeError, did_you_mean
 from rlmerge.version import VERSION
+
+from .usage import refuse
 
 COMMANDS = {
     "merge": "Merge models: a recipe, or its parts as flags, to a folder.",
@@ -59,18 +60,14 @@ def run(arguments: Sequence[str]) -> None:
         print(f"rlmerge {VERSION}")
         return
     if name not in COMMANDS:
-        _refuse(f"there is no {'option' if name.startswith('-') else 'command'} {name!r}.", COMMANDS, name)
+        kind = "option" if name.startswith("-") else "command"
+        refuse(f"there is no {kind} {name!r}.{did_you_mean(name, COMMANDS)} See 'rlmerge --help'.")
     from .options import Parser
 
     command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     parser = Parser(name, command.USAGE, command.DESCRIPTION)
     command.declare(parser)
     command.run(parser.parse_intermixed_args(rest))
-
-
-def _refuse(problem: str, known: Sequence[str] | dict[str, str], word: str) -> NoReturn:
-    print(f"Error: {problem}{did_you_mean(word, known)} See 'rlmerge --help'.", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def main() -> None:
@@ -81,15 +78,15 @@ def main() -> None:
     try:
         try:
             run(sys.argv[1:])
-        except SystemExit as stop:
-            code = stop.code
         except RlmergeError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             plugins = sys.modules.get("rlmerge.plugins")
             if plugins is not None and (message := plugins.blame(error)):
                 raise PluginError(message) from error
-            raise
+            if not isinstance(error, SystemExit):
+                raise
+            code = error.code
         sys.stdout.flush()
     except RlmergeError as error:
         if "--json" in sys.argv:

@@ -7,9 +7,11 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from rlmerge.errors import RecipeError
+
+from .usage import refuse
 
 if TYPE_CHECKING:
     from rlmerge.methods.base import Method
@@ -31,8 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Wrong usage: one message, exit code 2."""
-        print(f"Error: {self.prog}: {message}. See '{self.prog} --help'.", file=sys.stderr)
-        raise SystemExit(2)
+        refuse(f"{self.prog}: {message}. See '{self.prog} --help'.")
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -110,8 +111,9 @@ def registry(plugins: list[str] | None) -> Mapping[str, Method] | None:
     """All methods, those of plugins too; None for rlmerge's own."""
     if not plugins:
         return None
-    from rlmerge.plugins import load_plugins
+    from rlmerge.plugins import BesidePlugins, load_plugins
 
+    sys.stdout = cast(TextIO, BesidePlugins(sys.stdout))
     return load_plugins(*plugins)
 
 

@@ -20,6 +20,7 @@ from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import FisherError, MismatchError, NonFiniteError
 from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task, Update
 from rlmerge.plan import PartResolver, Plan, TensorPlan
+from rlmerge.plugins import origin_of
 from rlmerge.recipe import Recipe
 
 from .blocks import InputBlock
@@ -358,10 +359,14 @@ class Worker:
             change = change.applied(block) if isinstance(change, Update) else change
             if (change.where == where).any():
                 value = change.values[change.where == where][-1]
+        advice = "Check the inputs."
+        if plan.dtype == "F16":
+            advice = "Write `out_dtype: float32` (fp16 ends at 65504)."
+        elif (home := origin_of(self.plan.recipe.method)) is not None:
+            advice = f"Check method {self.plan.recipe.merge_method!r} of {home.file or 'a plugin'}, then the inputs."
         raise NonFiniteError(
             f"the merged tensor {plan.name!r} holds {stored[where]} at coordinate {block.start + where} (value "
-            f"{value:.6g} before the cast to {plan.dtype}). Nothing was delivered.\n  "
-            + ("Write `out_dtype: float32` (fp16 ends at 65504)." if plan.dtype == "F16" else "Check the inputs.")
+            f"{value:.6g} before the cast to {plan.dtype}). Nothing was delivered.\n  {advice}"
         )
 
     def _carry(self, plan: TensorPlan, tensor: int, unit: int, write: Write) -> UnitRecord:

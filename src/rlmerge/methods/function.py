@@ -130,7 +130,7 @@ class FunctionMethod(Method):
             made = self.function(lent, deltas, **self._arguments(task))
         except RlmergeError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = place_of(error, {self.function.__code__.co_filename}) or self.place
             raise PluginError(
                 f"{place}: method {self.name!r} at {task.tensor}, base fp64{list(base.shape)}, deltas "
