@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from tests.checkpoint.checkpoint_files import random, write_tensors
 from tests.methods.small_models import read_values, read_words, refusal, same_bits, small_blocks
 from tests.token_models import (
@@ -732,3 +734,19 @@ def test_stages_with_vocabularies(tmp_path):
     assert (merged[vocab["<tool>"]] == weights["tool"][EMBED][VOCABS["tool"]["<tool>"]]).all()
     assert (merged[vocab["<|im_start|>"]] == weights["chat"][EMBED][VOCABS["chat"]["<|im_start|>"]]).all()
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ 7 }}"
+
+
+def test_the_recipes_of_the_page_run(tmp_path):
+    """docs/tokenizers.md: its recipe, and the same with all that `tokenizer` may say; rows are what comments say."""
+    page = (Path(__file__).parents[1] / "docs/tokenizers.md").read_text(encoding="utf-8")
+    first, more = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    weights = make(tmp_path, ("base", "chat", "tool"))
+    rlmerge.merge_to_folder(rlmerge.parse_recipe(yaml.safe_dump(first), folder=tmp_path), tmp_path / "first")
+    del first["tokenizer_source"]
+    given = rlmerge.parse_recipe(yaml.safe_dump({**first, **more}), folder=tmp_path)
+    out = rlmerge.merge_to_folder(given, tmp_path / "out").out
+    vocab, made = output_vocab(out), read_values(out)[EMBED]
+    assert len(made) % 64 == 0
+    assert (made[vocab["<tool>"]] == weights["tool"][EMBED][VOCABS["tool"]["<tool>"]]).all()
+    assert (made[vocab["<pad>"]] == 0).all()
+    assert output_vocab(tmp_path / "first").keys() == vocab.keys() - {"<pad>"}
