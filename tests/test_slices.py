@@ -292,7 +292,7 @@ def ends(made, out, home, first, last):
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("module", [False, True])
 @pytest.mark.parametrize(("tied", "notes"), [
-    ("one", ["embedding and head come from different models and are two matrices: config.json says "
+    ("one", ["embedding and head are two matrices: config.json says "
              "tie_word_embeddings: false."]),
     ("two", ["lm_head.weight is the embedding of two, which ties the two."]),
 ])  # fmt: skip

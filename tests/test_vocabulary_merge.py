@@ -750,3 +750,23 @@ def test_the_recipes_of_the_page_run(tmp_path):
     assert (made[vocab["<tool>"]] == weights["tool"][EMBED][VOCABS["tool"]["<tool>"]]).all()
     assert (made[vocab["<pad>"]] == 0).all()
     assert output_vocab(tmp_path / "first").keys() == vocab.keys() - {"<pad>"}
+
+
+@pytest.mark.parametrize("names", [("chat", "tool"), ("tool", "chat")])
+def test_slices_of_tied_and_untied_models_in_one_vocabulary(tmp_path, names):
+    """The head is the last slice's, row by row; a token that only the other model has gets that one's row, of a tied
+    model its embedding's."""
+    weights = make(tmp_path, ("tool",)) | {"chat": tensors(7, ROWS["chat"], tied=True)}
+    write(tmp_path / "chat", TOKENIZERS["chat"], weights["chat"])
+    del weights["tool"][BIAS]
+    write(tmp_path / "tool", TOKENIZERS["tool"], weights["tool"])
+    pieces = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in names]
+    text = yaml.safe_dump({"merge_method": "passthrough", "slices": pieces, "tokenizer_source": "union"})
+    out = rlmerge.merge_to_folder(rlmerge.parse_recipe(text, folder=tmp_path), tmp_path / "out").out
+    vocab, made = output_vocab(out), read_values(out)
+    assert len(made[HEAD]) == len(made[EMBED]) == len(vocab)
+    for token, number in vocab.items():
+        owner = names[1] if token in VOCABS[names[1]] else names[0]
+        given = weights[owner]
+        assert (made[HEAD][number] == given.get(HEAD, given[EMBED])[VOCABS[owner][token]]).all(), token
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False

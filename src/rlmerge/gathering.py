@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from rlmerge.checkpoint.folder import Checkpoint
 from rlmerge.checkpoint.header import TensorInfo
 from rlmerge.checkpoint.match import Source
+from rlmerge.checkpoint.names import HEAD
 from rlmerge.checkpoint.row_maps import MEAN, RowMap
 from rlmerge.checkpoint.vocabulary import Vocabulary
 from rlmerge.errors import FisherError, MismatchError
+from rlmerge.heads import is_tied, pair_of
 from rlmerge.pieces import Piece
 from rlmerge.plan import GatheredPlace, Place, TensorPlan
 
@@ -34,7 +37,7 @@ def gather_rows(
     infos: dict[int, TensorInfo | None] = {}
     for number, model in enumerate(vocabulary.members):
         kept = piece.donor if model.checkpoint is None or model.checkpoint.adapter else model.checkpoint
-        infos[number] = kept.tensors.get(tensor.name) if kept.lora is None else None
+        infos[number] = _stored(kept, tensor.name) if kept.lora is None else None
     for number, source in zip(numbers, sources):
         # a tied expert may store it under another name
         own = source.info if source.kind == "tensor" else None
@@ -60,6 +63,13 @@ def gather_rows(
         experts.append(replace(source, place=gathered(number, source.place)))
     base = None if tensor.base is None else gathered(home, tensor.base)
     return _gather_fishers(replace(tensor, base=base, experts=tuple(experts)), vocabulary, numbers)
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> TensorInfo | None:
+    """A tensor of a model; for its head, its embedding where it ties the two and stores one."""
+    if name not in checkpoint.tensors and HEAD.search(name) and is_tied(checkpoint):
+        name = pair_of(checkpoint.tensors)[0] or name
+    return checkpoint.tensors.get(name)
 
 
 def _gather_fishers(tensor: TensorPlan, vocabulary: Vocabulary, numbers: Sequence[int]) -> TensorPlan:

@@ -87,6 +87,6 @@ def plan_tie(pieces: Sequence[Piece], donor: Checkpoint) -> tuple[bool | None, l
         )
     if tied == is_tied(donor) or (head is None and not tied):
         return None, notes
-    said = "are one matrix" if tied else "come from different models and are two matrices"
+    said = "are one matrix" if tied else "are two matrices"
     notes.append(f"embedding and head {said}: config.json says tie_word_embeddings: {str(tied).lower()}.")
     return tied, notes

@@ -62,7 +62,7 @@ class Vocabulary:
     def stored_by(self, donor: Checkpoint, key: str) -> Checkpoint:
         """The donor with as many rows as a model has: what a Fisher of that model must look like."""
         rows = self.members[self.experts[key]].rows.count
-        shapes = {name: (rows, *donor.tensors[name].shape[1:]) for name in self.tensors}
+        shapes = {name: (rows, *donor.tensors[name].shape[1:]) for name in self.tensors if name in donor.tensors}
         tensors = {
             name: replace(info, shape=shapes[name]) if name in shapes else info for name, info in donor.tensors.items()
         }
@@ -112,9 +112,10 @@ def plan_vocabulary(
     if lender and (note := _stop_note(start, tokens, _settings(home_folder), lender, ids)):
         notes.append(note)
     numbers = {key: number for number, key in enumerate(experts, start=0 if base is None else 1)}
-    return Vocabulary(
-        vocabulary_tensors(donor), rows, tuple(members), numbers, table, files, ids, lender, report, tuple(notes)
-    )
+    following = vocabulary_tensors(donor)
+    if recipe.slices or recipe.modules:  # a head may come from a model that has one where the donor has none
+        following = following.union(*(vocabulary_tensors(one) for one in opened if not one.adapter))
+    return Vocabulary(following, rows, tuple(members), numbers, table, files, ids, lender, report, tuple(notes))
 
 
 # -- the output's tokens ---------------------------------------------------------------------------------------------
