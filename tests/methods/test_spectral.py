@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.methods.small_models import (
     fitting,
     make_recipe,
@@ -193,6 +195,49 @@ def test_updates_of_few_rows(tmp_path, method):
         assert np.isfinite(found[name]).all()
         if len(SHAPES[name]) == 2 and method in ("tsv_m", "iso_c", "iso_cts", "resmerge"):
             np.testing.assert_allclose(found[name][2:], value[2:], rtol=0, atol=3e-7, err_msg=name)
+
+
+ADAPTED = "model.layers.0.self_attn.q_proj.weight"
+
+
+def write_adapters(folder, rng, shape, rank, shared, spread):
+    """Base of zeros, full model `tuned` equal to it, adapters l0 and l1 on it; returns the exact deltas, fp64.
+
+    shared: both have the same A, as where A is frozen. spread: the largest singular value over the least, about.
+    """
+    write_model(folder / "base", {ADAPTED: np.zeros(shape, np.float32)})
+    frozen, deltas = rng.standard_normal((rank, shape[1])), []
+    for k in range(2):
+        a = (frozen if shared else rng.standard_normal((rank, shape[1]))).astype(np.float32)
+        scales = spread ** -np.linspace(0.0, 1.0, rank)
+        b = (rng.standard_normal((shape[0], rank)) * scales).astype(np.float32)
+        prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+        tensors = {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
+        write_tensors(folder / f"l{k}" / "adapter_model.safetensors", tensors)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3 * rank, "base_model_name_or_path": "base"}
+        (folder / f"l{k}" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+        deltas.append(3.0 * b.astype(np.float64) @ a.astype(np.float64))
+    return deltas
+
+
+@pytest.mark.parametrize("models", [("l0", "l1"), ("base+l0", "base+l1")])
+@pytest.mark.parametrize(("shared", "spread"), [(False, 1.0), (False, 1e3), (True, 1e4)])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_adapters_have_no_more_directions_than_their_rank(tmp_path, method, shared, spread, models):
+    """Rounding of B·A is no direction: raised to the mean singular value, it would be nearly all of the update."""
+    deltas = write_adapters(tmp_path, np.random.default_rng(9), (24, 40), 4, shared, spread)
+    found = merge_values(make_recipe(tmp_path, method, list(models)))[ADAPTED].astype(np.float64)
+    left, values, right = np.linalg.svd(np.sum(deltas, axis=0), full_matrices=False)
+    rank = 4 if shared else 8
+    got = np.linalg.svd(found, compute_uv=False)
+    assert np.count_nonzero(got > 1e-6 * got[0]) == rank
+    for matrix, sides in ((found, np.hstack(deltas)), (found.T, np.vstack(deltas).T)):
+        span = np.linalg.svd(sides)[0][:, : np.linalg.matrix_rank(sides, rtol=1e-9)]
+        assert np.linalg.norm(matrix - span @ (span.T @ matrix)) < 1e-6 * np.linalg.norm(matrix)
+    if method == "iso_c" or (method == "iso_cts" and not shared):
+        # without a shared A, nothing that an expert has lies outside the directions of the sum
+        wanted = left[:, :rank] @ right[:rank] * values.sum() / 24
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)

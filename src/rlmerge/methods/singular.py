@@ -6,7 +6,7 @@ import numpy as np
 
 from .base import Parameter, Task, Whole
 from .gram import F64
-from .spectral import MATRIX, SCALING, Spectral, decompose, embeddings, noise, norm, polar
+from .spectral import FRAMES, MATRIX, SCALING, Spectral, decompose, embeddings, norm, polar
 
 Triplets = tuple[F64, F64, F64]
 """U fp64[m, r], S fp64[r], Vᵀ fp64[r, n]."""
@@ -91,7 +91,7 @@ class IsoCts(Spectral):
         parts = [leading(tensor.combine(np.ones(count)), common)]
         for k in np.flatnonzero(tensor.changed).tolist() if own else ():
             rest = tensor.delta(k)
-            least = noise(rest) * norm(rest)
+            least = FRAMES * norm(rest)  # what the common directions leave of themselves is no more
             rest -= parts[0][0] @ (parts[0][0].T @ rest)
             parts.append(leading(rest, own, least))
         size = self.scale(task) * float(np.sum(np.concatenate([value for _, value, _ in parts]))) / rank
