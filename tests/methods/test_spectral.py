@@ -26,6 +26,7 @@ from tests.methods.small_models import (
 from tests.reference import spectral
 
 import rlmerge
+from rlmerge.methods.singular import own_directions
 from rlmerge.preflight import check
 from rlmerge.settings import whole_cost
 
@@ -80,6 +81,7 @@ def expected(method, base, experts, more):
 CASES = [
     ("tsv_m", 2, {}), ("tsv_m", 3, {"scaling": 0.7}), ("iso_c", 1, {}), ("iso_c", 4, {"scaling": 1.4}),
     ("iso_cts", 2, {"common_space_fraction": 0.5}), ("iso_cts", 2, {"common_space_fraction": 1.0}),
+    ("iso_cts", 3, {"common_space_fraction": 0.6}), ("iso_cts", 4, {"common_space_fraction": 0.0}),
     ("iso_merger", 1, {}), ("iso_merger", 2, {}), ("iso_merger", 3, {}), ("resmerge", 2, {}), ("resmerge", 4, {}),
     ("subspace_rewiring", 1, {"base_rank": 3, "delta_rank_fraction": 0.5}), ("subspace_rewiring", 1, {}),
 ]  # fmt: skip
@@ -113,6 +115,16 @@ def test_golden_recipes(name, tmp_path, monkeypatch):
     assert found.keys() == wanted.keys()
     for tensor, value in wanted.items():
         np.testing.assert_allclose(found[tensor], value, rtol=0, atol=1e-8 if name == "iso_merger" else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "fraction", "own"),
+    [(768, 3, 0.8, 51), (16, 5, 0.8, 1), (8, 3, 0.8, 1), (32, 3, 0.8, 2), (5, 2, 0.0, 2), (7, 2, 0.0, 3),
+     (2, 3, 0.0, 0), (9, 2, 1.0, 0)],
+)  # fmt: skip
+def test_own_directions_of_iso_cts(rank, count, fraction, own):
+    """Rounded as the authors round them (16, 5, 0.8: 4 directions that are not common, 1 for each of 5), and there."""
+    assert own_directions(rank, count, fraction) == own
 
 
 # -- what is no matrix, and what is a strange one ----------------------------------------------------------------------

@@ -86,7 +86,7 @@ class IsoCts(Spectral):
     def update(self, tensor: Whole, task: Task) -> F64:
         """Common and own directions, orthogonalised."""
         count, rank = len(task.experts), min(task.shape)
-        own = int((rank - int(rank * float(task.values["common_space_fraction"]))) / count)
+        own = own_directions(rank, count, float(task.values["common_space_fraction"]))
         common = rank - own * count
         parts = [leading(tensor.combine(np.ones(count)), common)]
         for k in np.flatnonzero(tensor.changed).tolist() if own else ():
@@ -98,6 +98,13 @@ class IsoCts(Spectral):
         left, right = orthogonal(parts)
         left *= size
         return left @ right
+
+
+def own_directions(rank: int, count: int, fraction: float) -> int:
+    """Directions of each of `count` experts: the nearest to an equal part of what is not common, as the authors' code
+    rounds it; but no more than there are, where it fails.
+    """
+    return min(round((rank - int(rank * fraction)) / count), rank // count)
 
 
 def leading(matrix: F64, count: int, least: float = 0.0) -> Triplets:
