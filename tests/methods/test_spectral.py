@@ -26,8 +26,10 @@ from tests.methods.small_models import (
 from tests.reference import spectral
 
 import rlmerge
+from rlmerge.errors import NonFiniteError
 from rlmerge.methods.singular import own_directions
 from rlmerge.preflight import check
+from rlmerge.sample import take_sample
 from rlmerge.settings import whole_cost
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -267,6 +269,43 @@ def test_small_updates_scale(tmp_path, method):
     # frames turn far where singular values of the base nearly meet: there the first order ends early
     apart = 0.3 if method == "iso_merger" else 0.08
     np.testing.assert_allclose(found[1e-5], found[1e-3], rtol=0, atol=apart)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_infinities_that_all_models_share(tmp_path, method, dtype):
+    """`allow_nonfinite` lets them in, no delta shows them, and a base with them cannot be decomposed."""
+    base, experts = models(np.random.default_rng(10), 3, dtype=dtype)
+    for tensors in (base, *experts.values()):
+        tensors["layers.0.mlp.up.weight"][2, 3] = np.inf
+    write_all(tmp_path, base, experts, dtype=dtype)
+    recipe = make_recipe(tmp_path, method, fitting(method, list(experts)), {}, allow_nonfinite=True)
+    with pytest.raises(NonFiniteError):
+        merge_values(recipe)
+    sample = take_sample(rlmerge.planner.make_plan(recipe))["experts"]["e0"]
+    assert sample["cosine_to_base"] is None
+    assert sample["support"] > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8)])
+def test_rewiring_with_a_base_of_low_rank(tmp_path, shape):
+    """All the vectors of a side span it, also those that a base of rank 2 has not: only the other side is cut."""
+    rng, name = np.random.default_rng(11), "layers.0.mlp.up.weight"
+    left, right = rng.standard_normal((shape[0], 2)), rng.standard_normal((2, shape[1]))
+    base = {name: (left @ right).astype(np.float32)}
+    base[name][:, 2:] = base[name][:, :1] * rng.choice([-2, -1, 1, 2], shape[1] - 2)  # rank 2 after rounding, too
+    write_all(tmp_path, base, {"e0": {name: base[name] + rng.standard_normal(shape).astype(np.float32)}})
+    found = {}
+    for rank in (10**6, 8, 7):
+        values = {"base_rank": rank, "delta_rank_fraction": 1.0}
+        found[rank] = merge_values(make_recipe(tmp_path, "subspace_rewiring", ["e0"], values))[name] - base[name]
+    assert np.array_equal(found[10**6], found[8])
+    delta = read_values(tmp_path / "e0")[name].astype(np.float64) - base[name]
+    rows, _, columns = np.linalg.svd(base[name].astype(np.float64), full_matrices=False)
+    wanted = rows[:, :2] @ rows[:, :2].T @ delta if shape[0] > 8 else delta
+    wanted = wanted @ columns[:2].T @ columns[:2] if shape[1] > 8 else wanted
+    np.testing.assert_allclose(found[8], wanted, rtol=0, atol=2e-6)
+    assert np.linalg.matrix_rank(found[7], tol=1e-4) == 2
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
