@@ -306,7 +306,7 @@ filters: mergekit's well-known recipes have one curve for `self_attn` and one fo
 """,
     "subspace_rewiring": """
 Use it on one expert, to see how few directions of its update carry it, or to drop what is outside the base's leading
-directions (`base_rank`).
+directions (`base_rank`). By default a square matrix is only cut: all its directions are those of the base.
 
 The method's authors call it SAR, too; it is not `sar`. Save it wider than bf16: what remains of the update is small.
 """,
@@ -326,7 +326,7 @@ elected and the base stays. mergekit elects + there: `cancelled: positive` does 
 """,
     "tsv_m": """
 Use it for experts whose updates have low rank. Each keeps r/K directions, so K experts share the matrix; directions
-that two experts share are turned apart, and not counted twice. It is a sum: `scaling` up to 3 was tried by the authors.
+that two experts share are turned apart, and not counted twice. A LoRA has no more directions than its rank. It is a sum: `scaling` up to 3 was tried by the authors.
 """,
 }
 

@@ -39,11 +39,13 @@ def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
     total = _Tally(len(plan.experts))
     space = Space()
     try:
-        for tensor, start, stop in runs:
-            total.add(inputs.block(tensor, start, stop, space), plan, plan.places_of(plan.tensors[tensor]))
+        # infinities that a recipe lets in have no cosine and no length
+        with np.errstate(over="ignore", invalid="ignore"):
+            for tensor, start, stop in runs:
+                total.add(inputs.block(tensor, start, stop, space), plan, plan.places_of(plan.tensors[tensor]))
+            return total.to_dict(plan.experts)
     finally:
         inputs.close()
-    return total.to_dict(plan.experts)
 
 
 def _runs(plan: Plan) -> Sequence[tuple[int, int, int]]:
@@ -124,7 +126,7 @@ class _Tally:
             }
             if self.fisher_size:
                 entry["fisher_zero"] = self.fisher_zero[k] / self.fisher_size
-            out["experts"][key] = {name: None if v is None else float(v) for name, v in entry.items()}
+            out["experts"][key] = {name: float(v) if v is not None and np.isfinite(v) else None for name, v in entry.items()}
         out["pairs"] = [
             {
                 "experts": [experts[j], experts[k]],

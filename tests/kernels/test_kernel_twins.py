@@ -207,7 +207,7 @@ def test_task_arithmetic(given_, data, scale):
 @given(conflicts(), st.data(), SCALES, st.booleans(), st.sampled_from([0, 1]))
 def test_ties(given_, data, scale, normalize, cancelled):
     delta = cut_some(given_[1], data)
-    weight = np.array([data.draw(st.sampled_from([1.0, 1.0, 1.0, -1.0, 0.3, 0.0])) for _ in delta])
+    weight = np.array([data.draw(st.sampled_from([1.0, 1.0, 1.0, -1.0, 0.1, 0.2, -0.3, 0.0])) for _ in delta])
     agree(
         "ties", base=data.draw(fp64(delta.shape[1])), delta=delta, weight=weight, scale=scale, normalize=normalize,
         cancelled=cancelled, out=np.full(delta.shape[1], 7.0), counts=np.ones(2, np.int64),

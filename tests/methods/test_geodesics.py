@@ -306,6 +306,18 @@ def test_a_long_row_is_one_block(tmp_path):
         assert same_bits(merge_values(recipe, kernels="numba"), whole)
 
 
+@pytest.mark.parametrize("tol", [0.0, 1e-12, 1e-5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_karcher_of_directions_that_cancel(count, tol):
+    """Their mean has no direction but rounding; any of them is as good a start, whatever `tol`."""
+    turn = 2.0 * np.pi * np.arange(count) / count
+    # a plane of numbers that binary fractions do not hold, so that the sum is not exactly 0
+    points = np.outer(np.cos(turn), [0.1, 0.7, 0.3]) + np.outer(np.sin(turn), [0.7, 0.2, -0.7])
+    place = karcher_mean(points @ points.T, 10, tol)
+    assert np.isfinite(place).all()
+    assert np.linalg.norm(place @ points) > 0.5
+
+
 def test_what_cannot_work(tmp_path):
     base, experts = models(np.random.default_rng(7), 3)
     write_all(tmp_path, base, experts)

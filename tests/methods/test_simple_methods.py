@@ -13,6 +13,7 @@ from tests.methods.small_models import (
     merge_values,
     needed_weights,
     read_values,
+    refusal,
     small_blocks,
     sparse_model,
     write_all,
@@ -114,6 +115,37 @@ def test_ties_with_cancelled_positive_is_mergekits_rule(tmp_path_factory, seed):
         assert (stay[name] == value)[exact].all()
         cancelled += np.count_nonzero(exact & (np.abs(plus[name] - value) > near))
     assert cancelled > 0
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_ties_does_not_divide_by_rounding(tmp_path, kernels):
+    """All three agree, with weights that cancel but for 6e-17: as where they cancel exactly, the sum stays."""
+    experts = {key: {"w": np.full((2, 3), value, np.float32)} for key, value in zip("abc", (1.0, 1.0, -1.0))}
+    write_all(tmp_path, {"w": np.zeros((2, 3), np.float32)}, experts)
+    for weights in ((0.1, 0.2, -0.3), (0.25, 0.25, -0.5)):
+        recipe = make_recipe(tmp_path, "ties", list("abc"), {}, own_of("abc", weights))
+        np.testing.assert_allclose(merge_values(recipe, kernels=kernels)["w"], sum(map(abs, weights)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {}), ("task_arithmetic", {"normalize": True}), ("dare_linear", {"normalize": True}),
+        ("della_linear", {"normalize": True}), ("breadcrumbs", {"normalize": True}), ("multislerp", {}),
+        ("nuslerp", {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_weights_that_cancel_but_for_rounding(tmp_path, method, parameters, size):
+    """0.1 + 0.2 - 0.3 is 6e-17: divided by it, a model grows to 10¹⁵. Small weights are no rounding."""
+    base, experts = sparse_model(np.random.default_rng(4), 2 if method == "nuslerp" else 3)
+    write_all(tmp_path, base, experts)
+    weights = (0.1 + 0.2, -0.3) if method == "nuslerp" else (0.1, 0.2, -0.3)
+    own = own_of(experts, [size * weight for weight in weights])
+    message = refusal(lambda: make_recipe(tmp_path, method, list(experts), parameters, own))
+    assert "weights sum to 0" in (message or "")
+    own = own_of(experts, [abs(size * weight) for weight in weights])
+    assert refusal(lambda: make_recipe(tmp_path, method, list(experts), parameters, own)) is None
 
 
 def test_ties_at_the_threshold_keep_exactly_k(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.methods.small_models import (
     fitting,
     make_recipe,
@@ -24,7 +26,10 @@ from tests.methods.small_models import (
 from tests.reference import spectral
 
 import rlmerge
+from rlmerge.errors import NonFiniteError
+from rlmerge.methods.singular import own_directions
 from rlmerge.preflight import check
+from rlmerge.sample import take_sample
 from rlmerge.settings import whole_cost
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -78,6 +83,7 @@ def expected(method, base, experts, more):
 CASES = [
     ("tsv_m", 2, {}), ("tsv_m", 3, {"scaling": 0.7}), ("iso_c", 1, {}), ("iso_c", 4, {"scaling": 1.4}),
     ("iso_cts", 2, {"common_space_fraction": 0.5}), ("iso_cts", 2, {"common_space_fraction": 1.0}),
+    ("iso_cts", 3, {"common_space_fraction": 0.6}), ("iso_cts", 4, {"common_space_fraction": 0.0}),
     ("iso_merger", 1, {}), ("iso_merger", 2, {}), ("iso_merger", 3, {}), ("resmerge", 2, {}), ("resmerge", 4, {}),
     ("subspace_rewiring", 1, {"base_rank": 3, "delta_rank_fraction": 0.5}), ("subspace_rewiring", 1, {}),
 ]  # fmt: skip
@@ -111,6 +117,16 @@ def test_golden_recipes(name, tmp_path, monkeypatch):
     assert found.keys() == wanted.keys()
     for tensor, value in wanted.items():
         np.testing.assert_allclose(found[tensor], value, rtol=0, atol=1e-8 if name == "iso_merger" else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "fraction", "own"),
+    [(768, 3, 0.8, 51), (16, 5, 0.8, 1), (8, 3, 0.8, 1), (32, 3, 0.8, 2), (5, 2, 0.0, 2), (7, 2, 0.0, 3),
+     (2, 3, 0.0, 0), (9, 2, 1.0, 0)],
+)  # fmt: skip
+def test_own_directions_of_iso_cts(rank, count, fraction, own):
+    """Rounded as the authors round them (16, 5, 0.8: 4 directions that are not common, 1 for each of 5), and there."""
+    assert own_directions(rank, count, fraction) == own
 
 
 # -- what is no matrix, and what is a strange one ----------------------------------------------------------------------
@@ -195,6 +211,49 @@ def test_updates_of_few_rows(tmp_path, method):
             np.testing.assert_allclose(found[name][2:], value[2:], rtol=0, atol=3e-7, err_msg=name)
 
 
+ADAPTED = "model.layers.0.self_attn.q_proj.weight"
+
+
+def write_adapters(folder, rng, shape, rank, shared, spread):
+    """Base of zeros, full model `tuned` equal to it, adapters l0 and l1 on it; returns the exact deltas, fp64.
+
+    shared: both have the same A, as where A is frozen. spread: the largest singular value over the least, about.
+    """
+    write_model(folder / "base", {ADAPTED: np.zeros(shape, np.float32)})
+    frozen, deltas = rng.standard_normal((rank, shape[1])), []
+    for k in range(2):
+        a = (frozen if shared else rng.standard_normal((rank, shape[1]))).astype(np.float32)
+        scales = spread ** -np.linspace(0.0, 1.0, rank)
+        b = (rng.standard_normal((shape[0], rank)) * scales).astype(np.float32)
+        prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+        tensors = {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
+        write_tensors(folder / f"l{k}" / "adapter_model.safetensors", tensors)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3 * rank, "base_model_name_or_path": "base"}
+        (folder / f"l{k}" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+        deltas.append(3.0 * b.astype(np.float64) @ a.astype(np.float64))
+    return deltas
+
+
+@pytest.mark.parametrize("models", [("l0", "l1"), ("base+l0", "base+l1")])
+@pytest.mark.parametrize(("shared", "spread"), [(False, 1.0), (False, 1e3), (True, 1e4)])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_adapters_have_no_more_directions_than_their_rank(tmp_path, method, shared, spread, models):
+    """Rounding of B·A is no direction: raised to the mean singular value, it would be nearly all of the update."""
+    deltas = write_adapters(tmp_path, np.random.default_rng(9), (24, 40), 4, shared, spread)
+    found = merge_values(make_recipe(tmp_path, method, list(models)))[ADAPTED].astype(np.float64)
+    left, values, right = np.linalg.svd(np.sum(deltas, axis=0), full_matrices=False)
+    rank = 4 if shared else 8
+    got = np.linalg.svd(found, compute_uv=False)
+    assert np.count_nonzero(got > 1e-6 * got[0]) == rank
+    for matrix, sides in ((found, np.hstack(deltas)), (found.T, np.vstack(deltas).T)):
+        span = np.linalg.svd(sides)[0][:, : np.linalg.matrix_rank(sides, rtol=1e-9)]
+        assert np.linalg.norm(matrix - span @ (span.T @ matrix)) < 1e-6 * np.linalg.norm(matrix)
+    if method == "iso_c" or (method == "iso_cts" and not shared):
+        # without a shared A, nothing that an expert has lies outside the directions of the sum
+        wanted = left[:, :rank] @ right[:rank] * values.sum() / 24
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_small_updates_scale(tmp_path, method):
     """A thousandth of the update gives a thousandth of the merged one, as far as fp32 holds it."""
@@ -210,6 +269,43 @@ def test_small_updates_scale(tmp_path, method):
     # frames turn far where singular values of the base nearly meet: there the first order ends early
     apart = 0.3 if method == "iso_merger" else 0.08
     np.testing.assert_allclose(found[1e-5], found[1e-3], rtol=0, atol=apart)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_infinities_that_all_models_share(tmp_path, method, dtype):
+    """`allow_nonfinite` lets them in, no delta shows them, and a base with them cannot be decomposed."""
+    base, experts = models(np.random.default_rng(10), 3, dtype=dtype)
+    for tensors in (base, *experts.values()):
+        tensors["layers.0.mlp.up.weight"][2, 3] = np.inf
+    write_all(tmp_path, base, experts, dtype=dtype)
+    recipe = make_recipe(tmp_path, method, fitting(method, list(experts)), {}, allow_nonfinite=True)
+    with pytest.raises(NonFiniteError):
+        merge_values(recipe)
+    sample = take_sample(rlmerge.planner.make_plan(recipe))["experts"]["e0"]
+    assert sample["cosine_to_base"] is None
+    assert sample["support"] > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8)])
+def test_rewiring_with_a_base_of_low_rank(tmp_path, shape):
+    """All the vectors of a side span it, also those that a base of rank 2 has not: only the other side is cut."""
+    rng, name = np.random.default_rng(11), "layers.0.mlp.up.weight"
+    left, right = rng.standard_normal((shape[0], 2)), rng.standard_normal((2, shape[1]))
+    base = {name: (left @ right).astype(np.float32)}
+    base[name][:, 2:] = base[name][:, :1] * rng.choice([-2, -1, 1, 2], shape[1] - 2)  # rank 2 after rounding, too
+    write_all(tmp_path, base, {"e0": {name: base[name] + rng.standard_normal(shape).astype(np.float32)}})
+    found = {}
+    for rank in (10**6, 8, 7):
+        values = {"base_rank": rank, "delta_rank_fraction": 1.0}
+        found[rank] = merge_values(make_recipe(tmp_path, "subspace_rewiring", ["e0"], values))[name] - base[name]
+    assert np.array_equal(found[10**6], found[8])
+    delta = read_values(tmp_path / "e0")[name].astype(np.float64) - base[name]
+    rows, _, columns = np.linalg.svd(base[name].astype(np.float64), full_matrices=False)
+    wanted = rows[:, :2] @ rows[:, :2].T @ delta if shape[0] > 8 else delta
+    wanted = wanted @ columns[:2].T @ columns[:2] if shape[1] > 8 else wanted
+    np.testing.assert_allclose(found[8], wanted, rtol=0, atol=2e-6)
+    assert np.linalg.matrix_rank(found[7], tol=1e-4) == 2
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from tests.checkpoint.checkpoint_files import write_model
 from tests.methods.small_models import (
     FORMS,
     make_recipe,
@@ -133,6 +134,29 @@ def test_same_bits_for_threads_blocks_and_kernels(tmp_path, case, dtype):
 
 
 # -- golden files that differ from us for a known reason ---------------------------------------------------------------
+
+
+def test_arcee_fusion_of_an_expert_stored_narrower_than_the_base(tmp_path):
+    """What rounding took from the base is no divergence: nearly the same changes are taken as with a base in bf16."""
+    rng, name = np.random.default_rng(1), "layers.0.m.weight"
+    wide = (rng.standard_normal((64, 256)) * 0.02).astype(np.float32)
+    narrow = to_bf16(wide)
+    size = 1e-4 * 10.0 ** rng.uniform(-1, 0.5, (64, 1))  # rows that training changed much, and little
+    expert = to_bf16((narrow + rng.standard_normal((64, 256)) * size).astype(np.float32))
+    write_model(tmp_path / "wide", {name: wide})
+    write_model(tmp_path / "narrow", {name: narrow}, dtype="BF16")
+    write_model(tmp_path / "e0", {name: expert}, dtype="BF16")
+    taken = [
+        merge_values(make_recipe(tmp_path, "arcee_fusion", ["e0"], base=key, out_dtype="float32"))[name] != base
+        for key, base in (("wide", wide), ("narrow", narrow))
+    ]
+    assert np.count_nonzero(taken[0] & taken[1]) > 0.97 * np.count_nonzero(taken[0] | taken[1]) > 0
+
+
+def to_bf16(values):
+    """Rounded to the nearest bf16, as fp32."""
+    words = values.view(np.uint32)
+    return ((words + 0x7FFF + ((words >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def test_golden_arcee_fusion_but_for_noise_at_the_threshold(monkeypatch):

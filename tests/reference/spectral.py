@@ -40,7 +40,10 @@ def iso_c(deltas: Matrices, scaling: float = 1.0) -> np.ndarray:
 def iso_cts(deltas: Matrices, scaling: float = 1.0, fraction: float = 0.8) -> np.ndarray:
     """Iso-CTS."""
     rank = min(deltas[0].shape)
-    own = (rank - int(rank * fraction)) // len(deltas)
+    apart = rank - int(rank * fraction)
+    own = int(np.rint(apart / len(deltas)))
+    while own * len(deltas) > rank:
+        own -= 1
     left, values, right = svd(np.sum(deltas, axis=0))
     common = rank - own * len(deltas)
     lefts, sizes, rights = [left[:, :common]], [values[:common]], [right[:, :common]]

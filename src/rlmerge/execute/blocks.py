@@ -126,6 +126,14 @@ class InputBlock(Block):
             self._hashes.states[1 + k].update(digest)
         return stored + update
 
+    def lost(self, k: int) -> NDArray[np.float64] | None:
+        """What rounding to fp32 took from scale·B·A of expert number k, fp64[n]; None where it is no adapter."""
+        if self._plan.experts[k].kind not in ("low_rank", "sum"):
+            return None
+        product = self._inputs.product(self._tensor, k, self.start, self.size, self._space)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return product - product.astype(np.float32)
+
     def _decode(self, number: int, place: Place, out: NDArray[np.float32]) -> None:
         if place.dtype == "F32":
             base = self._base_of(place)

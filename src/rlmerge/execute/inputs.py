@@ -332,24 +332,32 @@ class Inputs:
 
         Returns the digest of the bytes of A and B.
         """
-        plan = self.plan.tensors[tensor]
-        source = plan.experts[k]
-        a, b, digest = self._factors(tensor, k, source, plan, space)
+        digest = self._factors(tensor, k, space)[2]
         if hashes is not None:
             hashes.update(1 + k, start, start + out.shape[0], digest)
-        row = prod(plan.shape[1:])
-        first, last = start // row, -(-(start + out.shape[0]) // row)
-        rows = a[:, first:last].T @ b.T if source.transposed else b[first:last] @ a
-        offset = start - first * row
         # fp32 of the fp64 product, never rounded to the storage dtype (design, section 5)
         with np.errstate(over="ignore", invalid="ignore"):  # what is no number any more is an error of the result
-            out[:] = (source.scale * rows).reshape(-1)[offset : offset + out.shape[0]]
+            out[:] = self.product(tensor, k, start, out.shape[0], space)
         return digest
 
+    def product(self, tensor: int, k: int, start: int, size: int, space: Space) -> NDArray[np.float64]:
+        """scale·B·A (or its transpose) of adapter number k from coordinate `start`, fp64[size]."""
+        plan = self.plan.tensors[tensor]
+        source = plan.experts[k]
+        a, b, _ = self._factors(tensor, k, space)
+        row = prod(plan.shape[1:])
+        first, last = start // row, -(-(start + size) // row)
+        offset = start - first * row
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = a[:, first:last].T @ b.T if source.transposed else b[first:last] @ a
+            return (source.scale * rows).reshape(-1)[offset : offset + size]
+
     def _factors(
-        self, tensor: int, number: int, source: ExpertSource, plan: TensorPlan, space: Space
+        self, tensor: int, number: int, space: Space
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], bytes]:
         """A and B in fp64, read whole once a tensor and thread; and the digest of their bytes."""
+        plan = self.plan.tensors[tensor]
+        source = plan.experts[number]
         key = (tensor, number)
         if key not in space.factors:
             space.factors = {k: v for k, v in space.factors.items() if k[0] == tensor}

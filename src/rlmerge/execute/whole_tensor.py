@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlmerge.errors import GramError
-from rlmerge.methods.base import Block, Whole
+from rlmerge.methods.base import Whole
 from rlmerge.plan import TensorPlan
 
+from .blocks import InputBlock
 from .inputs import Hashes, Inputs
 
 SKEW = 1e-5
@@ -25,10 +26,11 @@ class WholeTensor(Whole):
 
     A delta is taken from the same patches that other methods see, so every mixture of dtypes, LoRA, packs and
     `min_change` mean the same here. Reading all experts for one of them costs little beside a decomposition.
+    Only the product of an adapter is not rounded to fp32: rounding would give it directions that it does not have.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], experts: int, blocks: Callable[[], Iterator[Block]],
+        self, shape: tuple[int, ...], experts: int, blocks: Callable[[], Iterator[InputBlock]],
         gram: Callable[[int], NDArray[np.float64]],
     ) -> None:  # fmt: skip
         self.shape = shape
@@ -73,13 +75,21 @@ class WholeTensor(Whole):
         flat = out.reshape(-1)
         for block in self._blocks():
             run = flat[block.start : block.start + block.size]
+            lost = {k: block.lost(k) for k in np.flatnonzero(coefficients).tolist()}
             for patch in block.patches:
                 total = np.zeros(patch.where.size)
                 for row, k in enumerate(patch.experts.tolist()):
                     if coefficients[k] != 0.0:
-                        total += coefficients[k] * patch.delta[row]
+                        total += coefficients[k] * _exact(patch.delta[row], lost[k], patch.where)
                 run[patch.where] = total
         return out
+
+
+def _exact(
+    delta: NDArray[np.float64], lost: NDArray[np.float64] | None, where: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """A delta with what rounding took from it; no update where there was none (`min_change`)."""
+    return delta if lost is None else np.where(delta != 0.0, delta + lost[where], 0.0)
 
 
 def read_gram(inputs: Inputs, tensor: TensorPlan, expert: int, hashes: Hashes) -> NDArray[np.float64]:

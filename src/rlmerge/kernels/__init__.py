@@ -24,6 +24,9 @@ skip_blas = False
 """Set by the command line, whose process is ours alone. Where scipy is installed, numba loads it (a tenth of a second)
 for a BLAS that no kernel uses; in somebody else's process other functions may want it."""
 
+CANCELS = 1e-12
+"""|Σw| / Σ|w| up to which a sum of weights is 0 but for rounding (0.1 + 0.2 - 0.3 is 6e-17), with room."""
+
 SMALL, SMALL_AT_FIRST = 2**24, 2**28
 """Stored values up to which NumPy is done before numba has loaded its kernels, or compiled them in a first run."""
 

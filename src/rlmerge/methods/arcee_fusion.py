@@ -58,15 +58,16 @@ def _ranked(block: Block, task: Task) -> list[Ranked]:
 def divergences(block: Block, length: int, epsilon: float) -> NDArray[np.float64]:
     """KL(softmax(expert row) + ε ‖ softmax(base row) + ε), fp64[rows], rows along the last dimension.
 
+    The expert is base + δ: stored narrower than the base, its values differ from the base's where nothing was trained.
     Both sides sum to 1 + n·ε, so Σ p·log(p/q) = Σ p·log(p/q) − p + q, whose terms are never negative: no cancellation
     (in fp32 and by the plain formula, the divergence of RL-sized deltas is noise).
     """
-    base = block.base.reshape(-1, length).astype(np.float64)
-    expert = block.expert[0].reshape(-1, length).astype(np.float64)
-    if block.additive[0]:
-        expert = base + expert
+    base = block.base.astype(np.float64)
+    expert = base.copy()
     with np.errstate(all="ignore"):
-        p, q = (_softmax(values) + epsilon for values in (expert, base))
+        for patch in block.patches:
+            expert[patch.where] += patch.delta[0]
+        p, q = (_softmax(values.reshape(-1, length)) + epsilon for values in (expert, base))
         difference = p - q
         return np.sum(p * np.log1p(difference / q) - difference, axis=1)
 

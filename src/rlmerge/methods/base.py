@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rlmerge.kernels import CANCELS
+
 Grain = Literal["element", "row", "matrix"]
 Scope = Literal["tensor", "model"]
 Law = Literal["permutation", "scaling", "identity", "sign", "zero"]
@@ -46,6 +48,11 @@ class Parameter:
     """An exclusive lower bound."""
     flags: tuple[str, str] | None = None
     """What `true` and `false` mean for a choice that mergekit has as a flag."""
+
+
+def weights_cancel(weight: NDArray[np.float64]) -> bool:
+    """Whether weights cannot be divided by their sum, because it is 0 or only rounding."""
+    return abs(float(np.sum(weight))) <= CANCELS * float(np.sum(np.abs(weight)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,11 @@ class IsoMerger(Spectral):
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """The merged matrix, less what the base's own decomposition gives back, so that its rounding cancels."""
-        left, values, right_t = thin(tensor.base())
+        base = tensor.base()
+        if not np.isfinite(base).all():
+            return np.full(task.shape, np.nan)
+        left, values, right_t = thin(base)
+        del base
         right = right_t.T
         keep = max(1, round(float(task.values["keep"]) * len(values)))
         found = [_tangents(_expert(tensor, k), left, right, keep) for k in np.flatnonzero(tensor.changed).tolist()]

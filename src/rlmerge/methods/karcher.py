@@ -54,7 +54,7 @@ def karcher_mean(gram: F64, steps: int, tol: float) -> F64:
         return out
     cosines = cosines_of(gram[np.ix_(some, some)])
     place = np.full(len(cosines), 1.0 / len(cosines))
-    if _square(place, cosines) < tol**2:
+    if _square(place, cosines) <= max(tol**2, ROUNDING):
         place = np.eye(len(cosines))[0]  # the directions cancel: any of them is as good a start
     place /= np.sqrt(_square(place, cosines))
     for _ in range(steps):

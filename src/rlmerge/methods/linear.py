@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Arity, Block, Merged, Method, Parameter, Result, Task
+from .base import Arity, Block, Merged, Method, Parameter, Result, Task, weights_cancel
 
 
 class Linear(Method):
@@ -30,7 +30,7 @@ class Linear(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
         """Weights that sum to zero cannot be normalised."""
-        if values["normalize"] and float(np.sum(per_model["weight"])) == 0.0:
+        if values["normalize"] and weights_cancel(per_model["weight"]):
             return ["the weights sum to 0, so they cannot be normalised: change a weight or set `normalize: false`"]
         return []
 

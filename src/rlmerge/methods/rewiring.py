@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .base import Arity, Parameter, Task, Whole
 from .gram import F64
 from .spectral import MATRIX, Spectral, decompose, embeddings
@@ -11,8 +13,9 @@ class SubspaceRewiring(Spectral):
     """Source: Subspace-Aligned Rewiring (arXiv 2607.03065) and its authors' script, which computes in fp32.
 
     The update is cut to its leading max(1, int(fraction·r)) singular directions, r = min(m, n), and projected onto the
-    leading `base_rank` left and right singular vectors of the base. With the default, all of them, a square matrix is
-    only cut. The authors take seven projections of a layer; here it is every 2-D tensor that is no embedding or head.
+    leading `base_rank` left and right singular vectors of the base (those of rounding noise left out). As many as a
+    side is long span all of it, whatever the base: there is nothing to project, and with the default, all of them, a
+    square matrix is only cut. The authors take seven projections of a layer; here it is every 2-D tensor that is no embedding or head.
     Other tensors are the expert's. Cost: two decompositions.
     """
 
@@ -35,7 +38,15 @@ class SubspaceRewiring(Spectral):
         keep = max(1, int(min(task.shape) * float(task.values["delta_rank_fraction"])))
         left, values, right = decompose(tensor.delta(0))
         left, right = left[:, :keep] * values[:keep], right[:keep].copy()
-        rank = int(task.values["base_rank"])
-        rows, _, columns = decompose(tensor.base())
-        rows, columns = rows[:, :rank], columns[:rank]
-        return (rows @ (rows.T @ left)) @ ((right @ columns.T) @ columns)
+        rank = min(int(task.values["base_rank"]), *task.shape)
+        if rank < max(task.shape):
+            base = tensor.base()
+            if not np.isfinite(base).all():
+                return np.full(task.shape, np.nan)
+            rows, _, columns = decompose(base)
+            rows, columns = rows[:, :rank], columns[:rank]
+            if rank < task.shape[0]:
+                left = rows @ (rows.T @ left)
+            if rank < task.shape[1]:
+                right = (right @ columns.T) @ columns
+        return left @ right

@@ -6,7 +6,7 @@ import numpy as np
 
 from .base import Parameter, Task, Whole
 from .gram import F64
-from .spectral import MATRIX, SCALING, Spectral, decompose, embeddings, noise, norm, polar
+from .spectral import FRAMES, MATRIX, SCALING, Spectral, decompose, embeddings, norm, polar
 
 Triplets = tuple[F64, F64, F64]
 """U fp64[m, r], S fp64[r], Vᵀ fp64[r, n]."""
@@ -86,18 +86,25 @@ class IsoCts(Spectral):
     def update(self, tensor: Whole, task: Task) -> F64:
         """Common and own directions, orthogonalised."""
         count, rank = len(task.experts), min(task.shape)
-        own = int((rank - int(rank * float(task.values["common_space_fraction"]))) / count)
+        own = own_directions(rank, count, float(task.values["common_space_fraction"]))
         common = rank - own * count
         parts = [leading(tensor.combine(np.ones(count)), common)]
         for k in np.flatnonzero(tensor.changed).tolist() if own else ():
             rest = tensor.delta(k)
-            least = noise(rest) * norm(rest)
+            least = FRAMES * norm(rest)  # what the common directions leave of themselves is no more
             rest -= parts[0][0] @ (parts[0][0].T @ rest)
             parts.append(leading(rest, own, least))
         size = self.scale(task) * float(np.sum(np.concatenate([value for _, value, _ in parts]))) / rank
         left, right = orthogonal(parts)
         left *= size
         return left @ right
+
+
+def own_directions(rank: int, count: int, fraction: float) -> int:
+    """Directions of each of `count` experts: the nearest to an equal part of what is not common, as the authors' code
+    rounds it; but no more than there are, where it fails.
+    """
+    return min(round((rank - int(rank * fraction)) / count), rank // count)
 
 
 def leading(matrix: F64, count: int, least: float = 0.0) -> Triplets:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Arity, Block, Merged, Method, Parameter, Result, Stage, Task
+from .base import Arity, Block, Merged, Method, Parameter, Result, Stage, Task, weights_cancel
 from .gram import (
     F64,
     GramOfColumns,
@@ -100,7 +100,7 @@ class NuSlerp(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
         """The weights are shares of their sum."""
-        if float(np.sum(per_model["weight"])) == 0.0:
+        if weights_cancel(per_model["weight"]):
             return ["the weights sum to 0, so there is no place between the models: change a weight"]
         return []
 
@@ -160,7 +160,7 @@ class MultiSlerp(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
         """Weights that sum to zero cannot be normalised."""
-        if values["normalize_weights"] and float(np.sum(per_model["weight"])) == 0.0:
+        if values["normalize_weights"] and weights_cancel(per_model["weight"]):
             return ["the weights sum to 0, so they cannot be normalised: change one or set `normalize_weights: false`"]
         return []
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Method, Parameter, Result, Stage, Summary, Task
+from .base import Block, Change, Merged, Method, Parameter, Result, Stage, Summary, Task, weights_cancel
 
 DENSITY = Parameter("density", "number", 1.0, "share of coordinates that is kept", True, minimum=0, maximum=1)
 DENSITY_OF = Parameter(
@@ -80,7 +80,7 @@ class Sparsified(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, NDArray[np.float64]]) -> list[str]:
         """Weights that sum to zero cannot be normalised."""
-        if self.consensus == "sum" and values.get("normalize") and float(np.sum(per_model["weight"])) == 0.0:
+        if self.consensus == "sum" and values.get("normalize") and weights_cancel(per_model["weight"]):
             return ["the weights sum to 0, so they cannot be normalised: change a weight or set `normalize: false`"]
         return []
 

@@ -98,10 +98,16 @@ def noise(matrix: F64) -> float:
     return max(matrix.shape) * float(np.finfo(np.float64).eps)
 
 
-def polar(matrix: F64) -> F64:
-    """The nearest matrix whose rows or columns are orthonormal, within the span of this one."""
-    left, _, right = decompose(matrix)
-    return left @ right
+FRAMES = 2.0**-26
+"""Share of the largest singular value of singular vectors side by side below which they are one direction: a vector is
+known to the rounding of fp64 times the largest singular value of its matrix over its own, which may be 10⁷."""
+
+
+def polar(frames: F64) -> F64:
+    """The nearest matrix to orthonormal sets of vectors side by side that is orthonormal itself, within their span."""
+    left, values, right = thin(frames)
+    rank = int(np.count_nonzero(values > FRAMES * values[0])) if values.size else 0
+    return left[:, :rank] @ right[:rank]
 
 
 def inner(one: F64, other: F64) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Block, Change, Merged, Method, Parameter, Result, Task
+from .base import Block, Change, Merged, Method, Parameter, Result, Task, weights_cancel
 
 WEIGHT = Parameter("weight", "number", None, "factor of this model's delta; 0 removes it", per_model=True)
 LAMBDA = Parameter("lambda", "number", 1.0, "factor of the merged delta", late=True)
@@ -29,7 +29,7 @@ class TaskArithmetic(Method):
 
     def check(self, values: Mapping[str, Any], per_model: Mapping[str, Any]) -> list[str]:
         """Weights that sum to zero cannot be normalised."""
-        if values["normalize"] and float(np.sum(per_model["weight"])) == 0.0:
+        if values["normalize"] and weights_cancel(per_model["weight"]):
             return ["the weights sum to 0, so they cannot be normalised: change a weight or set `normalize: false`"]
         return []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import CANCELS
 from ._jit import kernel
 
 TILE = 2048
@@ -55,7 +56,8 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
     """Elects a sign per coordinate and joins those who agree with it: TIES steps 2 and 3.
 
     The deltas are trimmed; the sign is that of Σ weight·δ, and where that is 0 it is `cancelled`: 0 (nobody agrees: the
-    base stays) or 1 (mergekit's rule). Adds to counts int64[2]: coordinates with an update, cancelled ones.
+    base stays) or 1 (mergekit's rule). With `normalize` the sum is divided by the weights of those who agree, unless
+    these cancel. Adds to counts int64[2]: coordinates with an update, cancelled ones.
     """
     updates = 0
     draws = 0
@@ -76,12 +78,14 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
     total = np.empty(TILE, np.float64)
     sum_ = np.empty(TILE, np.float64)
     divisor = np.empty(TILE, np.float64)
+    weights = np.empty(TILE, np.float64)
     any_ = np.empty(TILE, np.bool_)
     for first in range(0, out.shape[0], TILE):
         size = min(TILE, out.shape[0] - first)
         total[:] = 0.0
         sum_[:] = 0.0
         divisor[:] = 0.0
+        weights[:] = 0.0
         any_[:] = False
         for k in range(delta.shape[0]):
             if weight[k] == 0.0:
@@ -100,13 +104,15 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
                 agrees = (value > 0.0) if total[j] >= 0.0 else (value < 0.0)
                 sum_[j] += value if agrees else 0.0
                 divisor[j] += weight[k] if agrees else 0.0
+                weights[j] += abs(weight[k]) if agrees else 0.0
         some = out[first : first + size]
         old = base[first : first + size]
         for j in range(size):
             nobody = any_[j] & (total[j] == 0.0)
             updates += any_[j]
             draws += nobody
-            mean = sum_[j] / divisor[j] if normalize & (divisor[j] != 0.0) else sum_[j]
+            divides = normalize & (abs(divisor[j]) > CANCELS * weights[j])
+            mean = sum_[j] / divisor[j] if divides else sum_[j]
             moved = old[j] + (0.0 if nobody and cancelled == 0 else scale * mean)
             some[j] = moved if any_[j] else old[j]
     counts[0] += updates

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import CANCELS
+
 
 def linear(base, expert, additive, weight, out):
     """Σ weight[k]·θk."""
@@ -34,13 +36,14 @@ def ties(base, delta, weight, scale, normalize, cancelled, out, counts):
     positive = total >= 0.0
     joins = any_ & ((total != 0.0) | (cancelled != 0))
     sum_ = np.zeros(base.shape)
-    divisor = np.zeros(base.shape)
+    divisor, size = np.zeros(base.shape), np.zeros(base.shape)
     for k, value in enumerate(values):
         agrees = joins & (value != 0.0) & ((value > 0.0) == positive)
         sum_[agrees] += value[agrees]
         divisor[agrees] += weight[k]
+        size[agrees] += abs(weight[k])
     if normalize:
-        nonzero = divisor != 0.0
+        nonzero = np.abs(divisor) > CANCELS * size
         sum_[nonzero] = sum_[nonzero] / divisor[nonzero]
     out[:] = np.where(any_, base + scale * sum_, base)
     counts += np.array([any_.sum(), (any_ & (total == 0.0)).sum()])
