@@ -22,6 +22,7 @@ from rlmerge.checkpoint.vocabulary import Vocabulary, plan_vocabulary
 from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.gathering import gather_rows
 from rlmerge.gram_places import open_grams, with_grams
+from rlmerge.idle_filters import idle_filters
 from rlmerge.methods.base import Grain
 from rlmerge.parameters import count_layers
 from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
@@ -119,7 +120,8 @@ def make_plan(
     other_files(models.donor.planned or models.donor.folder)  # what cannot be copied is known now, not at the end
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
     said = vocabulary.notes if vocabulary else ()
-    notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes)
+    idle = [text for variant in variants for text in idle_filters(variant, tensors)]
+    notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes, *idle)
     return Plan(
         variants, keys, models.base is not None, tuple(files.entries), tensors, outputs, layers,
         tuple(dict.fromkeys(notes)), models.donor, tuple(models.experts.values()), models.base, fishers, BLOCK,
