@@ -17,7 +17,7 @@ from rlmerge.plan import PartResolver, Plan, sum_bytes
 from rlmerge.planned import Planned, check_places, plan_stages
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
-from rlmerge.sample import alarms, take_sample
+from rlmerge.sample import alarms, plan_alarms, take_sample
 from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
     PROCESS_BYTES,
@@ -90,7 +90,9 @@ def check(
     for planned in found:
         notes = [*planned.notes, *planned.plan.notes, *check_tokenizers(planned.plan, accept_tokenizers)]
         fitting = limit_threads(threads or default_threads(), memory, planned.plan)
-        reports[planned.name] = CheckReport(notes, [], {}, estimate(planned.plan, fitting), summarise(planned.plan))
+        reports[planned.name] = CheckReport(
+            notes, plan_alarms(planned.plan), {}, estimate(planned.plan, fitting), summarise(planned.plan)
+        )
     if place is not None:
         check_places(place, found, sweep, overwrite)
     for planned in found:
