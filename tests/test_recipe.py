@@ -492,6 +492,66 @@ def test_any_data_is_a_recipe_or_a_recipe_error(top, parameters, models):
     assert parse(recipe.to_yaml()).to_dict() == recipe.to_dict()
 
 
+# ---- Python's mappings --------------------------------------------------------------------------------------------
+
+MAPPING = {
+    "merge_method": "ties",
+    "base_model": Path("base"),
+    "models": ({"model": Path("a"), "parameters": {"weight": np.float32(0.5)}}, {"model": "b"}),
+    "parameters": {"density": np.array([0.25, 0.5]), "rounds": np.int64(2), "normalize": np.bool_(False)},
+}
+
+
+def test_a_mapping_is_a_recipe():
+    """As it comes from a notebook: with paths, tuples and NumPy's numbers."""
+    text = """
+merge_method: ties
+base_model: base
+models: [{model: a, parameters: {weight: 0.5}}, {model: b}]
+parameters: {density: [0.25, 0.5], rounds: 2, normalize: false}
+"""
+    assert parse_recipe(MAPPING, methods=METHODS).to_dict() == parse(text).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"paramters": {}}, "recipe: paramters: unknown key.\n  Did you mean 'parameters'?"),
+        ({"parameters": {"density": 2}}, "recipe: parameters.density: expected a number > 0"),
+        ({"parameters": {1: 2}}, "recipe: parameters: a key must be text, found 1"),
+        ({"models": [{"model": "\ud800"}]}, "recipe: models[0].model: '\\ud800' holds characters"),
+        ({"models": {"model": "a"}}, "recipe: models: expected a list, found a mapping"),
+    ],
+)
+def test_mistakes_in_a_mapping(change, said):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(MAPPING | change, methods=METHODS)
+    assert said in str(caught.value)
+
+
+def test_a_mapping_that_contains_itself():
+    endless = dict(MAPPING)
+    endless["parameters"] = endless
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        parse_recipe(endless, methods=METHODS)
+
+
+@pytest.mark.parametrize("given", [MAPPING, None, 3, [MAPPING]])
+def test_what_is_no_path(given):
+    with pytest.raises(RecipeError, match="expected a recipe or the path of one, found .* parse_recipe takes a mapping"):
+        load_recipe(given)
+    if given is not MAPPING:
+        with pytest.raises(RecipeError, match="expected the text of a recipe or a mapping of its keys, found "):
+            parse_recipe(given)
+
+
+def test_parts_take_a_single_path_and_paths():
+    one = recipe_from_parts(Path("base"), "math", "ties", {"weight": np.float32(0.5)}, fishers="f", methods=METHODS)
+    many = recipe_from_parts("base", [Path("math")], "ties", {"weight": 0.5}, fishers=["f"], methods=METHODS)
+    assert one.to_dict() == many.to_dict()
+    assert [entry.model for entry in one.models] == ["math"]
+
+
 # ---- Canonical form ---------------------------------------------------------------------------------------------
 
 

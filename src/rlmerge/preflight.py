@@ -58,7 +58,7 @@ class CheckReport:
 
 @disk_errors()
 def check(
-    recipe: Recipe | Stages | Path | str,
+    recipe: Recipe | Stages | Mapping[str, Any] | Path | str,
     *,
     sweep: Sequence[dict[str, Any]] = (),
     out: Path | str | None = None,
@@ -130,7 +130,7 @@ def _add(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def explain(recipe: Recipe | Stages | Path | str, *, download: bool = False) -> list[dict[str, Any]]:
+def explain(recipe: Recipe | Stages | Mapping[str, Any] | Path | str, *, download: bool = False) -> list[dict[str, Any]]:
     """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, what is only carried, and
     last, where the recipe names a vocabulary, the tensors that follow it, with its report as 'vocabulary'.
 

@@ -1,13 +1,17 @@
-"""YAML documents as plain data, with the line of every place in them, so that a message can say where a mistake is.
+"""YAML documents, or Python's mappings, as plain data, with the line of every place in a document, so that a message
+can say where a mistake is.
 
 Stricter than YAML: no tags of programming languages, no key twice, no alias bombs; `1e-5` is a number.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 
 from rlmerge.errors import RecipeError
@@ -117,6 +121,30 @@ def read_documents(text: str, source: str, kind: type = dict) -> list[tuple[Any,
     if not found:
         raise RecipeError(f"{source}: the recipe is empty.")
     return full or found[:1]
+
+
+def plain_data(value: Any, source: str, place: Place = ()) -> Any:
+    """What a program gives in place of YAML, as `read_yaml` returns it: tuples as lists, paths as text, NumPy's numbers
+    as Python's. RecipeError for keys that are no text and for what contains itself; other values stay for the checks.
+    """
+    where = f"{source}: {dotted(place)}: " if place else f"{source}: "
+    if len(place) > MAX_DEPTH:
+        raise RecipeError(f"{source}: this is nested too deeply.")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RecipeError(f"{where}a key must be text, found {show(key)}.")
+            if _UNWRITABLE.search(key):
+                raise RecipeError(f"{where}the key {show(key)} holds characters that no text has.")
+        return {key: plain_data(inner, source, (*place, key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(inner, source, (*place, number)) for number, inner in enumerate(value)]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and _UNWRITABLE.search(value):
+        raise RecipeError(f"{where}{show(value)} holds characters that no text has.")
+    return value
 
 
 def _nodes(loader: _Loader) -> list[Any]:
