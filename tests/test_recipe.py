@@ -254,6 +254,19 @@ MISTAKES = {
     "null": ("null", ["found nothing"]),
     "not yaml": ("a: [1, 2\nb: 3\n", ["r.yml:2: this is no recipe in YAML"]),
     "tab": ("merge_method: ties\nparameters:\n\tlambda: 1\n", ["r.yml:3", "not with tabs"]),
+    "key under the dash": (
+        HEAD + "models:\n  - model: a\n  parameters:\n    density: 1\n",
+        ["r.yml:5: this is no recipe in YAML", "further left than the keys of the entry", "the list from line 4: "],
+    ),
+    "key out of line": (HEAD + "models: [{model: a}]\n  dtype: bf16\n", ["r.yml:4: this is no recipe in YAML"]),
+    "key too far right": (
+        "parameters:\n    lambda: 1\n  density: 1\n",
+        ["r.yml:3", "This line starts in column 3, the keys that it belongs to (from line 1) in another one."],
+    ),
+    "mergekit-moe": (
+        "base_model: base\ngate_mode: hidden\nexperts:\n- source_model: a\n",
+        ["r.yml:2: gate_mode: this is a recipe of mergekit-moe"],
+    ),
     "control character": ("merge_method: \x01\n", ["this is no recipe in YAML"]),
     "two documents": (GOOD + "---\n" + GOOD, ["r.yml:13: a second document", "load_stages"]),
     "duplicate key": (GOOD + "dtype: float32\n", ["r.yml:12: dtype: the same key stands in line 11 already"]),
@@ -638,6 +651,29 @@ def test_missing_paths(tree):
     (tree / "work" / "fisher" / "a").rmdir()
     with pytest.raises(RecipeError, match=r"r\.yml:8: models\[1\]\.fisher: 'fisher/a' does not exist"):
         _ = recipe.fisher_paths
+
+
+def test_everything_that_is_missing_is_said_at_once(tree):
+    text = """\
+merge_method: ties
+base_model: owner/base
+models:
+- model: nowhere+owner/lora
+- {model: c, fisher: no-fisher}
+- model: b
+"""
+    (tree / "b").mkdir(exist_ok=True)
+    recipe = parse(text, folder=tree)
+    with pytest.raises(RecipeError) as caught:
+        recipe.check_paths()
+    said = [line for line in str(caught.value).splitlines() if not line.startswith(" ")]
+    assert [line.split(" does not")[0] for line in said] == [
+        "r.yml:2: base_model: 'owner/base'",
+        "r.yml:4: models[0].model: 'nowhere'",
+        "r.yml:4: models[0].model: 'owner/lora'",
+        "r.yml:5: models[1].model: 'c'",
+        "r.yml:5: models[1].fisher: 'no-fisher'",
+    ]
 
 
 def test_files_that_are_no_recipes(tmp_path):

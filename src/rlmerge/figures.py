@@ -62,6 +62,15 @@ def statistics_table(total: dict[str, Any]) -> list[list[str]]:
     return [["", "all", *experts], *rows]
 
 
+def size(count: float) -> str:
+    """'1.23 GB' of a number of bytes (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def percent(share: dict[str, Any] | None) -> str:
     """'12.3 %' of a counted share, '-' where there was nothing to count."""
     return f"{100 * share['share']:.1f} %" if share and "share" in share else "-"

@@ -258,6 +258,21 @@ class Recipe:
                 found |= {name: folder for name, folder in inner.items() if name not in found}
         return found
 
+    def check_paths(self) -> None:
+        """Raises one RecipeError for all models, Fishers and Gram matrices that are not there."""
+        named = [(part, at) for name, at in self.references.items() for part in self.split(name) if part]
+        for kind in () if self.bare else ("fisher", "gram"):
+            given = [(getattr(entry, kind), self.place(entry, kind)) for entry in self.models]
+            named += [(name, at) for name, at in given if isinstance(name, str)]
+        problems: dict[str, None] = {}
+        for name, at in named:
+            try:
+                self._find(name, at)
+            except RecipeError as error:
+                problems.setdefault(str(error))
+        if problems:
+            raise RecipeError("\n".join(problems))
+
     def resolve(self, reference: str) -> Path:
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist."""
         return self._find(reference, ())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import MismatchError, RecipeError
+from rlmerge.figures import size
 from rlmerge.plan import PartResolver, Plan
 from rlmerge.planner import stage_names
 from rlmerge.recipe import Recipe, load_recipe, parse_recipe
@@ -134,8 +135,8 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
     each, fixed = thread_bytes(plan), PROCESS_BYTES
     if fixed + each > memory:
         raise RecipeError(
-            f"--memory {memory / 1e6:.0f} MB is less than one thread needs: {(fixed + each) / 1e6:.0f} MB "
-            f"({fixed / 1e6:.0f} for Python and the kernels, {each / 1e6:.0f} for its buffers)."
+            f"--memory {size(memory)} is less than one thread needs: {size(fixed + each)} "
+            f"({size(fixed)} for Python and the kernels, {size(each)} for its buffers)."
         )
     return max(1, min(threads, (memory - fixed) // each))
 

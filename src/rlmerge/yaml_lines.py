@@ -103,7 +103,7 @@ def read_documents(text: str, source: str, kind: type = dict) -> list[tuple[Any,
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and kind is dict else ""
-        hint = "\n  Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+        hint = "\n  Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else _indent_hint(error)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise RecipeError(f"{source}{line}: this is no recipe in YAML: {problem}.{hint}") from None
     except yaml.YAMLError as error:
@@ -145,6 +145,20 @@ def plain_data(value: Any, source: str, place: Place = ()) -> Any:
     if isinstance(value, str) and _UNWRITABLE.search(value):
         raise RecipeError(f"{where}{show(value)} holds characters that no text has.")
     return value
+
+
+def _indent_hint(error: yaml.MarkedYAMLError) -> str:
+    """What to say of a line that starts in a column in which nothing around it starts."""
+    if error.context is None or "block" not in error.context or "expected <block end>" not in str(error.problem):
+        return ""
+    assert error.context_mark is not None and error.problem_mark is not None
+    first, column = error.context_mark.line + 1, error.problem_mark.column + 1
+    if "collection" in error.context:
+        return (
+            f"\n  This line stands further left than the keys of the entry that it belongs to, in the list from line {first}: "
+            "they start under the entry's first key, not under its dash."
+        )
+    return f"\n  This line starts in column {column}, the keys that it belongs to (from line {first}) in another one."
 
 
 def _nodes(loader: _Loader) -> list[Any]:
