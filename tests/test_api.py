@@ -73,6 +73,24 @@ def test_merge_takes_a_path_and_keeps_the_order_of_the_base(recipe, tmp_path):
         assert [name for name, _ in rlmerge.merge(source)] == list(read_words(tmp_path / "base"))
 
 
+def test_a_mapping_stands_for_its_recipe(recipe, tmp_path, monkeypatch):
+    """In every function that takes a recipe; its paths start at the working directory."""
+    monkeypatch.chdir(tmp_path)
+    data = recipe.to_dict()
+    found = dict(rlmerge.merge(data, kernels="numpy"))
+    assert {name: value.tobytes() for name, value in found.items()} == {
+        name: value.tobytes() for name, value in rlmerge.merge(recipe, kernels="numpy")
+    }
+    assert rlmerge.check(data).summary == rlmerge.check(recipe).summary
+    assert rlmerge.explain(data) == rlmerge.explain(recipe)
+    assert rlmerge.merge_to_folder(data, "out", kernels="numpy").report == rlmerge.merge_to_folder(
+        recipe, "out2", kernels="numpy"
+    ).report  # fmt: skip
+    for function in (rlmerge.check, rlmerge.explain, lambda given: list(rlmerge.merge(given))):
+        with pytest.raises(RlmergeError, match="expected a recipe or the path of one, found a list"):
+            function([data])
+
+
 def test_merge_can_be_left_early(recipe):
     """Nothing hangs and no file stays open (warnings are errors)."""
     generator = rlmerge.merge(recipe)

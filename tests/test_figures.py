@@ -40,6 +40,10 @@ def test_rows():
         "rescale factor, mean": ("1.2500",),
     }
     assert statistics_rows({"size": 3}) == []
+    merged = {"merged": {"count": 16384, "of": 180800, "share": 16384 / 180800}}
+    first, *rest = statistics_rows({**TOTAL, **merged})
+    assert (first.name, first.whole, first.each) == (ORDER[0], "16,384 of 180,800 weights (9.1 %)", ())
+    assert rest == rows
 
 
 def test_the_same_table_in_text_and_markdown():

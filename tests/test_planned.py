@@ -145,7 +145,8 @@ slices:
     rlmerge.merge_to_folder(recipe, tmp_path / "whole", kernels="numpy")
     assert json.loads((tmp_path / "whole/config.json").read_text())["num_hidden_layers"] == 5
     card = (tmp_path / "whole/README.md").read_text()
-    assert "base_model:\n- base\n- e0\n- e1\n- e2\n" in card
+    assert "base_model" not in card.split("---")[1]  # folders are no ids
+    assert all(f"model: {name}\n" in card for name in ("base", "e0", "e1", "e2", "deep"))
     groups = rlmerge.explain(recipe)
     assert [(group["stage"], group.get("slice")) for group in groups if "slice" in group] == [
         ("deep", 0), ("deep", 1), ("", 0), ("", 1),

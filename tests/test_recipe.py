@@ -254,6 +254,19 @@ MISTAKES = {
     "null": ("null", ["found nothing"]),
     "not yaml": ("a: [1, 2\nb: 3\n", ["r.yml:2: this is no recipe in YAML"]),
     "tab": ("merge_method: ties\nparameters:\n\tlambda: 1\n", ["r.yml:3", "not with tabs"]),
+    "key under the dash": (
+        HEAD + "models:\n  - model: a\n  parameters:\n    density: 1\n",
+        ["r.yml:5: this is no recipe in YAML", "further left than the keys of the entry", "the list from line 4: "],
+    ),
+    "key out of line": (HEAD + "models: [{model: a}]\n  dtype: bf16\n", ["r.yml:4: this is no recipe in YAML"]),
+    "key too far right": (
+        "parameters:\n    lambda: 1\n  density: 1\n",
+        ["r.yml:3", "This line starts in column 3, the keys that it belongs to (from line 1) in another one."],
+    ),
+    "mergekit-moe": (
+        "base_model: base\ngate_mode: hidden\nexperts:\n- source_model: a\n",
+        ["r.yml:2: gate_mode: this is a recipe of mergekit-moe"],
+    ),
     "control character": ("merge_method: \x01\n", ["this is no recipe in YAML"]),
     "two documents": (GOOD + "---\n" + GOOD, ["r.yml:13: a second document", "load_stages"]),
     "duplicate key": (GOOD + "dtype: float32\n", ["r.yml:12: dtype: the same key stands in line 11 already"]),
@@ -492,6 +505,68 @@ def test_any_data_is_a_recipe_or_a_recipe_error(top, parameters, models):
     assert parse(recipe.to_yaml()).to_dict() == recipe.to_dict()
 
 
+# ---- Python's mappings --------------------------------------------------------------------------------------------
+
+MAPPING = {
+    "merge_method": "ties",
+    "base_model": Path("base"),
+    "models": ({"model": Path("a"), "parameters": {"weight": np.float32(0.5)}}, {"model": "b"}),
+    "parameters": {"density": np.array([0.25, 0.5]), "rounds": np.int64(2), "normalize": np.bool_(False)},
+}
+
+
+def test_a_mapping_is_a_recipe():
+    """As it comes from a notebook: with paths, tuples and NumPy's numbers."""
+    text = """
+merge_method: ties
+base_model: base
+models: [{model: a, parameters: {weight: 0.5}}, {model: b}]
+parameters: {density: [0.25, 0.5], rounds: 2, normalize: false}
+"""
+    assert parse_recipe(MAPPING, methods=METHODS).to_dict() == parse(text).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"paramters": {}}, "recipe: paramters: unknown key.\n  Did you mean 'parameters'?"),
+        ({"parameters": {"density": 2}}, "recipe: parameters.density: expected a number > 0"),
+        ({"parameters": {1: 2}}, "recipe: parameters: a key must be text, found 1"),
+        ({"models": [{"model": "\ud800"}]}, "recipe: models[0].model: '\\ud800' holds characters"),
+        ({"models": {"model": "a"}}, "recipe: models: expected a list, found a mapping"),
+    ],
+)
+def test_mistakes_in_a_mapping(change, said):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(MAPPING | change, methods=METHODS)
+    assert said in str(caught.value)
+
+
+def test_a_mapping_that_contains_itself():
+    endless = dict(MAPPING)
+    endless["parameters"] = endless
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        parse_recipe(endless, methods=METHODS)
+
+
+@pytest.mark.parametrize("given", [MAPPING, None, 3, [MAPPING]])
+def test_what_is_no_path(given):
+    with pytest.raises(
+        RecipeError, match="expected a recipe or the path of one, found .* parse_recipe takes a mapping"
+    ):
+        load_recipe(given)
+    if given is not MAPPING:
+        with pytest.raises(RecipeError, match="expected the text of a recipe or a mapping of its keys, found "):
+            parse_recipe(given)
+
+
+def test_parts_take_a_single_path_and_paths():
+    one = recipe_from_parts(Path("base"), "math", "ties", {"weight": np.float32(0.5)}, fishers="f", methods=METHODS)
+    many = recipe_from_parts("base", [Path("math")], "ties", {"weight": 0.5}, fishers=["f"], methods=METHODS)
+    assert one.to_dict() == many.to_dict()
+    assert [entry.model for entry in one.models] == ["math"]
+
+
 # ---- Canonical form ---------------------------------------------------------------------------------------------
 
 
@@ -578,6 +653,29 @@ def test_missing_paths(tree):
     (tree / "work" / "fisher" / "a").rmdir()
     with pytest.raises(RecipeError, match=r"r\.yml:8: models\[1\]\.fisher: 'fisher/a' does not exist"):
         _ = recipe.fisher_paths
+
+
+def test_everything_that_is_missing_is_said_at_once(tree):
+    text = """\
+merge_method: ties
+base_model: owner/base
+models:
+- model: nowhere+owner/lora
+- {model: c, fisher: no-fisher}
+- model: b
+"""
+    (tree / "b").mkdir(exist_ok=True)
+    recipe = parse(text, folder=tree)
+    with pytest.raises(RecipeError) as caught:
+        recipe.check_paths()
+    said = [line for line in str(caught.value).splitlines() if not line.startswith(" ")]
+    assert [line.split(" does not")[0] for line in said] == [
+        "r.yml:2: base_model: 'owner/base'",
+        "r.yml:4: models[0].model: 'nowhere'",
+        "r.yml:4: models[0].model: 'owner/lora'",
+        "r.yml:5: models[1].model: 'c'",
+        "r.yml:5: models[1].fisher: 'no-fisher'",
+    ]
 
 
 def test_files_that_are_no_recipes(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from tests.execute.test_same_bytes import contents
 from tests.methods.small_models import make_recipe, some_fishers, sparse_model, write_all
 
@@ -72,3 +73,23 @@ def test_folders_of_chat_templates_are_copied_and_verified(models):
     (out / "additional_chat_templates" / "tool_use.jinja").unlink()
     with pytest.raises(rlmerge.RlmergeError, match=r"tool_use\.jinja: is missing"):
         rlmerge.verify(out)
+
+
+def test_a_card_names_as_base_model_what_came_from_the_hub(models, monkeypatch):
+    """Folders, even such as look like ids, are no ids, and the Hub refuses a card that says so."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(models / "cache"))
+    commit = "0123456789" * 4
+    snapshot = models / "cache" / "models--lab--e1" / "snapshots" / commit
+    shutil.copytree(models / "e1", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    shutil.copytree(models / "e0", models / "lab" / "e0")
+    for experts, listed in ((["lab/e0", "lab/e1"], ["lab/e1"]), (["lab/e0", str(snapshot)], ["lab/e1"])):
+        recipe = make_recipe(models, "ram", experts)
+        out = rlmerge.merge_to_folder(recipe, models / "out", kernels="numpy", overwrite=True).out
+        front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+        assert (front["base_model"], front["base_model_relation"]) == (listed, "merge")
+    out = rlmerge.merge_to_folder(make_recipe(models, "ram", ["lab/e0"]), models / "local", kernels="numpy").out
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert set(front) == {"library_name", "tags"}
+    assert "model: lab/e0\n" in (out / "README.md").read_text()

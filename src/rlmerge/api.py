@@ -1,6 +1,7 @@
 """What `rlmerge merge` can do, as functions: merge to a folder, to arrays or into a loaded model.
 
-Every function takes a `Recipe` or the path of one; `merge_to_folder` also takes several documents, as `Stages`.
+Every function takes a `Recipe`, a mapping of its keys, or the path of one; `merge_to_folder` also takes several
+documents, as `Stages`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Outcome:
 
 @disk_errors()
 def merge_to_folder(
-    recipe: Recipe | Stages | Path | str,
+    recipe: Recipe | Stages | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
     stages: Path | str | None = None,
@@ -186,7 +187,7 @@ def merge_to_folder(
 
 
 def merge(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     *,
     threads: int | None = None,
     kernels: Backend = "auto",
@@ -222,7 +223,7 @@ def merge(
 
 def merge_to(
     model: Any,
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     *,
     threads: int | None = None,
     kernels: Backend = "auto",

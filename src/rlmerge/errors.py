@@ -24,6 +24,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+INSTALL = "pip install -e '.[{}]'"
+"""What brings an extra: rlmerge is on no package index yet, so it runs in a clone of the repository."""
+
+
 class RlmergeError(Exception):
     """What a user can get wrong; the command line prints it without a traceback and exits with 2.
 
@@ -105,7 +109,7 @@ class MissingExtraError(RlmergeError):
     """An optional dependency is not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs {package}, which is not installed. Run: pip install 'rlmerge[{extra}]'")
+        super().__init__(f"{what} needs {package}, which is not installed. Run, in the clone: {INSTALL.format(extra)}")
         self._arguments = what, package, extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:

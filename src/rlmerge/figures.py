@@ -30,15 +30,19 @@ SHARES: tuple[tuple[str, str, str], ...] = (
     ("survival after the cast", "survival", ""),
 )
 """Name, key of the whole model's share and of the experts' shares among the statistics."""
+MERGED = "merged (the rest did not fit)"
 COSINE = "cosine intended / stored"
 RESCALE = "rescale factor, mean"
-ORDER = (*(name for name, _, _ in SHARES), COSINE, RESCALE)
+ORDER = (MERGED, *(name for name, _, _ in SHARES), COSINE, RESCALE)
 
 
 def statistics_rows(total: dict[str, Any]) -> list[Row]:
     """The rows that a merge has, in the order of ORDER; experts in the order of `total['support']`."""
     experts = list(total.get("support", {}))
     rows = []
+    if "merged" in total:
+        merged = total["merged"]
+        rows.append(Row(MERGED, f"{merged['count']:,} of {merged['of']:,} weights ({percent(merged)})"))
     for name, whole, each in SHARES:
         if whole in total or each in total:
             shares = tuple(percent(total[each].get(key)) for key in experts) if each in total else ()
@@ -56,6 +60,15 @@ def statistics_table(total: dict[str, Any]) -> list[list[str]]:
     blank = ("",) * len(experts)
     rows = ([row.name, row.whole, *(row.each or blank)] for row in statistics_rows(total))
     return [["", "all", *experts], *rows]
+
+
+def size(count: float) -> str:
+    """'1.23 GB' of a number of bytes (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def percent(share: dict[str, Any] | None) -> str:

@@ -65,6 +65,7 @@ class Models:
     def __init__(self, recipe: Recipe, planned: Mapping[Path, Checkpoint] = MappingProxyType({})) -> None:
         self._planned = planned
         self._open: dict[str, Checkpoint] = {}
+        recipe.check_paths()
         paths, adapters = recipe.model_paths, recipe.adapter_paths
         # a part may have a base of its own
         base = None if recipe.slices or recipe.modules else recipe.base_path
@@ -126,7 +127,7 @@ def _depths(donor: Checkpoint, usual: Checkpoint) -> dict[str, int]:
 def check_kinds(base: Checkpoint | None, donor: Checkpoint, experts: Iterable[Checkpoint]) -> None:
     """Raises for an adapter or a pack in the place of a base, without one, or with another one than its own."""
     for checkpoint in (donor, *experts):
-        if checkpoint.adapter and checkpoint is donor:
+        if checkpoint.adapter and checkpoint is donor and base is not None:
             raise MismatchError(
                 f"{checkpoint.reference}: a LoRA adapter cannot be the base. Write the model it was trained from as "
                 "`base_model:` and the adapter under `models:`."

@@ -17,6 +17,7 @@ from rlmerge.checkpoint.tokenizer_files import is_tokenizer_file
 from rlmerge.errors import OutputError
 from rlmerge.execute.folder import OutputFolder, nearest
 from rlmerge.execute.stage_folder import StageFolder
+from rlmerge.figures import size
 from rlmerge.fisher.on_demand import with_kept
 from rlmerge.plan import GatheredPlace, Plan
 from rlmerge.planner import make_plan
@@ -139,7 +140,7 @@ def check_places(
         if wanted > free:
             raise OutputError(
                 f"{target.out}: {final.out.name} and the stages {', '.join(p.name for p in making)} need "
-                f"{wanted / 1e9:.2f} GB more on that disk, and {free / 1e9:.2f} GB are free. Nothing was written. "
+                f"{size(wanted)} more on that disk, and {size(free)} are free. Nothing was written. "
                 "--stages FOLDER makes the stages elsewhere."
             )
 

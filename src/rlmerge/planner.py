@@ -23,6 +23,7 @@ from rlmerge.errors import FisherError, MismatchError, RecipeError
 from rlmerge.gathering import gather_rows
 from rlmerge.gram_places import open_grams, with_grams
 from rlmerge.heads import plan_tie
+from rlmerge.idle_filters import idle_filters
 from rlmerge.methods.base import Grain
 from rlmerge.parameters import count_layers
 from rlmerge.pieces import Models, Piece, open_pieces, stacks_of
@@ -121,7 +122,8 @@ def make_plan(
     outputs = plan_files([(t.name, t.dtype, t.shape) for t in tensors], shard_bytes)
     tied, tie_notes = plan_tie(pieces, models.donor)
     said = (*(vocabulary.notes if vocabulary else ()), *tie_notes)
-    notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes)
+    idle = [text for variant in variants for text in idle_filters(variant, tensors)]
+    notes = (*recipe.warnings, *said, *(note for found in matched for note in found.notes), *notes, *gram_notes, *idle)
     return Plan(
         variants, keys, models.base is not None, tuple(files.entries), tensors, outputs, layers,
         tuple(dict.fromkeys(notes)), models.donor, tuple(models.experts.values()), models.base, fishers, BLOCK,

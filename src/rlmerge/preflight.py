@@ -17,7 +17,7 @@ from rlmerge.plan import PartResolver, Plan, sum_bytes
 from rlmerge.planned import Planned, check_places, plan_stages
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
-from rlmerge.sample import alarms, take_sample
+from rlmerge.sample import alarms, plan_alarms, take_sample
 from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
     PROCESS_BYTES,
@@ -58,7 +58,7 @@ class CheckReport:
 
 @disk_errors()
 def check(
-    recipe: Recipe | Stages | Path | str,
+    recipe: Recipe | Stages | Mapping[str, Any] | Path | str,
     *,
     sweep: Sequence[dict[str, Any]] = (),
     out: Path | str | None = None,
@@ -90,7 +90,9 @@ def check(
     for planned in found:
         notes = [*planned.notes, *planned.plan.notes, *check_tokenizers(planned.plan, accept_tokenizers)]
         fitting = limit_threads(threads or default_threads(), memory, planned.plan)
-        reports[planned.name] = CheckReport(notes, [], {}, estimate(planned.plan, fitting), summarise(planned.plan))
+        reports[planned.name] = CheckReport(
+            notes, plan_alarms(planned.plan), {}, estimate(planned.plan, fitting), summarise(planned.plan)
+        )
     if place is not None:
         check_places(place, found, sweep, overwrite)
     for planned in found:
@@ -128,7 +130,9 @@ def _add(estimates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def explain(recipe: Recipe | Stages | Path | str, *, download: bool = False) -> list[dict[str, Any]]:
+def explain(
+    recipe: Recipe | Stages | Mapping[str, Any] | Path | str, *, download: bool = False
+) -> list[dict[str, Any]]:
     """Resolved parameters per group of tensors: {'tensors', 'count', 'values', 'models'}, what is only carried, and
     last, where the recipe names a vocabulary, the tensors that follow it, with its report as 'vocabulary'.
 

@@ -25,7 +25,7 @@ from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolver, show
 from rlmerge.recipe_checks import ENTRY_KEYS, SETTINGS, TOP_KEYS, Checker, Source, find_method
 from rlmerge.slices import Part, own_parameters, parts_of
-from rlmerge.yaml_lines import MAX_BYTES, Dumper, Place, read_yaml
+from rlmerge.yaml_lines import MAX_BYTES, Dumper, Place, plain_data, read_yaml
 
 MAX_SWEEP = 10_000
 
@@ -269,6 +269,21 @@ class Recipe:
                 found |= {name: folder for name, folder in inner.items() if name not in found}
         return found
 
+    def check_paths(self) -> None:
+        """Raises one RecipeError for all models, Fishers and Gram matrices that are not there."""
+        named = [(part, at) for name, at in self.references.items() for part in self.split(name) if part]
+        for kind in () if self.bare else ("fisher", "gram"):
+            given = [(getattr(entry, kind), self.place(entry, kind)) for entry in self.models]
+            named += [(name, at) for name, at in given if isinstance(name, str)]
+        problems: dict[str, None] = {}
+        for name, at in named:
+            try:
+                self._find(name, at)
+            except RecipeError as error:
+                problems.setdefault(str(error))
+        if problems:
+            raise RecipeError("\n".join(problems))
+
     def resolve(self, reference: str, small: bool = False) -> Path:
         """The path that a reference means: in the recipe's folder, else in the working directory; it must exist.
 
@@ -427,6 +442,8 @@ def load_recipe(path: Path | str, methods: Mapping[str, Method] | None = None) -
 
 def read_text(path: Path | str) -> str:
     """The text of a recipe file. RecipeError if it cannot be read."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise RecipeError(f"expected a recipe or the path of one, found {show(path)}. parse_recipe takes a mapping.")
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -440,25 +457,38 @@ def read_text(path: Path | str) -> str:
 
 
 def parse_recipe(
-    text: str, source: str = "recipe", folder: Path | None = None, methods: Mapping[str, Method] | None = None
+    text: str | Mapping[str, Any],
+    source: str = "recipe",
+    folder: Path | None = None,
+    methods: Mapping[str, Method] | None = None,
 ) -> Recipe:
-    """Checks the text of a recipe; `source` is its name in messages, `folder` where its relative paths start."""
+    """Checks the text of a recipe, or a mapping with its keys; `source` is its name in messages, `folder` where its
+    relative paths start (default: the working directory).
+    """
+    if isinstance(text, Mapping):
+        return build_recipe(plain_data(text, source), Source(source), folder, methods)
+    if not isinstance(text, str):
+        raise RecipeError(f"{source}: expected the text of a recipe or a mapping of its keys, found {show(text)}.")
     data, lines = read_yaml(text, source)
     return build_recipe(data, Source(source, lines), folder, methods)
 
 
 def recipe_from_parts(
-    base: str | None,
-    experts: Sequence[str],
+    base: str | Path | None,
+    experts: str | Path | Sequence[str | Path],
     method: str,
     settings: Mapping[str, Any] | None = None,
     *,
-    fishers: Sequence[str] = (),
-    grams: Sequence[str] = (),
+    fishers: str | Path | Sequence[str | Path] = (),
+    grams: str | Path | Sequence[str | Path] = (),
     folder: Path | None = None,
     methods: Mapping[str, Method] | None = None,
 ) -> Recipe:
-    """The recipe of `--base --expert --fisher --gram --method --set`; messages name the flag."""
+    """The recipe of `--base --expert --fisher --gram --method --set`; messages name the flag.
+
+    A single path stands for a list of one.
+    """
+    experts, fishers, grams = _paths(experts), _paths(fishers), _paths(grams)
     models = [{"model": expert} for expert in experts]
     for kind, word, folders in (("fisher", "Fisher", fishers), ("gram", "Gram", grams)):
         if folders and len(folders) != len(experts):
@@ -468,6 +498,7 @@ def recipe_from_parts(
             )
         for entry, given in zip(models, folders):
             entry[kind] = given
+    base = base if base is None else os.fspath(base)
     data: dict[str, Any] = {"merge_method": method, "base_model": base, "models": models}
     flags: dict[Place, str] = {("merge_method",): "--method", ("base_model",): "--base", ("models",): "--expert"}
     flags |= {("models", k): f"--expert {expert}" for k, expert in enumerate(experts)}
@@ -475,6 +506,10 @@ def recipe_from_parts(
     flags |= {("models", k, "gram"): f"--gram {gram}" for k, gram in enumerate(grams)}
     flags |= _apply_settings(data, settings or {})
     return build_recipe(data, Source("the command line", {}, flags), folder, methods)
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> list[str]:
+    return [os.fspath(path) for path in ([given] if isinstance(given, (str, os.PathLike)) else given)]
 
 
 def parse_settings(settings: Iterable[str]) -> list[dict[str, Any]]:
@@ -500,7 +535,7 @@ def parse_settings(settings: Iterable[str]) -> list[dict[str, Any]]:
 def _apply_settings(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[Place, str]:
     """Puts the settings into the recipe's data; the flags by the places they went to."""
     flags: dict[Place, str] = {}
-    for key, value in settings.items():
+    for key, value in plain_data(settings, "--set").items():
         if key in SETTINGS:
             data[key], place = value, (key,)
         else:

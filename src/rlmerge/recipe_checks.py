@@ -228,6 +228,8 @@ TOP_VALUES: dict[str, Callable[[Any], Any]] = {
 TOP_KEYS = ("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", *list(TOP_VALUES)[3:])
 ENTRY_VALUES: dict[str, Callable[[Any], Any]] = {"model": _reference, "name": _text, "fisher": _fisher, "gram": _gram}
 ENTRY_KEYS = (*ENTRY_VALUES, "parameters")
+MOE_KEYS = ("gate_mode", "experts")
+"""What recipes of mergekit-moe have in place of a merge_method."""
 
 
 # ---- The whole recipe ---------------------------------------------------------------------------------------------
@@ -320,6 +322,12 @@ class Checker:
         """Notes unknown keys and wrong values; `data` then holds the canonical ones. The method of the recipe."""
         if not isinstance(data, dict):
             raise RecipeError(f"{self.source.at(())}: a recipe is a mapping of keys and values, found {show(data)}.")
+        if "merge_method" not in data and (moe := [key for key in MOE_KEYS if key in data]):
+            raise RecipeError(
+                f"{self.source.at((moe[0],))}: this is a recipe of mergekit-moe, which makes a mixture of experts out of "
+                "dense models. rlmerge merges models into one of the same kind, by a 'merge_method', and makes no "
+                "mixtures."
+            )
         method = self._method(data.get("merge_method"), methods)
         self.unknown((), data, TOP_KEYS, method)
         self.data = {key: value for key, value in data.items() if key in TOP_KEYS and value is not None}
@@ -394,7 +402,8 @@ class Checker:
                 lacking: list[Place] = [places[k] for k, entry in kept.items() if spec.name not in entry.parameters]
                 whole: Place = ("parameters",) if self.source.line(("parameters",)) else ("merge_method",)
                 for place in lacking if spec.per_model else [whole]:
-                    self.add(place, f"parameter {spec.name!r} is missing: {_needs(method, spec)}")
+                    flags = ("models",) in self.source.flags
+                    self.add(place, f"parameter {spec.name!r} is missing: {_needs(method, spec, flags)}")
         self.finish()
         return kept
 
@@ -496,8 +505,10 @@ class Checker:
             self.add(home, problem)
 
 
-def _needs(method: Method, spec: Parameter) -> str:
-    """What to write for a required parameter."""
+def _needs(method: Method, spec: Parameter, flags: bool) -> str:
+    """What to write for a required parameter, in a recipe or in `flags`."""
+    if flags:
+        return f"method {method.name!r} needs {expected(spec)}. Add '--set {spec.name}=1', or another value."
     homes = "under 'parameters:' of each model, or once for all" if spec.per_model else "under 'parameters:'"
     return f"method {method.name!r} needs {expected(spec)}. Write '{spec.name}: ...' {homes}."
 

@@ -12,7 +12,8 @@ from rlmerge.errors import FisherError
 from rlmerge.execute.inputs import Inputs, Space
 from rlmerge.kernels import Backend, load_kernels
 from rlmerge.methods.base import Block
-from rlmerge.plan import Plan
+from rlmerge.plan import PartResolver, Plan
+from rlmerge.recipe import Recipe
 
 SAMPLE = 0.01
 """Share of the coordinates that is looked at."""
@@ -24,6 +25,8 @@ RUN = 2**14
 DENSE = 0.9
 STRANGE_COSINE = 0.8
 IGNORED = 0.01
+FACTORS = ("weight", "density", "lambda", "scaling", "select_topk")
+"""Parameters that keep nothing of an update where they are 0."""
 
 
 def take_sample(plan: Plan, kernels: Backend = "numpy") -> dict[str, Any]:
@@ -126,7 +129,9 @@ class _Tally:
             }
             if self.fisher_size:
                 entry["fisher_zero"] = self.fisher_zero[k] / self.fisher_size
-            out["experts"][key] = {name: float(v) if v is not None and np.isfinite(v) else None for name, v in entry.items()}
+            out["experts"][key] = {
+                name: float(v) if v is not None and np.isfinite(v) else None for name, v in entry.items()
+            }
         out["pairs"] = [
             {
                 "experts": [experts[j], experts[k]],
@@ -143,9 +148,45 @@ def _dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return float(np.einsum("i,i", one, other))  # not BLAS, whose threads cost more than so short a sum
 
 
-def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
-    """What the sample says that a user should think about."""
+def plan_alarms(plan: Plan) -> list[str]:
+    """What the plan alone says that a user should think about."""
     found = []
+    sizes = {reason: 0 for reason in ("mismatch", None)}
+    for tensor in plan.tensors:
+        sizes[tensor.carry] = sizes.get(tensor.carry, 0) + tensor.size
+    taken, whole = sizes["mismatch"], sum(sizes.values())
+    if 2 * taken > whole:
+        found.append(
+            f"{taken:,} of {whole:,} weights ({taken / whole:.0%}) do not fit in every model and are taken from the base "
+            "(on_mismatch: base). Are these models trained from this base, and are their tensors called as its own?"
+        )
+    if sizes[None] and plan.has_base and all(_keeps_nothing(plan, recipe) for recipe in plan.variants):
+        found.append(
+            "nothing of any update is kept: the output equals the base, for a weight, density or other factor is 0 "
+            "for every model."
+        )
+    return found
+
+
+def _keeps_nothing(plan: Plan, recipe: Recipe) -> bool:
+    """Whether a factor of every update is 0 at every tensor: one of the whole, or one of each model."""
+    if recipe.method.arity.base != "required":
+        return False  # an average: its weights are shares of models
+    resolver = PartResolver(recipe, plan.layers)
+    for tensor in plan.tensors:
+        if tensor.carry is None:
+            at = resolver.resolve(tensor)
+            off = np.zeros(len(tensor.experts), bool)
+            for name in FACTORS:
+                off |= at.per_model.get(name, np.array(at.values.get(name, 1.0))) == 0.0
+            if not off.all():
+                return False
+    return True
+
+
+def alarms(plan: Plan, sample: dict[str, Any]) -> list[str]:
+    """What the plan and the sample say that a user should think about."""
+    found = plan_alarms(plan)
     method = plan.recipe.merge_method
     # an average, or a path that starts at the base, lists it on purpose
     listed = zip(plan.experts, plan.models) if plan.base and plan.recipe.method.arity.base == "optional" else ()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlmerge.errors import MismatchError, RecipeError
+from rlmerge.figures import size
 from rlmerge.plan import PartResolver, Plan
 from rlmerge.planner import stage_names
-from rlmerge.recipe import Recipe, load_recipe
+from rlmerge.recipe import Recipe, load_recipe, parse_recipe
 from rlmerge.stages import Stages, load_stages, with_adapted_bases
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -20,18 +21,25 @@ KEPT_BYTES = 128 * 2**20
 """Per thread, for what stages keep of a tensor for the next one (4.4 M coordinates, three sparse experts: 40 MB)."""
 
 
-def as_recipe(recipe: Recipe | Path | str) -> Recipe:
-    """The recipe itself, or the one that lies at this path."""
+def as_recipe(recipe: Recipe | Mapping[str, Any] | Path | str) -> Recipe:
+    """The recipe itself, that of a mapping of its keys, or the one that lies at this path."""
+    if isinstance(recipe, Stages):
+        raise RecipeError("expected one recipe, found stages: these are merged into a folder only (merge_to_folder).")
+    if isinstance(recipe, Mapping):
+        return parse_recipe(recipe)
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def as_recipes(recipe: Recipe | Stages | Path | str, folder: Path | str | None = None) -> Recipe | Stages:
-    """The recipe or the stages themselves, or those that lie at this path; stages of one document are its recipe, and
-    a recipe whose base is first to be made is stages.
+def as_recipes(
+    recipe: Recipe | Stages | Mapping[str, Any] | Path | str, folder: Path | str | None = None
+) -> Recipe | Stages:
+    """The recipe or the stages themselves, or those that lie at this path or in a mapping; stages of one document are
+    its recipe, and a recipe whose base is first to be made is stages.
 
     Raises RecipeError for a folder of stages where there are none.
     """
-    found = load_stages(recipe) if isinstance(recipe, (str, Path)) else recipe
+    found = parse_recipe(recipe) if isinstance(recipe, Mapping) else recipe
+    found = found if isinstance(found, (Recipe, Stages)) else load_stages(found)
     found = with_adapted_bases([found]) if isinstance(found, Recipe) and not found.stages else found
     found = found.final if isinstance(found, Stages) and len(found.recipes) == 1 else found
     if folder is not None and not isinstance(found, Stages):
@@ -129,8 +137,8 @@ def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
     each, fixed = thread_bytes(plan), PROCESS_BYTES
     if fixed + each > memory:
         raise RecipeError(
-            f"--memory {memory / 1e6:.0f} MB is less than one thread needs: {(fixed + each) / 1e6:.0f} MB "
-            f"({fixed / 1e6:.0f} for Python and the kernels, {each / 1e6:.0f} for its buffers)."
+            f"--memory {size(memory)} is less than one thread needs: {size(fixed + each)} "
+            f"({size(fixed)} for Python and the kernels, {size(each)} for its buffers)."
         )
     return max(1, min(threads, (memory - fixed) // each))
 

@@ -16,6 +16,7 @@ from typing import Any
 from rlmerge.api import Outcome, Step, merge_to_folder
 from rlmerge.execute.ray_cluster import connected
 from rlmerge.execute.stage_folder import StageFolder
+from rlmerge.figures import size
 from rlmerge.fisher.on_demand import check_extra, with_estimates
 from rlmerge.planned import Planned, check_places, disk_bytes, plan_stages
 from rlmerge.planner import make_plan
@@ -80,14 +81,12 @@ def _announce(place: StageFolder, found: Sequence[Planned]) -> str:
     """What is about to be made, and the disk that it takes."""
     made = [planned.name for planned in found if planned.made]
     todo = [planned for planned in found[:-1] if not planned.made]
-    size, last = (
-        (f"{n / 1e9:.2f} GB" if n > 1e9 else f"{n / 1e6:.2f} MB")
-        for n in (sum(map(disk_bytes, todo)), disk_bytes(found[-1]))
-    )
-    parts = [f"to merge: {', '.join(planned.name for planned in todo)} ({size})"] if todo else []
+    names, taken = ", ".join(planned.name for planned in todo), sum(map(disk_bytes, todo))
+    parts = [f"to merge: {names} ({size(taken)})"] if todo else []
     parts += [f"there already: {', '.join(made)}"] if made else []
     then = "removed when the output is whole" if place.temporary else "kept"
-    return f"{len(found) - 1} stage(s) in {place.folder}, {then}: {'; '.join(parts)}; then {place.out} ({last})"
+    last = f"{place.out} ({size(disk_bytes(found[-1]))})"
+    return f"{len(found) - 1} stage(s) in {place.folder}, {then}: {'; '.join(parts)}; then {last}"
 
 
 def _labelled(name: str, progress: Callable[[Step], None]) -> Callable[[Step], None]:

@@ -1,13 +1,17 @@
-"""YAML documents as plain data, with the line of every place in them, so that a message can say where a mistake is.
+"""YAML documents, or Python's mappings, as plain data, with the line of every place in a document, so that a message
+can say where a mistake is.
 
 Stricter than YAML: no tags of programming languages, no key twice, no alias bombs; `1e-5` is a number.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import yaml
 
 from rlmerge.errors import RecipeError
@@ -99,7 +103,7 @@ def read_documents(text: str, source: str, kind: type = dict) -> list[tuple[Any,
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark and kind is dict else ""
-        hint = "\n  Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+        hint = "\n  Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else _indent_hint(error)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise RecipeError(f"{source}{line}: this is no recipe in YAML: {problem}.{hint}") from None
     except yaml.YAMLError as error:
@@ -117,6 +121,44 @@ def read_documents(text: str, source: str, kind: type = dict) -> list[tuple[Any,
     if not found:
         raise RecipeError(f"{source}: the recipe is empty.")
     return full or found[:1]
+
+
+def plain_data(value: Any, source: str, place: Place = ()) -> Any:
+    """What a program gives in place of YAML, as `read_yaml` returns it: tuples as lists, paths as text, NumPy's numbers
+    as Python's. RecipeError for keys that are no text and for what contains itself; other values stay for the checks.
+    """
+    where = f"{source}: {dotted(place)}: " if place else f"{source}: "
+    if len(place) > MAX_DEPTH:
+        raise RecipeError(f"{source}: this is nested too deeply.")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RecipeError(f"{where}a key must be text, found {show(key)}.")
+            if _UNWRITABLE.search(key):
+                raise RecipeError(f"{where}the key {show(key)} holds characters that no text has.")
+        return {key: plain_data(inner, source, (*place, key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(inner, source, (*place, number)) for number, inner in enumerate(value)]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and _UNWRITABLE.search(value):
+        raise RecipeError(f"{where}{show(value)} holds characters that no text has.")
+    return value
+
+
+def _indent_hint(error: yaml.MarkedYAMLError) -> str:
+    """What to say of a line that starts in a column in which nothing around it starts."""
+    if error.context is None or "block" not in error.context or "expected <block end>" not in str(error.problem):
+        return ""
+    assert error.context_mark is not None and error.problem_mark is not None
+    first, column = error.context_mark.line + 1, error.problem_mark.column + 1
+    if "collection" in error.context:
+        return (
+            f"\n  This line stands further left than the keys of the entry that it belongs to, in the list from line {first}: "
+            "they start under the entry's first key, not under its dash."
+        )
+    return f"\n  This line starts in column {column}, the keys that it belongs to (from line {first}) in another one."
 
 
 def _nodes(loader: _Loader) -> list[Any]:

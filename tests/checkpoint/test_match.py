@@ -180,6 +180,41 @@ def test_equal_vectors_are_not_tied(make: Any) -> None:
     refused(make("b2", MODEL | ones), make("e2", MODEL), words=("model.norm2.weight",))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ("model.layers.", "model.language_layers.", ("'model.language_layers'", "begin with 'model.layers'")),
+        ("model.", "model.language_model.", ("begin with 'model.language_model'", "they begin with 'model'")),
+        ("", "x.", ("begin with 'x'", "they have nothing before them")),
+        ("model.", "", ("names in", "have nothing before them", "they begin with 'model'")),
+    ],
+)
+def test_names_that_begin_otherwise_are_said_to(make: Any, ours: str, theirs: str, said: tuple[str, ...]) -> None:
+    """No word of tied weights then, and none of `on_mismatch`, which would make a copy of the base of it."""
+    tensors = {**MODEL, "model.lm_head.weight": HEAD}
+    expert = make("expert", {
+        theirs + name.removeprefix(ours) if name.startswith(ours) else name: value for name, value in tensors.items()
+    })  # fmt: skip
+    base = make("base", tensors, tie_word_embeddings=False)
+    refused(base, expert, words=(*said, "store the model again"))
+    with pytest.raises(MismatchError) as caught:
+        matched(base, expert)
+    assert "tied" not in str(caught.value) and "on_mismatch" not in str(caught.value)
+    assert any(said[0] in note for note in matched(base, expert, on_mismatch="base").notes)
+
+
+def test_other_names_that_end_alike_are_no_renaming(make: Any) -> None:
+    """One tensor more and one less is another model, such as a classifier."""
+    tensors = {name: value for name, value in MODEL.items() if "norm" not in name}
+    base = make("base", {**tensors, "lm_head.weight": HEAD})
+    expert = make("expert", {**tensors, "score.weight": HEAD})
+    refused(base, expert, words=("lm_head.weight", "on_mismatch: base", "tied expert?"))
+    less = make("less", {"score.weight": HEAD, "model.embed_tokens.weight": EMBED})
+    with pytest.raises(MismatchError) as caught:
+        matched(base, less)
+    assert "tied" not in str(caught.value)
+
+
 def test_buffers(make: Any) -> None:
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": random(3, 2), "h.0.attn.bias": random(3, 1, 1, 4, 4)}
     result = matched(make("base", MODEL), make("e", MODEL | rotary))

@@ -141,6 +141,22 @@ def test_a_sweep_writes_a_folder_for_each_value(good: Path, tmp_path: Path) -> N
     assert "ties lambda=1" in text
 
 
+# ---- Messages --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_said_in_units_in_which_it_is_a_number(good: Path, tmp_path: Path) -> None:
+    said = refused(rlmerge("merge", good / "ties.yml", tmp_path / "out", "--memory", "1kb"))
+    assert "--memory 1 kB is less than one thread needs: 2" in said
+
+
+def test_without_a_recipe_no_message_speaks_of_one(good: Path, tmp_path: Path) -> None:
+    flags = ["merge", tmp_path / "out", "--base", good / "base", "--expert", good / "e0", "--method", "ties", *NUMPY]
+    said = refused(rlmerge(*flags))
+    assert said.rstrip().endswith("parameter 'weight' is missing: method 'ties' needs a number. Add '--set weight=1', "
+                                  "or another value.")  # fmt: skip
+    succeeded(rlmerge(*flags, "--set", "weight=1"))
+
+
 # ---- Dry runs ------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +165,7 @@ def test_a_dry_run_looks_at_the_free_disk(good: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
     out = tmp_path / "deep" / "out"
     dry = refused(rlmerge("merge", good / "ties.yml", out, "--dry-run"))
-    assert "GB are free" in dry
+    assert " 100 B are free" in dry
     assert refused(rlmerge("merge", good / "ties.yml", out, *NUMPY)) == dry
     assert list(tmp_path.iterdir()) == []
     succeeded(rlmerge("check", good / "ties.yml"))

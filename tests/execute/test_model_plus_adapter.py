@@ -250,3 +250,16 @@ def test_a_tied_matrix_gets_the_update_in_both_copies(tmp_path):
     (tmp_path / "stage" / "config.json").write_text('{"tie_word_embeddings": false}')
     with pytest.raises(MismatchError, match="ties the two"):
         make_plan(recipe)
+
+
+def test_alone_and_without_a_base_its_message_offers_both_ways(tmp_path):
+    """In the first place, too, where the model lends names and files."""
+    write_set(tmp_path)
+    write_lora(tmp_path / "lora")
+    for models in (["lora", "stage"], ["stage", "lora"]):
+        with pytest.raises(
+            RecipeError, match=r"lora: a LoRA adapter is an update.*`base_model:`, or .*'MODEL\+ADAPTER'"
+        ):
+            make_plan(recipe_in(tmp_path, "linear", models, base=None))
+    with pytest.raises(MismatchError, match="lora: a LoRA adapter cannot be the base"):
+        make_plan(recipe_in(tmp_path, "ties", ["stage"], base="lora"))

@@ -85,13 +85,14 @@ def model_card(
     """README.md: front matter that the Hub understands, what was merged and how, and what became of the updates.
 
     `licences` has a line for every model, the base first: in a merge of several stages, those that were there before.
-    `commits` are those of what came from the hub, with their ids.
+    `commits` are those of what came from the hub, with their ids; only these are `base_model`, for the Hub refuses what
+    is no id, and a folder may look like one.
     References are those of the recipe, never made absolute. Licences that differ are named, not resolved.
     """
     known = {licence for licence in licences.values() if licence}
+    ids = list(dict.fromkeys(name for name, _ in commits))
     front: dict[str, Any] = {
-        "base_model": list(licences),
-        "base_model_relation": "merge",
+        **({"base_model": ids, "base_model_relation": "merge"} if ids else {}),
         "library_name": "transformers",
         "tags": ["merge", "rlmerge", recipe["merge_method"]],
     }

@@ -24,6 +24,13 @@ _BUFFER = re.compile(r"(^|\.)rotary\w*\.(inv_freq|cos_cached|sin_cached)$|(^|\.)
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
 _VOCABULARY = re.compile(r"(^|\.)(\w*embed\w*|wte|lm_head|output|shared)(\.weight)?$")
 _SHOWN = 5
+_TRIED = 20
+"""Names that are looked for under another beginning; half of all that are missing must then be there."""
+_RENAME = "\n  Tensors are matched by their names: store the model again under the names of the base."
+_ADVICE = (
+    "\n  Merging needs experts trained from this base. If you mean it, leave tensors out with 'exclude:' "
+    "(regular expressions), or write 'on_mismatch: base' to take them from the base."
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,9 @@ def match(
     for one in found:
         one.problems += _untied(base, ties, one)
     problems = [problem for one in found for problem in one.problems]
+    renamed = _renamings(base, experts, wanted, chosen) if problems else []
     if problems and on_mismatch == "error":
-        raise MismatchError(_describe(problems))
+        raise MismatchError(_describe(problems, renamed))
     tie_notes += [f"{name} is tied to an excluded tensor: excluded, too." for name in sorted(split)]
     notes = [*tie_notes, *(note for one in found for note in one.notes)]
     if problems:
@@ -102,6 +110,7 @@ def match(
             f"{len(problems)} tensors do not fit and are taken from the base, or ignored where the base does not have "
             "them (on_mismatch: base): " + _list(problem.text for problem in problems)
         )
+        notes += renamed
     carried |= {problem.name: "mismatch" for problem in problems if problem.name in base.tensors}
     merged = {n: tuple(one.sources[n] for one in found) for n in wanted if n not in carried}
     tied = {second: first for first, second in reversed(ties)}
@@ -179,17 +188,19 @@ def _match_one(
         adapter = open_adapter(expert, base.whole or base)
         return _match_adapter(base, expert, adapter if expert.seen_as is None else _seen(adapter, expert), wanted)
     found = _Found()
+    alone = sum(name not in expert.tensors for name in wanted) == 1
     for name in wanted:
         theirs = expert.tensors.get(name)
         if theirs is None:
-            _missing(base, expert, name, found, resized)
+            _missing(base, expert, name, found, resized, alone)
         elif problem := _misfit(base, expert, base.tensors[name], theirs, resized):
             found.problems.append(_Problem(name, problem))
         else:
             found.sources[name] = Source("tensor", theirs)
-    for name, info in expert.tensors.items():
-        if name not in base.tensors and name in chosen:
-            _extra(base, expert, info, found)
+    extra = [info for name, info in expert.tensors.items() if name not in base.tensors and name in chosen]
+    single = sum(not is_buffer(info) for info in extra) == 1
+    for info in extra:
+        _extra(base, expert, info, found, single)
     if expert.lora is not None:
         _apply_adapter(expert, expert.lora, found)
     return found
@@ -233,8 +244,10 @@ def _is_vocabulary(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, their
     return (ours.shape[0], theirs.shape[0]) == sizes or _VOCABULARY.search(ours.name) is not None
 
 
-def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found, resized: Collection[str]) -> None:
-    """A tensor of the base that the expert lacks: fine when the base stores a tied tensor twice."""
+def _missing(
+    base: Checkpoint, expert: Checkpoint, name: str, found: _Found, resized: Collection[str], alone: bool
+) -> None:
+    """A tensor of the base that the expert lacks, `alone` or among others: fine when the base stores a tied one twice."""
     twins = _twins(base.tensors[name], base.tensors, expert.tensors)
     for twin in twins:
         fits = not _misfit(base, expert, twin, expert.tensors[twin.name], resized)
@@ -243,13 +256,13 @@ def _missing(base: Checkpoint, expert: Checkpoint, name: str, found: _Found, res
             found.notes.append(f"{name} is tied to {twin.name} in {base.reference}; {expert.reference} stores it once.")
             return
     text = f"{name}: {list(base.tensors[name].shape)} in {base.tensors[name].file}, missing in {expert.folder}"
-    if twins and _VOCABULARY.search(name):
+    if alone and twins and _VOCABULARY.search(name):
         text += f" (tied expert? the base's {name} differs from its {twins[0].name})"
     found.problems.append(_Problem(name, text))
 
 
-def _extra(base: Checkpoint, expert: Checkpoint, info: TensorInfo, found: _Found) -> None:
-    """A tensor of the expert that the base lacks: fine when it is a buffer or repeats a tied tensor."""
+def _extra(base: Checkpoint, expert: Checkpoint, info: TensorInfo, found: _Found, alone: bool) -> None:
+    """A tensor of the expert that the base lacks, `alone` or not: fine when it is a buffer or repeats a tied tensor."""
     if is_buffer(info) or not is_weight_tensor(info):
         found.notes.append(f"{info.name} is only in {expert.reference}, a buffer ({info.dtype}): ignored.")
         return
@@ -259,9 +272,50 @@ def _extra(base: Checkpoint, expert: Checkpoint, info: TensorInfo, found: _Found
             found.notes.append(f"{info.name} of {expert.reference} repeats {twin.name}, which is tied to it: ignored.")
             return
     text = f"{info.name}: {list(info.shape)} in {info.file}, missing in {base.folder}"
-    if twins and _VOCABULARY.search(info.name):
+    if alone and twins and _VOCABULARY.search(info.name):
         text += f" (tied base, but the expert's {info.name} differs from its {twins[0].name})"
     found.problems.append(_Problem(info.name, text))
+
+
+def _renamings(base: Checkpoint, experts: Iterable[Checkpoint], wanted: list[str], chosen: set[str]) -> list[str]:
+    """What to say of experts that lack tensors of the base and have the same ones under another beginning."""
+    said = []
+    for expert in experts:
+        missing = [name for name in wanted if name not in expert.tensors]
+        extra = {n: info.shape for n, info in expert.tensors.items() if n in chosen and n not in base.tensors}
+        if expert.adapter or not missing or not extra:
+            continue
+        best = (0, "", "")
+        for ours, theirs in {pair for name in missing[:_TRIED] if (pair := _beginnings(name, extra, base))}:
+            of = [name for name in missing if name.startswith(ours)]
+            fits = sum(extra.get(theirs + name.removeprefix(ours)) == base.tensors[name].shape for name in of)
+            best = max(best, (fits, ours, theirs))
+        fits, ours, theirs = best
+        if fits > 1 and 2 * fits >= len(missing):
+            own = f"begin with {ours.rstrip('.')!r}" if ours else "have nothing before them"
+            other = f"begin with {theirs.rstrip('.')!r}" if theirs else "have nothing before them"
+            said.append(
+                f"{fits} names in {expert.folder} {other}, and in {base.folder} they {own}: the tensors may be the same, "
+                "under other names."
+            )
+    return said
+
+
+def _beginnings(name: str, extra: Mapping[str, tuple[int, ...]], base: Checkpoint) -> tuple[str, str] | None:
+    """What the two names begin with, up to where they are equal, for the name of a like tensor that ends most alike."""
+    parts = name.split(".")
+    best, found = 0, None
+    for other, shape in extra.items():
+        if shape != base.tensors[name].shape:
+            continue
+        theirs = other.split(".")
+        alike = 0
+        while alike < min(len(parts), len(theirs)) and parts[-1 - alike] == theirs[-1 - alike]:
+            alike += 1
+        if alike > best:
+            tail = ".".join(parts[len(parts) - alike :])
+            best, found = alike, (name.removesuffix(tail), other.removesuffix(tail))
+    return found
 
 
 def _twins(info: TensorInfo, own: dict[str, TensorInfo], other: dict[str, TensorInfo]) -> list[TensorInfo]:
@@ -372,13 +426,13 @@ def _follow_ties(base: Checkpoint, expert: Checkpoint, changed: set[str], found:
         )
 
 
-def _describe(problems: list[_Problem]) -> str:
+def _describe(problems: list[_Problem], renamed: list[str]) -> str:
     count = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
     return (
         f"These models do not fit together: {count} not match.\n  "
         + _list((problem.text for problem in problems), "\n  ")
-        + "\n  Merging needs experts trained from this base. If you mean it, leave tensors out with 'exclude:' "
-        "(regular expressions), or write 'on_mismatch: base' to take them from the base."
+        + "".join(f"\n  {text}" for text in renamed)
+        + (_RENAME if renamed else _ADVICE)
     )
 
 

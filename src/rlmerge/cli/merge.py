@@ -131,16 +131,17 @@ def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _show(recipe: Recipe | Stages, out: str, outcome: Outcome) -> None:
+    from rlmerge.figures import statistics_rows
     from rlmerge.stages import Stages
 
     *stages, final = recipe.recipes if isinstance(recipe, Stages) else [recipe]
     for stage in stages:
         made = outcome.stages[stage.name or ""]
-        if made is not None and "support" in made.report["total"]:
+        if made is not None and statistics_rows(made.report["total"]):
             show_statistics(f"{stage.name}: {stage.merge_method}", made.report["total"])
     method = final.merge_method
     for name, report in zip(outcome.names, outcome.reports):
-        if "support" in report["total"]:
+        if statistics_rows(report["total"]):
             show_statistics(f"{method} {name}".strip(), report["total"])
     print(f"{out}: {size(outcome.bytes_read)} read in {duration(outcome.seconds)}", end="")
     print(f", {outcome.resumed_units} of {outcome.total_units} units from before" if outcome.resumed_units else "")

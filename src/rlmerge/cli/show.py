@@ -8,20 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlmerge.errors import plain
-from rlmerge.figures import as_text, statistics_table
+from rlmerge.figures import as_text, size, statistics_table
 
 if TYPE_CHECKING:
     from rlmerge.api import Step
     from rlmerge.packs.write import Packing
-
-
-def size(count: float) -> str:
-    """'1.23 GB' (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def duration(seconds: float) -> str:

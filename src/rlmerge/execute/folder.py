@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH, hash_range
 from rlmerge.errors import ClusterError, OutputError
+from rlmerge.figures import size
 from rlmerge.plan import Plan
 
 from .journal import Journal
@@ -109,8 +110,7 @@ class OutputFolder:
         needed = self.needed_bytes()
         if needed > free:
             raise OutputError(
-                f"{self.out}: needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on that disk. "
-                "Nothing was written."
+                f"{self.out}: needs {size(needed)} more, and {size(free)} are free on that disk. Nothing was written."
             )
 
     def needed_bytes(self) -> int:

@@ -24,10 +24,11 @@ def collect(worker: Worker, journal: Journal) -> list[dict[str, Any]]:
     for variant, group in enumerate(worker.group_of):
         tensors: dict[str, Any] = {}
         total: dict[str, Any] = {}
-        size = 0
+        size = mismatched = 0
         for t, tensor in enumerate(worker.plan.tensors):
             if tensor.carry is not None:
                 tensors[tensor.name] = {"size": tensor.size, "carried": tensor.carry}
+                mismatched += tensor.size if tensor.carry == "mismatch" else 0
                 continue
             sums: dict[str, Any] = {}
             for u in range(len(tensor.units)):
@@ -43,6 +44,9 @@ def collect(worker: Worker, journal: Journal) -> list[dict[str, Any]]:
             factors = _factors(worker, variant, t, stages)
             tensors[tensor.name] = entry | ({"rescale": factors} if factors else {})
         summary = {"size": size} | name_statistics(total, worker.plan.experts, size)
+        if mismatched:  # the shares below are of what was merged, which here is not all that could have been
+            whole = sum(tensor.size for tensor in worker.plan.tensors)
+            summary["merged"] = {"count": size, "of": whole, "share": size / whole}
         factors = [value for entry in tensors.values() for value in entry.get("rescale", {}).values()]
         if factors:
             summary["rescale"] = {"min": min(factors), "mean": math.fsum(factors) / len(factors), "max": max(factors)}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from rlmerge.errors import FisherError
+from rlmerge.figures import size
 
 from .gradients import LOGITS
 from .layers import layers_of
@@ -33,7 +34,7 @@ def fit(model: Any, longest: int, most: int, memory: int | None) -> tuple[int, b
     weights = _weights(model)
     needed = fixed + unit
     raise FisherError(
-        f"--memory {memory / 1e9:.2g} GB is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
+        f"--memory {size(memory)} is too little: weights and Fisher take {weights / 1e9:.2g} GB, and a unit of "
         f"{longest:,} tokens {unit / 1e9:.2g} GB even with activations computed twice. Give "
         f"{-(-needed // 10**8) / 10:.1f} GB, lower --max-new-tokens, or estimate some tensors only (--only)."
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlmerge.errors import GramError
+from rlmerge.figures import size
 from rlmerge.fisher.room import AROUND
 
 from .inputs import Weight
@@ -45,16 +46,16 @@ def plan_room(model: Any, widths: Mapping[Weight, int], tokens: int, memory: int
     groups: list[list[Weight]] = [[]]
     sums = most = 0
     for weight, width in widths.items():
-        size = 8 * width**2
-        if memory is not None and groups[-1] and fixed + sums + size > memory:
+        own = 8 * width**2
+        if memory is not None and groups[-1] and fixed + sums + own > memory:
             groups.append([])
             sums = 0
         groups[-1].append(weight)
-        sums += size
+        sums += own
         most = max(most, sums)
     if memory is not None and fixed + most > memory:
         raise GramError(
-            f"--memory {memory / 1e9:.2g} GB is too little: the model takes {weights / 1e9:.2g} GB, and the largest "
+            f"--memory {size(memory)} is too little: the model takes {weights / 1e9:.2g} GB, and the largest "
             f"Gram matrix, of {widest:,} inputs, {(work + 8 * widest**2) / 1e9:.2g} GB while it is summed and written. "
             f"Give {-(-(fixed + 8 * widest**2) // 10**8) / 10:.1f} GB, or lower --batch-tokens."
         )
