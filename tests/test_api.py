@@ -372,8 +372,33 @@ def test_other_tokenizers_are_refused_unless_accepted(tmp_path):
     with pytest.raises(MismatchError, match="--accept-tokenizers"):
         rlmerge.merge_to_folder(recipe, tmp_path / "out")
     outcome = rlmerge.merge_to_folder(recipe, tmp_path / "out", accept_tokenizers=True)
-    assert outcome.notes
+    assert len(outcome.notes) == 1  # and none on a template that is lost
     with pytest.raises(MismatchError, match="--accept-tokenizers"):
         next(rlmerge.merge(recipe, kernels="numpy"))
     merged = dict(rlmerge.merge(recipe, kernels="numpy", accept_tokenizers=True))
     assert merged["w"].tobytes() == base["w"].tobytes()
+
+
+def test_a_chat_template_that_would_be_lost_is_said_to(tmp_path):
+    """As TRL saves an expert: with a pad token and a template that the base lacks. The message says how to keep them."""
+    base = {"model.embed_tokens.weight": np.ones((3, 3), np.float32)}
+    write_all(tmp_path, base, {"a": base})
+    words = {"model": {"type": "BPE", "vocab": {"x": 0, "y": 1, "</s>": 2}, "merges": []}}
+    for name, config in (("base", {}), ("a", {"pad_token": "</s>", "chat_template": "{{ x }}"})):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(words))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": 3}))
+    with pytest.raises(MismatchError) as caught:
+        rlmerge.check(make_recipe(tmp_path, "ram", ["a"]))
+    assert "Their tokens are the same" in str(caught.value) and "may mean different" not in str(caught.value)
+    assert "add --accept-tokenizers: the output then has the tokenizer of base, and no chat template." in str(caught.value)
+    (note,) = [text for text in rlmerge.check(make_recipe(tmp_path, "ram", ["a"]), accept_tokenizers=True).notes
+               if text.startswith("the output has the tokenizer of base, and no chat template.")]  # fmt: skip
+    for said in ("`tokenizer_source: MODEL`", "`chat_template: auto`"):  # and both do what the note says of them
+        assert said in note
+    kept = [make_recipe(tmp_path, "ram", ["a"], tokenizer_source="a"), make_recipe(tmp_path, "ram", ["a"], chat_template="auto")]
+    for number, recipe in enumerate(kept):
+        out = rlmerge.merge_to_folder(recipe, tmp_path / f"out{number}", accept_tokenizers=number == 1).out
+        held = json.loads((out / "tokenizer_config.json").read_text())
+        assert held["chat_template"] == "{{ x }}"
+        assert held.get("pad_token") == ("</s>" if number == 0 else None)

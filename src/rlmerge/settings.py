@@ -107,7 +107,7 @@ def sweep_names(sweep: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     """Raises MismatchError if tokenizers differ although the vocabularies have one size; notes them if accepted."""
-    from rlmerge.checkpoint.tokenizer import compare_tokenizers, lent_files
+    from rlmerge.checkpoint.tokenizer import compare_tokenizers, lent_files, open_tokenizers
     from rlmerge.small_files import copied_files
 
     if plan.chat_template is not None or plan.vocabulary is not None:  # files that cannot take it are known now
@@ -116,17 +116,29 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     # what the recipe decides is no question any more
     aspects = ["vocabulary", "merges", "sentencepiece"] if plan.vocabulary is None else []
     aspects += ["special", *(["templates"] if plan.chat_template is None else [])]
-    differences = tuple(compare_tokenizers(folders, lent_files(plan.base or plan.donor, plan.models), aspects))
-    if differences and not accept and plan.vocabulary is None:
+    lent = lent_files(plan.base or plan.donor, plan.models)
+    differences = tuple(compare_tokenizers(folders, lent, aspects))
+    if not differences or plan.vocabulary is not None:
+        return differences
+    framing = differences == tuple(compare_tokenizers(folders, lent, ("special", "templates")))
+    templates = [tokenizer.templates for tokenizer in open_tokenizers(folders, lent)]
+    lost = plan.chat_template is None and not templates[0] and any(templates)
+    taken = f"the output then has the tokenizer of {plan.donor.reference}{', and no chat template' if lost else ''}"
+    keep = "`tokenizer_source: MODEL` in the recipe keeps the tokenizer of a model, its special tokens and chat template"
+    keep += "; `chat_template: auto` the template alone." if lost else "."
+    if not accept:
         listed = "\n  ".join(differences[:8]) + (
             f"\n  … and {len(differences) - 8} more" if len(differences) > 8 else ""
         )
         raise MismatchError(
             f"the models have the same shapes but not the same tokenizer:\n  {listed}\n"
-            "  Their rows of the embedding may mean different tokens. If you know that this is harmless, add "
-            f"--accept-tokenizers: the output then has the tokenizer of {plan.donor.reference}."
+            f"  {_FRAMING if framing else _ROWS} add --accept-tokenizers: {taken}.\n  {keep}"
         )
-    return differences
+    return (*differences, f"{taken.replace(' then', '')}. {keep}") if lost else differences
+
+
+_ROWS = "Their rows of the embedding may mean different tokens. If you know that this is harmless,"
+_FRAMING = "Their tokens are the same; what differs is how text is framed. If that is harmless,"
 
 
 def limit_threads(threads: int, memory: int | None, plan: Plan) -> int:
