@@ -163,6 +163,16 @@ def test_the_shipped_plugin_merges(tmp_path):
         assert np.abs(array - np.clip(sums[name], base[name] - 0.01, base[name] + 0.01)).max() < 1e-6
 
 
+def test_guide_quotes_the_error_of_a_misspelt_parameter(tmp_path):
+    text = "merge_method: ties\nbase_model: base\nmodels:\n- model: math\n  parameters:\n    weight: 1\n    densty: 1\n"
+    (tmp_path / "typo.yml").write_text(text, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "rlmerge", "merge", "typo.yml", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in ["$ rlmerge merge typo.yml out", *run.stderr.splitlines()]) in guide
+
+
 def test_guide_quotes_what_a_check_of_its_stages_prints(tmp_path):
     shutil.copytree(ROOT / "src/rlmerge/demo/data/models", tmp_path / "demo-out" / "models")
     command = [BINARY, "check", str(ROOT / "examples" / "stages.yml")]

@@ -101,7 +101,8 @@ def test_set_takes_only_what_the_method_has():
 
 
 @pytest.mark.parametrize(
-    ("written", "flag"), [("true", True), ("1", True), ("1.0", True), ("0", False), ("0.0", False)]
+    ("written", "flag"),
+    [("true", True), ("1", True), ("1.0", True), ("0", False), ("0.0", False), ("'true'", True), ("'True'", True)],
 )
 def test_flags_may_be_numbers(written, flag):
     assert parse("linear", f"normalize: {written}").parameters["normalize"] is flag
@@ -109,7 +110,7 @@ def test_flags_may_be_numbers(written, flag):
     assert (rescale != "none") is flag
 
 
-@pytest.mark.parametrize("written", ["2", "0.5", "'true'", "-1", "[0, 2]"])
+@pytest.mark.parametrize("written", ["2", "0.5", "'1'", "'yes'", "'false'", "-1", "[0, 2]"])
 def test_other_numbers_are_no_flags(written):
     with pytest.raises(RecipeError, match="true or false"):
         parse("linear", f"normalize: {written}")

@@ -199,7 +199,7 @@ ODD = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.floats(-1, 2), 
 def scalars(spec: Parameter) -> st.SearchStrategy[Any]:
     """What a parameter may be, with a little that it may not."""
     if spec.kind == "flag":
-        return st.booleans()
+        return st.sampled_from([True, False, 0, 1, "true", "True", "false"])
     if spec.kind == "choice":
         return st.one_of(st.sampled_from(spec.choices), st.booleans()) if spec.flags else st.sampled_from(spec.choices)
     low = spec.minimum if spec.minimum is not None else spec.above if spec.above is not None else 0

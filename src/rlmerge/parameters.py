@@ -6,6 +6,7 @@ list of numbers is a gradient over the layers; a list of `{filter, value}` entri
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,7 +67,14 @@ def as_integer(value: Any) -> int:
 
 
 def as_flag(value: Any) -> bool:
-    """A flag from a flag, or from 0 or 1, which recipes for mergekit hold, too. Raises ValueError."""
+    """A flag from a flag, or from 0, 1 or the text 'true', which recipes for mergekit hold, too. Raises ValueError.
+
+    mergekit takes every text for true: where the word says the other, nobody can know which of them is meant.
+    """
+    if isinstance(value, str) and value.lower() == "true":
+        return True
+    if isinstance(value, str) and value.lower() == "false":
+        raise ValueError("expected true or false, found the text 'false', which mergekit takes for true: drop the quotes")
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise ValueError(f"expected true or false, found {show(value)}")
@@ -121,8 +129,9 @@ def _check_scalar(spec: Parameter, value: Any) -> Any:
     if spec.kind == "flag":
         return as_flag(value)
     if spec.kind == "choice":
-        if spec.flags and (isinstance(value, bool) or value in (0, 1)):
-            return spec.flags[not value]
+        if spec.flags and value not in spec.choices:
+            with contextlib.suppress(ValueError):
+                return spec.flags[not as_flag(value)]
         if value not in spec.choices:
             hint = did_you_mean(value, spec.choices) if isinstance(value, str) else ""
             raise ValueError(f"{show(value)} is not one of: {', '.join(spec.choices)}.{hint}")

@@ -204,9 +204,13 @@ def _value(spec: Parameter) -> Schema:
     return either(scalar, *graded, entry, items(entry))
 
 
+FLAG_TOO: tuple[Schema, ...] = ({"enum": [0, 1]}, {"type": "string", "pattern": "^[Tt][Rr][Uu][Ee]$"})
+"""What else a flag of a method may be, as mergekit has it."""
+
+
 def _scalar(spec: Parameter) -> Schema:
     if spec.kind == "flag":
-        return either(FLAG, {"enum": [0, 1]})
+        return either(FLAG, *FLAG_TOO)
     if spec.kind == "choice":
-        return either({"enum": list(spec.choices)}, *([FLAG, {"enum": [0, 1]}] if spec.flags else []))
+        return either({"enum": list(spec.choices)}, *([FLAG, *FLAG_TOO] if spec.flags else []))
     return number(spec.kind, minimum=spec.minimum, maximum=spec.maximum, exclusiveMinimum=spec.above)
