@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.checkpoint.checkpoint_files import write_tensors
 from tests.cli.command_line import (
     INDEX,
     SHAPES,
@@ -375,3 +377,18 @@ def sparse_model(folder: Path, shapes: dict[str, tuple[int, ...]], shards: int) 
             stream.truncate(8 + len(text) + offset)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "num_hidden_layers": 28}))
+
+
+def test_explain_says_what_it_cuts_and_json_has_it_whole(tmp_path: Path) -> None:
+    names = [f"{letter}.weight" for letter in "abcdefghi"]
+    for model in ("base", "e0"):
+        write_tensors(tmp_path / model / "model.safetensors", {name: np.ones((2, 2)) for name in names}, "F32")
+    for excluded, said in (("[a-f]", "f.weight\n"), ("[a-h]", "f.weight, and 2 more (--json lists all)\n")):
+        (tmp_path / "r.yml").write_text(
+            "merge_method: ties\nbase_model: base\nmodels: [{model: e0}]\nparameters: {weight: 1}\n"
+            f"exclude: '^{excluded}'\n"
+        )
+        assert said in succeeded(rlmerge("explain", tmp_path / "r.yml")).out
+        (carried,) = [g for g in succeeded(rlmerge("explain", tmp_path / "r.yml", "--json")).json if "carried" in g]
+        assert carried["tensors"] == names[: carried["count"]]
+    assert carried["count"] == 8

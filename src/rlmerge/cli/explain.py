@@ -12,7 +12,9 @@ from .options import Parser, declare_output, declare_recipe, make_recipe
 USAGE = "[OPTIONS] RECIPE"
 DESCRIPTION = """\
 Print which parameters hold for which tensors, gradients, filters and defaults
-resolved."""
+resolved. Long lists of tensors are cut; --json has them whole."""
+SHOWN = 6
+"""Patterns of tensors in a line."""
 
 
 def declare(parser: Parser) -> None:
@@ -43,7 +45,8 @@ def run(given: Namespace) -> None:
 
 
 def _show(group: dict[str, Any]) -> None:
-    names = ", ".join(group["tensors"][:6]) + (", …" if len(group["tensors"]) > 6 else "")
+    shown, more = group["tensors"][:SHOWN], len(group["tensors"]) - SHOWN
+    names = ", ".join(shown) + (f", and {more} more (--json lists all)" if more > 0 else "")
     print(f"{group['count']} tensor(s): {names}")
     if "module" in group:
         print(f"  module {group['module']}")
