@@ -326,7 +326,8 @@ elected and the base stays. mergekit elects + there: `cancelled: positive` does 
 """,
     "tsv_m": """
 Use it for experts whose updates have low rank. Each keeps r/K directions, so K experts share the matrix; directions
-that two experts share are turned apart, and not counted twice. A LoRA has no more directions than its rank. It is a sum: `scaling` up to 3 was tried by the authors.
+that two experts share are turned apart, and not counted twice. A LoRA has no more directions than
+its rank. It is a sum: `scaling` up to 3 was tried by the authors.
 """,
 }
 

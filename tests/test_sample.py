@@ -29,9 +29,8 @@ def zeroable():
     for name in rlmerge.method_names():
         method = rlmerge.get_method(name)
         for spec in method.parameters:
-            if spec.kind == "number" and spec.above is None and spec.minimum in (None, 0):
-                if method.arity.base == "required":
-                    yield name, spec.name
+            if method.arity.base == "required" and spec.kind == "number" and spec.above is None and not spec.minimum:
+                yield name, spec.name
 
 
 @pytest.mark.parametrize(("method", "parameter"), list(zeroable()))

@@ -229,7 +229,10 @@ class BesidePlugins:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        frame = sys._getframe(1)
+        try:
+            frame = sys._getframe(1)
+        except ValueError:  # the interpreter itself, at its end
+            frame = None
         while frame is not None:
             if frame.f_code.co_filename in FILES:
                 return getattr(sys.stderr, name)

@@ -21,7 +21,7 @@ from rlmerge.checkpoint.header import read_header
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.checkpoint.pack_steps import WORDS, Read, Tables, add_steps, read_table, reference_words
 from rlmerge.errors import CheckpointError, FisherError, NonFiniteError
-from rlmerge.plan import ExpertSource, GatheredPlace, Place, Plan, TensorPlan
+from rlmerge.plan import GatheredPlace, Place, Plan, TensorPlan
 
 from .blocks import InputBlock, reference_of
 from .memory import Memo, Space

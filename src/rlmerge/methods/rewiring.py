@@ -15,8 +15,8 @@ class SubspaceRewiring(Spectral):
     The update is cut to its leading max(1, int(fraction·r)) singular directions, r = min(m, n), and projected onto the
     leading `base_rank` left and right singular vectors of the base (those of rounding noise left out). As many as a
     side is long span all of it, whatever the base: there is nothing to project, and with the default, all of them, a
-    square matrix is only cut. The authors take seven projections of a layer; here it is every 2-D tensor that is no embedding or head.
-    Other tensors are the expert's. Cost: two decompositions.
+    square matrix is only cut. The authors take seven projections of a layer; here it is every 2-D tensor that is no
+    embedding or head. Other tensors are the expert's. Cost: two decompositions.
     """
 
     name = "subspace_rewiring"
