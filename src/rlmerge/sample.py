@@ -151,7 +151,7 @@ def _dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 def plan_alarms(plan: Plan) -> list[str]:
     """What the plan alone says that a user should think about."""
     found = []
-    sizes = dict.fromkeys(("mismatch", None), 0)
+    sizes: dict[str | None, int] = {"mismatch": 0, None: 0}
     for tensor in plan.tensors:
         sizes[tensor.carry] = sizes.get(tensor.carry, 0) + tensor.size
     taken, whole = sizes["mismatch"], sum(sizes.values())
