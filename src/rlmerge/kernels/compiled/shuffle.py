@@ -1,0 +1,104 @@
+"""The null model's permutation: coordinates in the order of their exponents, and where each change goes.
+
+Within a bin of m coordinates, rank r goes to (r·a + s) mod m: a permutation for every a without a common factor with m.
+With s uniform, any two coordinates meet as often as chance has it, so what supports share after it has no bias.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._jit import inlined, kernel
+from .hash import hash64
+
+BINS = 512
+
+
+@inlined
+def _bin(word, fraction):
+    """Twice the exponent, and one more for a power of two, below which the steps are half as large."""
+    wide = np.uint32(word)
+    exponent = (wide >> fraction) & np.uint32(0xFF)
+    power = (wide & ((np.uint32(1) << fraction) - np.uint32(1))) == np.uint32(0)
+    return np.int64(exponent) * 2 + np.int64(power)
+
+
+@kernel
+def sort_by_exponent(bits, fraction, place, ordered, first):
+    """Orders words uint16 (bf16, fraction 7) or uint32 (fp32, 23) by |exponent| and whether they are a power of two.
+
+    Fills place int32[n] (where each goes), ordered (the words in that order; equal bins keep theirs) and first
+    int64[513] (where each bin begins).
+    """
+    cursor = np.zeros((4, BINS), np.int64)
+    shift = np.uint32(fraction)
+    size = bits.shape[0]
+    quarter = (size + 3) // 4
+    # four runs at a time: neighbours are often of one bin, and would wait for each other
+    for row in range(4):
+        for i in range(row * quarter, min(size, (row + 1) * quarter)):
+            cursor[row, _bin(bits[i], shift)] += 1
+    at = 0
+    for b in range(BINS):
+        first[b] = at
+        for row in range(4):
+            number = cursor[row, b]
+            cursor[row, b] = at
+            at += number
+    first[BINS] = at
+    for i in range(quarter):
+        for row in range(4):
+            j = row * quarter + i
+            if j < min(size, (row + 1) * quarter):
+                b = _bin(bits[j], shift)
+                spot = cursor[row, b]
+                cursor[row, b] = spot + 1
+                place[j] = spot
+                ordered[spot] = bits[j]
+
+
+@kernel
+def draw_permutations(first, key, factor, shift):
+    """Draws a and s of every bin for one expert, into factor and shift int64[512]."""
+    for b in range(BINS):
+        size = first[b + 1] - first[b]
+        factor[b] = 1
+        shift[b] = 0
+        if size < 2:
+            continue
+        shift[b] = np.int64(hash64(key, np.uint64(b)) % np.uint64(size))
+        tried = BINS
+        while True:
+            found = np.int64(hash64(key, np.uint64(tried + b)) % np.uint64(size))
+            one, other = found, size
+            while other:
+                one, other = other, one % other
+            if one == 1:
+                break
+            tried += BINS
+        factor[b] = found
+
+
+@kernel
+def targets(where, bits, fraction, place, first, factor, shift, out):
+    """Where the null model puts the changes at `where` int32[m], as places among the ordered words, int32[m]."""
+    inverse = np.empty(BINS, np.float64)
+    for b in range(BINS):
+        inverse[b] = 1.0 / np.float64(max(first[b + 1] - first[b], 1))
+    moved = np.uint32(fraction)
+    for j in range(where.shape[0]):
+        i = np.uint32(where[j])
+        b = _bin(bits[i], moved)
+        start = first[b]
+        product = (np.int64(place[i]) - start) * factor[b] + shift[b]
+        # the exact quotient: half a unit is more than what the product loses, and less than what is to the next integer
+        whole = np.int64((np.float64(product) + 0.5) * inverse[b])
+        out[j] = np.int32(start + product - whole * (first[b + 1] - start))
+
+
+@kernel
+def put(values, where, out):
+    """out[where] = values."""
+    spot = where.view(np.uint32)
+    for j in range(spot.shape[0]):
+        out[spot[j]] = values[j]
