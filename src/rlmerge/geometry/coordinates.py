@@ -27,11 +27,12 @@ from .tally import AVERAGE, SUM, Tally, add, count_patches, count_sizes, finish,
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How far a measurement is: bytes read and in all; or a message."""
+    """How far a measurement is: how much of a unit is done, and of how much (0: nobody knows); or a message."""
 
     done: int
     total: int
     message: str = ""
+    unit: str = "bytes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,7 +263,7 @@ class Document(TypedDict):
     verdict: NotRequired[Verdict]
 
 
-def document_schema() -> Schema:
+def geometry_schema() -> Schema:
     """The JSON schema (draft 2020-12) of the document."""
     kinds: dict[str, Schema] = {}
     whole = _of_type(Document, kinds)

@@ -48,7 +48,9 @@ class _Null:
         self.place = space.get("null place", (block.size,), np.int32)
         self.first = space.get("null first", (BINS + 1,), np.int64)
 
-    def sort(self, bits: NDArray[np.uint16] | NDArray[np.uint32], ordered: NDArray[np.uint16] | NDArray[np.uint32]) -> None:
+    def sort(
+        self, bits: NDArray[np.uint16] | NDArray[np.uint32], ordered: NDArray[np.uint16] | NDArray[np.uint32]
+    ) -> None:
         """Orders the block by the exponents of these words."""
         self.bits = bits
         self.kernels.sort_by_exponent(bits, self.fraction, self.place, ordered, self.first)
@@ -61,13 +63,13 @@ class _Null:
         for number, patch in enumerate(self.block.patches):
             for row in np.flatnonzero(patch.experts == expert).tolist():
                 to = self.space.get(f"null to {number}", (patch.where.size,), np.int32)
-                self.kernels.targets(
-                    patch.where, self.bits, self.fraction, self.place, self.first, factor, shift, to
-                )
+                self.kernels.targets(patch.where, self.bits, self.fraction, self.place, self.first, factor, shift, to)
                 found.append((patch.delta[row], to))
         return found
 
-    def gather(self, places: NDArray[np.int32], counts: NDArray[np.int64], deltas: list[NDArray[np.float64]]) -> list[Patch]:
+    def gather(
+        self, places: NDArray[np.int32], counts: NDArray[np.int64], deltas: list[NDArray[np.float64]]
+    ) -> list[Patch]:
         """Patches from places by owner, as a block makes them."""
         every = np.arange(len(self.keys))
         groups = [*(every[k : k + 1] for k in every), every]
