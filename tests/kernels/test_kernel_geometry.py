@@ -114,15 +114,16 @@ def test_the_order_and_the_permutation(data):
     exponents = data.draw(hnp.arrays(kind, size, elements=st.sampled_from([0, 1, 120, 121, 255, 256 + 120])))
     mantissa = data.draw(hnp.arrays(kind, size, elements=st.sampled_from([0, 0, 1, 2, 127])))
     bits = (exponents << kind(fraction)) | mantissa
-    places = {"place": np.zeros(size, np.int32), "ordered": np.zeros(size, kind), "first": np.zeros(513, np.int64)}
+    places = {"place": np.zeros(size, np.int32), "ordered": np.zeros(size, kind), "first": np.zeros(769, np.int64)}
     found = agree("sort_by_exponent", bits=bits, fraction=fraction, **places)
     place, first = found["place"], found["first"]
     assert sorted(place.tolist()) == list(range(size))
     assert (found["ordered"][place] == bits).all()
-    bins = ((bits.astype(np.int64) >> fraction) & 255) * 2 + (mantissa == 0)
+    wide = bits.astype(np.int64) >> fraction
+    bins = (wide & 255) * 3 + (mantissa == 0) * (1 + (wide >> 8))
     assert (place == np.argsort(np.argsort(bins, kind="stable"), kind="stable")).all()
     key = np.uint64(data.draw(st.integers(0, 2**64 - 1)))
-    drawn = {"factor": np.zeros(512, np.int64), "shift": np.zeros(512, np.int64)}
+    drawn = {"factor": np.zeros(768, np.int64), "shift": np.zeros(768, np.int64)}
     drawn = agree("draw_permutations", first=first, key=key, **drawn)
     where = np.arange(size, dtype=np.int32)
     made = agree(
@@ -139,10 +140,10 @@ def test_large_bins_are_permuted_exactly(kernels):
     """The quotient by multiplication is the exact one for products up to the square of a run."""
     size = 2**18 - 5
     bits = np.full(size, 0x3F81, np.uint16)
-    place, ordered, first = np.empty(size, np.int32), np.empty(size, np.uint16), np.empty(513, np.int64)
+    place, ordered, first = np.empty(size, np.int32), np.empty(size, np.uint16), np.empty(769, np.int64)
     kernels.sort_by_exponent(bits, 7, place, ordered, first)
-    factor, shift = np.ones(512, np.int64), np.zeros(512, np.int64)
-    factor[254], shift[254] = size - 1, size - 1
+    factor, shift = np.ones(768, np.int64), np.zeros(768, np.int64)
+    factor[381], shift[381] = size - 1, size - 1
     out = np.empty(size, np.int32)
     kernels.targets(np.arange(size, dtype=np.int32), bits, 7, place, first, factor, shift, out)
     assert (out == (np.arange(size) * (size - 1) + size - 1) % size).all()

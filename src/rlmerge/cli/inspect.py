@@ -41,8 +41,7 @@ def declare(parser: Parser) -> None:
     add("--no-null", action="store_true", help="leave out the null model")
     add("--no-storage", action="store_true", help="leave out what average, sum, TIES and SAR would keep in bf16")
     add("--spectra", action="store_true", help="decompose every matrix, too: minutes to hours")
-    add("--data", metavar="[NAME=]FILE", action="append", default=[],
-        help="measure loss and KL on sequences: a .jsonl or task, for all or for one expert (extra 'model')")  # fmt: skip
+    add("--data", metavar="[NAME=]FILE", action="append", default=[], help="measure loss and KL, too (extra 'model')")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the null model; default 0")
     add("--threads", metavar="N", type=at_least(1), help="worker threads; default: all processors")
     add("--memory", metavar="SIZE", help="bound on memory, such as 600MB")
@@ -112,8 +111,9 @@ def _show(found: Document) -> None:
     if total["pairs"]:
         print("\n" + as_text(_pairs(total, keys)))
     if "trajectory" in total:
-        shares = ", ".join(f"{name} {_percent(share)}" for name, share in total["trajectory"].items())
-        print(f"\n trajectory: {shares}")
+        run = total["trajectory"]
+        shares = run["never"], run["consistently"], run["cancelled"]
+        print("\n trajectory: never {}, consistently {}, cancelled {}".format(*map(_percent, shares)))
     if "storage" in found:
         rows = [
             [_method(one), _percent(one["survival"]), _plain(one["cosine"]), _plain(one["norm_ratio"])]

@@ -64,7 +64,7 @@ class Measured:
 
 def measure_coordinates(
     plan: Plan,
-    settings: CoordinateSettings = CoordinateSettings(),  # noqa: B008 (frozen)
+    settings: CoordinateSettings = CoordinateSettings(),
     threads: int = 1,
     kernels: Backend = "auto",
     progress: Callable[[Reading], None] = lambda step: None,

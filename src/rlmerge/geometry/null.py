@@ -12,16 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rlmerge.execute.blocks import InputBlock, reference_of, reads_words
+from rlmerge.execute.blocks import InputBlock, reads_words, reference_of
 from rlmerge.execute.inputs import Inputs, cast
 from rlmerge.execute.memory import Space
 from rlmerge.execute.work import hash_key
 from rlmerge.methods.base import Patch
 from rlmerge.plan import TensorPlan
 
+Words = NDArray[np.uint16] | NDArray[np.uint32]
 RUN = 2**18
 """Coordinates within which deltas are permuted: what a thread handles at once."""
-BINS = 512
+BINS = 768
 
 
 def null_patches(
@@ -29,8 +30,8 @@ def null_patches(
 ) -> list[Patch]:
     """The patches of a block under the null model, over places that no longer are those of the tensor.
 
-    Where all are bf16, stored words are moved; every other mixture is moved as fp32. A power of two has a bin of its
-    own: below it the steps are half as large, and such a step would vanish elsewhere.
+    Where all are bf16, stored words are moved; every other mixture is moved as fp32. Powers of two have bins of their
+    own, by sign: towards zero their steps are half as large, and such a step would vanish elsewhere.
     """
     keys = [hash_key(seed, "null", f"{key}\0{block.start}", plan.known_as) for key in experts]
     maker = _NullOfWords if reads_words(plan) else _NullOfValues

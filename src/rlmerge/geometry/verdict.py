@@ -86,8 +86,8 @@ def judge(
     """
     total = coordinates["total"]
     experts = {key: _judge(key, total, spectra) for key in total["experts"]}
-    kinds = {one["looks"] for one in experts.values()}
-    looks: Looks = kinds.pop() if len(kinds) == 1 else "mixed"
+    kinds: list[Looks] = [one["looks"] for one in experts.values()]
+    looks: Looks = kinds[0] if len(set(kinds)) == 1 else "mixed"
     return {
         "looks": looks,
         "experts": experts,
@@ -164,8 +164,8 @@ def _warn_each(total: Scope, experts: Mapping[str, Judged]) -> list[str]:
             )
         if support - as_bf16 > ROUNDED:
             found.append(
-                f"{key}: {support:.1%} of the weights changed as stored, {as_bf16:.1%} as bf16: most of its sparsity in "
-                "bf16 is rounding, not training."
+                f"{key}: {support:.1%} of the weights changed as stored, {as_bf16:.1%} as bf16: most of its sparsity "
+                "in bf16 is rounding, not training."
             )
         steps = dict(zip(expert["steps"]["at_least"], expert["steps"]["share"]))
         if expert["steps"]["dtype"] != "F32" and (single := steps.get(1) or 0.0) > SINGLE_STEPS:

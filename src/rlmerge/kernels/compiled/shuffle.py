@@ -11,24 +11,26 @@ import numpy as np
 from ._jit import inlined, kernel
 from .hash import hash64
 
-BINS = 512
+BINS = 768
 
 
 @inlined
 def _bin(word, fraction):
-    """Twice the exponent, and one more for a power of two, below which the steps are half as large."""
+    """Three times the exponent, and 1 or 2 more for a power of two, by its sign: steps towards zero are half as large
+    there, and such a step would vanish elsewhere.
+    """
     wide = np.uint32(word)
-    exponent = (wide >> fraction) & np.uint32(0xFF)
-    power = (wide & ((np.uint32(1) << fraction) - np.uint32(1))) == np.uint32(0)
-    return np.int64(exponent) * 2 + np.int64(power)
+    shifted = wide >> fraction
+    power = np.int64((wide & ((np.uint32(1) << fraction) - np.uint32(1))) == np.uint32(0))
+    return np.int64(shifted & np.uint32(0xFF)) * 3 + power * (1 + np.int64(shifted >> np.uint32(8)))
 
 
 @kernel
 def sort_by_exponent(bits, fraction, place, ordered, first):
-    """Orders words uint16 (bf16, fraction 7) or uint32 (fp32, 23) by |exponent| and whether they are a power of two.
+    """Orders words uint16 (bf16, fraction 7) or uint32 (fp32, 23) by their exponents; powers of two stand apart, by sign.
 
     Fills place int32[n] (where each goes), ordered (the words in that order; equal bins keep theirs) and first
-    int64[513] (where each bin begins).
+    int64[769] (where each bin begins).
     """
     cursor = np.zeros((4, BINS), np.int64)
     shift = np.uint32(fraction)
@@ -59,7 +61,7 @@ def sort_by_exponent(bits, fraction, place, ordered, first):
 
 @kernel
 def draw_permutations(first, key, factor, shift):
-    """Draws a and s of every bin for one expert, into factor and shift int64[512]."""
+    """Draws a and s of every bin for one expert, into factor and shift int64[768]."""
     for b in range(BINS):
         size = first[b + 1] - first[b]
         factor[b] = 1

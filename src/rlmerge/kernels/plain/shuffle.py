@@ -8,16 +8,17 @@ import numpy as np
 
 from .hash import hash64
 
-BINS = 512
+BINS = 768
 
 
 def _bins(words, fraction):
     wide = words.astype(np.int64)
-    return ((wide >> fraction) & 0xFF) * 2 + ((wide & ((1 << fraction) - 1)) == 0)
+    power = (wide & ((1 << fraction) - 1)) == 0
+    return ((wide >> fraction) & 0xFF) * 3 + power * (1 + (wide >> (fraction + 8)))
 
 
 def sort_by_exponent(bits, fraction, place, ordered, first):
-    """Orders words by |exponent| and whether they are a power of two."""
+    """Orders words by their exponents; powers of two stand apart, by sign."""
     bins = _bins(bits, fraction)
     order = np.argsort(bins, kind="stable")
     place[order] = np.arange(bits.size)
