@@ -267,7 +267,9 @@ def test_names_and_memory(tmp_path):
         rlmerge.inspect(folders[0], folders[1:], memory=10**8)
     with pytest.raises(RecipeError, match="no expert is given"):
         rlmerge.inspect(folders[0], [])
-    assert rlmerge.inspect(folders[0], folders[1:2], memory=10**9, storage=False, null=False)["settings"]["null"] is False
+    assert (
+        rlmerge.inspect(folders[0], folders[1:2], memory=10**9, storage=False, null=False)["settings"]["null"] is False
+    )
 
 
 def test_places():

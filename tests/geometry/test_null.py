@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tests.geometry.geometry_models import NAMES, document, nearest, write
 
+from rlmerge.geometry import null
+
 SHAPE = (1024, 640)
 SIZE = SHAPE[0] * SHAPE[1]
 DENSITIES = {0.28: 2.57e-5, 0.46: 4.88e-5, 0.93: 5.06e-4}
@@ -32,12 +34,12 @@ def noisy(folder: Any, density: float, dtype: str = "BF16") -> Any:
 def test_no_effect_on_structureless_noise(tmp_path, density):
     """Observed less null is zero within five standard errors of both; the support is the same to the last count."""
     total = noisy(tmp_path, density)
-    null = total["null"]
+    random = total["null"]
     for key, expert in total["experts"].items():
         assert expert["support"] == pytest.approx(density, abs=0.01)
-        assert null["experts"][key]["support"] == expert["support"]
-        assert null["experts"][key]["norm"] == pytest.approx(expert["norm"], rel=1e-3)
-    [ours], [chance] = total["pairs"], null["pairs"]
+        assert random["experts"][key]["support"] == expert["support"]
+        assert random["experts"][key]["norm"] == pytest.approx(expert["norm"], rel=1e-3)
+    [ours], [chance] = total["pairs"], random["pairs"]
     both, union = ours["overlap"] * SIZE, ours["union"] * SIZE
     errors = {
         "overlap": math.sqrt(ours["overlap"] / SIZE),
@@ -77,13 +79,13 @@ def test_planted_effects_are_lost(tmp_path):
         noise = 2e-4 * (0.6 * shared + 0.8 * rng.standard_normal((256, 256)))
         experts[key] = {NAMES[1]: nearest(base[NAMES[1]] + noise * rows[:, None], "BF16")}
     total = document(write(tmp_path, base, experts), storage=False)["coordinates"]["total"]
-    [ours], [null] = total["pairs"], total["null"]["pairs"]
+    [ours], [random] = total["pairs"], total["null"]["pairs"]
     assert ours["cosine"] == pytest.approx(0.36, abs=0.02)
-    assert abs(null["cosine"]) < 0.03
+    assert abs(random["cosine"]) < 0.03
     assert ours["lift"] > 2.7
-    assert null["lift"] < 1.3
+    assert random["lift"] < 1.3
     assert ours["conflict_overlap"] < 0.42
-    assert null["conflict_overlap"] == pytest.approx(0.5, abs=0.02)
+    assert random["conflict_overlap"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_values_move_within_their_bins_and_experts_apart(tmp_path):
@@ -107,3 +109,35 @@ def test_values_move_within_their_bins_and_experts_apart(tmp_path):
         # the rows that nobody changed are another bin: nothing comes there
         share = total["experts"]["a"]["support"] * total["experts"]["b"]["support"] / (60 / 64)
         assert total["null"]["pairs"][0]["overlap"] == pytest.approx(share, abs=0.02)
+
+
+def test_a_quarter_of_large_tensors_speaks_for_all(tmp_path, monkeypatch):
+    """Scaled to the tensor, within the error of a quarter; layers and total weigh tensors by their sizes."""
+    folder = tmp_path / "models"
+    whole = noisy(folder, 0.46)
+    monkeypatch.setattr(null, "WHOLE", 2**16)
+    folders = [folder / key for key in ("base", "a", "b")]
+    found = document(folders, storage=False, kernels="numba")["coordinates"]
+    part = found["total"]["null"]
+    assert part["looked_at"] == sum(-(-size // 4) for size in (2**18, 2**18, SIZE - 2**19))
+    assert whole["null"]["looked_at"] == SIZE
+    assert found["total"]["experts"] == whole["experts"]
+    error = math.sqrt(0.5 / part["looked_at"])
+    for key in "ab":
+        assert part["experts"][key]["support"] == pytest.approx(whole["experts"][key]["support"], abs=5 * error)
+        assert part["experts"][key]["norm"] == pytest.approx(whole["experts"][key]["norm"], rel=0.01)
+    assert part["pairs"][0]["jaccard"] == pytest.approx(whole["pairs"][0]["jaccard"], abs=10 * error)
+    assert part["regions"]["inactive"] == pytest.approx(whole["regions"]["inactive"], abs=5 * error)
+    assert math.fsum(part["regions"]["changers"]) == pytest.approx(1.0)
+
+
+def test_parts_are_spread(tmp_path):
+    """Every quarter of a run is somebody's; small tensors are looked at whole."""
+
+    class Tensor:
+        size, known_as = 2**26, "w"
+
+    found = [null.part_of(Tensor, start, 1003, 0) for start in range(0, 64 * 1003, 1003)]  # type: ignore[arg-type]
+    assert set(found) == {(0, 251), (251, 502), (502, 753), (753, 1003)}
+    Tensor.size = 2**20
+    assert null.part_of(Tensor, 5, 1003, 0) == (0, 1003)  # type: ignore[arg-type]

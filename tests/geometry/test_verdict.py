@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.geometry.geometry_models import document, make_base, train, write
+from tests.geometry.geometry_models import make_base, train, write
 
 import rlmerge
 from rlmerge.errors import RecipeError
@@ -137,6 +137,10 @@ def test_the_recipe_runs_from_where_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     rlmerge.merge_to_folder(tmp_path / "recipes" / "it.yml", tmp_path / "out", threads=1, kernels="numpy")
     monkeypatch.chdir(tmp_path)
-    for name, message in (("recipes/it.yml", "exists already"), ("it.json", "ends in .yml"), ("no/it.yml", "no folder")):
+    for name, message in (
+        ("recipes/it.yml", "exists already"),
+        ("it.json", "ends in .yml"),
+        ("no/it.yml", "no folder"),
+    ):
         with pytest.raises(RecipeError, match=message):
             rlmerge.inspect("models/base", ["models/a"], recipe=name, kernels="numpy")

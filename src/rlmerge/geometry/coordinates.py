@@ -19,7 +19,7 @@ from rlmerge.kernels import Backend, load_kernels
 from rlmerge.plan import Plan, TensorPlan
 
 from .document import Coordinates, Scope, Storage
-from .null import RUN, null_patches
+from .null import RUN, null_patches, part_of
 from .scopes import place_of
 from .summary import describe, describe_stored
 from .tally import AVERAGE, SUM, Tally, add, count_patches, count_sizes, finish, stored_dtype
@@ -42,7 +42,7 @@ class CoordinateSettings:
     null      whether the null model stands beside it
     storage   whether the survival of average and sum is predicted
     seed      of the null model's permutations
-    run       coordinates within which it permutes: what a thread handles at once, too
+    run       coordinates that a thread handles at once, and within which (or within a quarter of which) it permutes
     order     keys of the experts as checkpoints of one run, or none
     """
 
@@ -116,8 +116,11 @@ class _Run:
                 add(found.tallies[-1], tally)
                 add(found.nulls[-1], null)
                 self.progress(Reading(self.inputs.bytes_read, total))
-        for tally in (*found.tallies, *(null for null in found.nulls if null)):
-            finish(tally)
+        for tally, null in zip(found.tallies, found.nulls):
+            size = int(tally["size"][0])
+            finish(tally, size)
+            if null:
+                finish(null, size)
         return found
 
     def _pieces(
@@ -151,8 +154,9 @@ class _Run:
         tally |= count_sizes(self.inputs, tensor, block, space, self.settings.storage)
         if not self.settings.null:
             return tally, {}
-        patches = null_patches(self.inputs, tensor, block, keys, self.settings.seed, space)
-        return tally, count_patches(patches, block.size, experts, self.inputs.kernels)
+        part = part_of(tensor, start, block.size, self.settings.seed)
+        patches = null_patches(self.inputs, tensor, block, part, keys, self.settings.seed, space)
+        return tally, count_patches(patches, part[1] - part[0], experts, self.inputs.kernels)
 
 
 def _bytes(tensor: TensorPlan) -> int:

@@ -21,21 +21,44 @@ from rlmerge.plan import TensorPlan
 
 Words = NDArray[np.uint16] | NDArray[np.uint32]
 RUN = 2**18
-"""Coordinates within which deltas are permuted: what a thread handles at once."""
+"""Coordinates that a thread handles at once."""
+WHOLE = 2**20
+"""Coordinates of a tensor up to which the null model is measured on all of it."""
+PART = 4
+"""Of every run of a larger tensor, a part of one in so many is looked at, drawn at random."""
 BINS = 768
 
 
+def part_of(plan: TensorPlan, start: int, size: int, seed: int) -> tuple[int, int]:
+    """The part [first, last) of a run that the null model looks at: all of it, or a quarter drawn at random.
+
+    The parts are spread evenly over a tensor, so that what changes along it (rows of rare tokens) is in its share.
+    """
+    if plan.size <= WHOLE or size < PART:
+        return 0, size
+    quarter = -(-size // PART)
+    first = hash_key(seed, "null part", str(start), plan.known_as) % PART * quarter
+    return first, min(first + quarter, size)
+
+
 def null_patches(
-    inputs: Inputs, plan: TensorPlan, block: InputBlock, experts: Sequence[str], seed: int, space: Space
-) -> list[Patch]:
-    """The patches of a block under the null model, over places that no longer are those of the tensor.
+    inputs: Inputs, plan: TensorPlan, block: InputBlock, part: tuple[int, int], experts: Sequence[str], seed: int,
+    space: Space,
+) -> list[Patch]:  # fmt: skip
+    """The patches of a part of a block under the null model, over places that no longer are those of the tensor.
 
     Where all are bf16, stored words are moved; every other mixture is moved as fp32. Powers of two have bins of their
     own, by sign: towards zero their steps are half as large, and such a step would vanish elsewhere.
     """
     keys = [hash_key(seed, "null", f"{key}\0{block.start}", plan.known_as) for key in experts]
     maker = _NullOfWords if reads_words(plan) else _NullOfValues
-    return maker(inputs, plan, block, keys, space).patches()
+    return maker(inputs, plan, block, part, keys, space).patches()
+
+
+def _cut(patch: Patch, first: int, last: int) -> Patch:
+    """What of a patch lies in a part, with places from its beginning."""
+    low, high = np.searchsorted(patch.where, [first, last])
+    return Patch(patch.experts, patch.where[low:high] - np.int32(first), patch.delta[:, low:high])
 
 
 class _Null:
@@ -43,10 +66,14 @@ class _Null:
 
     fraction: int
 
-    def __init__(self, inputs: Inputs, plan: TensorPlan, block: InputBlock, keys: list[int], space: Space) -> None:
+    def __init__(
+        self, inputs: Inputs, plan: TensorPlan, block: InputBlock, part: tuple[int, int], keys: list[int], space: Space
+    ) -> None:
         self.inputs, self.plan, self.block, self.keys, self.space = inputs, plan, block, keys, space
         self.kernels = inputs.kernels
-        self.place = space.get("null place", (block.size,), np.int32)
+        self.part, self.size = slice(*part), part[1] - part[0]
+        self.given = [_cut(patch, *part) for patch in block.patches]
+        self.place = space.get("null place", (self.size,), np.int32)
         self.first = space.get("null first", (BINS + 1,), np.int64)
 
     def sort(
@@ -61,7 +88,7 @@ class _Null:
         factor, shift = (self.space.get(f"null {part}", (BINS,), np.int64) for part in ("factor", "shift"))
         self.kernels.draw_permutations(self.first, np.uint64(self.keys[expert]), factor, shift)
         found = []
-        for number, patch in enumerate(self.block.patches):
+        for number, patch in enumerate(self.given):
             for row in np.flatnonzero(patch.experts == expert).tolist():
                 to = self.space.get(f"null to {number}", (patch.where.size,), np.int32)
                 self.kernels.targets(patch.where, self.bits, self.fraction, self.place, self.first, factor, shift, to)
@@ -86,9 +113,9 @@ class _NullOfWords(_Null):
 
     def patches(self) -> list[Patch]:
         """Moves the deltas, rounds, and compares the words."""
-        count, size = len(self.keys), self.block.size
+        count, size = len(self.keys), self.size
         words = self.space.get("null words", (1 + count, size), np.uint16)
-        self.sort(self.block.words(0), words[0])
+        self.sort(self.block.words(0)[self.part], words[0])
         for k in range(count):
             words[1 + k] = words[0]
             for delta, to in self.moves(k):
@@ -115,7 +142,7 @@ class _NullOfValues(_Null):
 
     def patches(self) -> list[Patch]:
         """Moves the deltas of fp32 values; the order is that of the base in the narrowest dtype that an expert has."""
-        plan, size, count = self.plan, self.block.size, len(self.keys)
+        plan, size, count = self.plan, self.size, len(self.keys)
         kinds = ["zeros" if s.kind in ("low_rank", "sum") else reference_of(plan, s) for s in plan.experts]
         rows = list(dict.fromkeys(["base", *kinds]))
         reference = self.space.get("null reference", (len(rows), size), np.float32)
@@ -152,9 +179,9 @@ class _NullOfValues(_Null):
         if kind == "zeros":
             out[:] = 0.0
         elif kind == "base":
-            out[:] = self.block.base
+            out[:] = self.block.base[self.part]
         else:
-            cast(self.block.base.astype(np.float64), kind, self.kernels, self.space, out)
+            cast(self.block.base[self.part].astype(np.float64), kind, self.kernels, self.space, out)
 
     def _move(
         self, delta: NDArray[np.float64], to: NDArray[np.int32], reference: NDArray[np.float32], dtype: str,

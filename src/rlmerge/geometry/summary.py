@@ -46,9 +46,10 @@ def ratio(part: float, whole: float) -> Number:
 def _null(tally: Tally, experts: Sequence[str]) -> Null:
     size = int(tally["size"][0])
     return {
+        "looked_at": int(tally["looked"][0]),
         "experts": {
             key: {
-                "support": ratio(int(tally["support"][k]), size),
+                "support": ratio(float(tally["support"][k]), size),
                 "norm": math.sqrt(float(tally["squares"][k])),
             }
             for k, key in enumerate(experts)
@@ -93,8 +94,8 @@ def _pairs(tally: Tally, experts: Sequence[str]) -> list[Pair]:
 
 
 def _pair(tally: Tally, a: int, b: int, experts: Sequence[str]) -> Pair:
-    size, both, apart = int(tally["size"][0]), int(tally["overlap"][a, b]), int(tally["conflict"][a, b])
-    one, other = int(tally["support"][a]), int(tally["support"][b])
+    size, both, apart = int(tally["size"][0]), float(tally["overlap"][a, b]), float(tally["conflict"][a, b])
+    one, other = float(tally["support"][a]), float(tally["support"][b])
     union, chance = one + other - both, float(tally["chance"][a, b])
     dot, square_a, square_b, least, least_apart, product, product_apart = tally["pairs"][a, b].tolist()
     whole_a, whole_b = float(tally["squares"][a]), float(tally["squares"][b])
@@ -124,10 +125,10 @@ def cosine(product: float, one: float, other: float) -> Number:
 
 
 def _regions(tally: Tally, experts: Sequence[str]) -> Regions:
-    size, several, agreed = int(tally["size"][0]), int(tally["changers"][2:].sum()), int(tally["agreement"][0])
+    size, several, agreed = int(tally["size"][0]), float(tally["changers"][2:].sum()), float(tally["agreement"][0])
     return {
-        "inactive": ratio(int(tally["changers"][0]), size),
-        "unique": {key: ratio(int(tally["alone"][k]), size) for k, key in enumerate(experts)},
+        "inactive": ratio(float(tally["changers"][0]), size),
+        "unique": {key: ratio(float(tally["alone"][k]), size) for k, key in enumerate(experts)},
         "agreement": ratio(agreed, size),
         "conflict": ratio(several - agreed, size),
         "changers": [ratio(count, size) for count in tally["changers"].tolist()],

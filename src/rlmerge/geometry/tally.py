@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlmerge.execute.blocks import InputBlock, reference_of
+from rlmerge.execute.blocks import InputBlock, reads_words, reference_of
 from rlmerge.execute.inputs import Inputs, cast
 from rlmerge.execute.memory import Space
 from rlmerge.methods.base import Patch
@@ -30,6 +30,7 @@ changers   int64[K + 1]  coordinates by how many experts changed them; [0] is fi
 agreement  int64[1]      coordinates that several changed, all in one direction
 overlap, conflict   int64[K, K]   of pairs (a < b)
 pairs      fp64[K, K, 7]  of pairs: see the kernel
+looked     int64[1]      coordinates that were looked at, where not all were; made by `finish`, which scales the rest
 chance     fp64[K, K]    Σ over tensors of |Ma|·|Mb|/n: the overlap of independent supports; made by `finish`
 Of the models only, not of the null model:
 base       fp64[1]       Σ θ0²
@@ -105,7 +106,7 @@ def count_sizes(inputs: Inputs, plan: TensorPlan, block: InputBlock, space: Spac
             form, delta = FORMS[dtype], patch.delta[row]
             tally["cast"][k] += kernels.sizes(old, new, delta, form, *bounds, tally["above"][k], tally["steps"][k])
         if storage:
-            _survive(patch, base, experts, kernels, space, tally)
+            _survive(patch, base, experts, kernels, space, tally, reads_words(plan))
     return tally
 
 
@@ -136,8 +137,9 @@ def _cast(values: NDArray[np.float64], dtype: str, inputs: Inputs, space: Space)
 
 
 def _survive(
-    patch: Patch, base: NDArray[np.float64], experts: int, kernels: ModuleType, space: Space, tally: Tally
-) -> None:
+    patch: Patch, base: NDArray[np.float64], experts: int, kernels: ModuleType, space: Space, tally: Tally,
+    in_bf16: bool,
+) -> None:  # fmt: skip
     """Adds what average and sum of the deltas become in bf16, as `task_arithmetic` with λ = 1/K and 1 would store them.
 
     Source: the merge itself (`execute.work`): one sum in fp64, one rounding.
@@ -151,15 +153,28 @@ def _survive(
     was[:] = stored
     intended = space.get("survival intended", base.shape, np.float64)
     for method, scale in ((AVERAGE, 1.0 / experts), (SUM, 1.0)):
+        if method == SUM and patch.alone and in_bf16:
+            # the sum is the one expert's stored value
+            kernels.kept_norms(patch.delta, 2, squares := np.zeros(1))
+            tally["survival"][method] += patch.where.size
+            tally["direction"][method] += squares[0]
+            continue
         kernels.task_arithmetic(base, patch.delta, weight, scale, intended)
         kernels.encode_bf16(intended, words)
         kernels.decode_bf16(words, stored)
         kernels.realised(base, was, intended, stored, tally["survival"][method], tally["direction"][method])
 
 
-def finish(tally: Tally) -> None:
-    """Completes the tally of a tensor, whose pieces are all in."""
-    changed = int(tally["changers"][1:].sum())
-    tally["changers"][0] = int(tally["size"][0]) - changed
+def finish(tally: Tally, size: int) -> None:
+    """Completes the tally of a tensor of `size` coordinates, whose pieces are all in.
+
+    Where only a part was looked at, counts and sums are scaled up to the whole; `looked` says how much it was.
+    """
+    looked = int(tally["size"][0])
+    tally["changers"][0] = looked - int(tally["changers"][1:].sum())
+    if looked != size:
+        for name, value in tally.items():
+            tally[name] = value * (size / looked)
+    tally["size"], tally["looked"] = np.array([size]), np.array([looked])
     support = tally["support"].astype(np.float64)
-    tally["chance"] = np.outer(support, support) / max(float(tally["size"][0]), 1.0)
+    tally["chance"] = np.outer(support, support) / max(size, 1)

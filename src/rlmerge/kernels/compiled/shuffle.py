@@ -25,21 +25,32 @@ def _bin(word, fraction):
     return np.int64(shifted & np.uint32(0xFF)) * 3 + power * (1 + np.int64(shifted >> np.uint32(8)))
 
 
+@inlined
+def _append(bits, j, shift, cursor, place, ordered):
+    b = _bin(bits[j], shift)
+    spot = cursor[b]
+    cursor[b] = spot + np.int32(1)
+    place[j] = spot
+    ordered[np.uint32(spot)] = bits[j]
+
+
 @kernel
 def sort_by_exponent(bits, fraction, place, ordered, first):
-    """Orders words uint16 (bf16, fraction 7) or uint32 (fp32, 23) by their exponents; powers of two stand apart, by sign.
+    """Orders words uint16 (bf16, fraction 7) or uint32 (fp32, 23) by exponent; powers of two stand apart, by sign.
 
     Fills place int32[n] (where each goes), ordered (the words in that order; equal bins keep theirs) and first
     int64[769] (where each bin begins).
     """
-    cursor = np.zeros((4, BINS), np.int64)
+    cursor = np.zeros((4, BINS), np.int32)
     shift = np.uint32(fraction)
     size = bits.shape[0]
-    quarter = (size + 3) // 4
+    quarter = size // 4
     # four runs at a time: neighbours are often of one bin, and would wait for each other
-    for row in range(4):
-        for i in range(row * quarter, min(size, (row + 1) * quarter)):
-            cursor[row, _bin(bits[i], shift)] += 1
+    for i in range(quarter):
+        for row in range(4):
+            cursor[row, _bin(bits[row * quarter + i], shift)] += 1
+    for j in range(4 * quarter, size):
+        cursor[3, _bin(bits[j], shift)] += 1
     at = 0
     for b in range(BINS):
         first[b] = at
@@ -50,13 +61,9 @@ def sort_by_exponent(bits, fraction, place, ordered, first):
     first[BINS] = at
     for i in range(quarter):
         for row in range(4):
-            j = row * quarter + i
-            if j < min(size, (row + 1) * quarter):
-                b = _bin(bits[j], shift)
-                spot = cursor[row, b]
-                cursor[row, b] = spot + 1
-                place[j] = spot
-                ordered[spot] = bits[j]
+            _append(bits, row * quarter + i, shift, cursor[row], place, ordered)
+    for j in range(4 * quarter, size):
+        _append(bits, j, shift, cursor[3], place, ordered)
 
 
 @kernel
