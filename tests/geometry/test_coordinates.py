@@ -1,4 +1,4 @@
-"""Coordinate-wise measures against plain loops; the same bits for any threads, kernels and pieces; whatever stores it."""
+"""Coordinate-wise measures against plain loops; the same bits for any threads and kernels; whatever stores it."""
 
 from __future__ import annotations
 
@@ -318,5 +318,5 @@ def test_outputs_agree_with_what_is_read_back(tmp_path):
     assert set(read_values(tmp_path / "out")) == set(NAMES)
     method = found["verdict"]["recommended"]["recipe"].split()[1]
     assert method == "sar"
-    predicted = [one for one in found["storage"]["merges"] if one["method"] == "sar"][0]
+    predicted = next(one for one in found["storage"]["merges"] if one["method"] == "sar")
     assert outcome.report["total"]["survival"]["share"] == predicted["survival"]
