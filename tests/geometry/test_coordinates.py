@@ -298,7 +298,7 @@ def test_the_schema(tmp_path):
 def test_memory_is_foreseen(tmp_path):
     """A thread takes no more than is promised, for a tensor of several runs."""
     rng = np.random.default_rng(0)
-    base = {NAMES[1]: nearest(0.02 * rng.standard_normal((1024, 600)), "BF16")}
+    base = {NAMES[1]: nearest(0.02 * rng.standard_normal((800, 600)), "BF16")}
     folders = write(tmp_path, base, {key: train(base, seed) for seed, key in enumerate("ab", 1)})
     recipe = recipe_from_parts(str(folders[0]), [str(f) for f in folders[1:]], "task_arithmetic", {"weight": 1.0})
     plan = make_plan(recipe)

@@ -42,7 +42,7 @@ class CoordinateSettings:
     null      whether the null model stands beside it
     storage   whether the survival of average and sum is predicted
     seed      of the null model's permutations
-    run       coordinates that a thread handles at once, and within which (or within a quarter of which) it permutes
+    run       coordinates that a thread handles at once, and within a part of which it permutes
     order     keys of the experts as checkpoints of one run, or none
     """
 

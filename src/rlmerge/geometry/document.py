@@ -42,7 +42,7 @@ class Settings(TypedDict):
 
     null          whether the null model was measured
     seed          of the permutations
-    run           coordinates within which, or within a quarter of which, the null model permutes
+    run           coordinates within which, or within an eighth or more of which, the null model permutes
     trajectory    whether the experts are checkpoints of one run, in their order
     """
 
@@ -158,7 +158,7 @@ class NullExpert(TypedDict):
 class Null(TypedDict):
     """The same measures of deltas that were permuted among coordinates of one exponent of the base weight.
 
-    looked_at   coordinates that they rest on: of large tensors a quarter, spread evenly; they speak of all
+    looked_at   coordinates that they rest on: of large tensors an eighth or more, spread evenly; they speak of all
     """
 
     looked_at: int

@@ -22,23 +22,22 @@ from rlmerge.plan import TensorPlan
 Words = NDArray[np.uint16] | NDArray[np.uint32]
 RUN = 2**18
 """Coordinates that a thread handles at once."""
-WHOLE = 2**20
-"""Coordinates of a tensor up to which the null model is measured on all of it."""
-PART = 4
-"""Of every run of a larger tensor, a part of one in so many is looked at, drawn at random."""
+LEAST, PARTS = 2**18, 8
+"""Coordinates of a tensor on which the null model is measured at least, and the smallest part of it: one in so many."""
 BINS = 768
 
 
 def part_of(plan: TensorPlan, start: int, size: int, seed: int) -> tuple[int, int]:
-    """The part [first, last) of a run that the null model looks at: all of it, or a quarter drawn at random.
+    """The part [first, last) of a run that the null model looks at: all of it, or an eighth or more drawn at random.
 
     The parts are spread evenly over a tensor, so that what changes along it (rows of rare tokens) is in its share.
     """
-    if plan.size <= WHOLE or size < PART:
+    parts = min(max(plan.size // LEAST, 1), PARTS)
+    if size < parts:
         return 0, size
-    quarter = -(-size // PART)
-    first = hash_key(seed, "null part", str(start), plan.known_as) % PART * quarter
-    return first, min(first + quarter, size)
+    length = -(-size // parts)
+    first = hash_key(seed, "null part", str(start), plan.known_as) % parts * length
+    return min(first, size - length), min(first + length, size)
 
 
 def null_patches(
