@@ -143,4 +143,4 @@ def test_the_recipe_runs_from_where_it_is_written(tmp_path, monkeypatch):
         ("no/it.yml", "no folder"),
     ):
         with pytest.raises(RecipeError, match=message):
-            rlmerge.inspect("models/base", ["models/a"], recipe=name, kernels="numpy")
+            rlmerge.inspect("models/base", "models/a", recipe=name, kernels="numpy")

@@ -12,7 +12,6 @@ from rlmerge import kernels
 from rlmerge.errors import OutputError, RecipeError
 from rlmerge.figures import as_text, short_names
 
-from .merge import hold_memory
 from .options import Parser, at_least, declare_download, declare_output, parse_bytes
 from .show import ReadingLine, warn
 
@@ -52,6 +51,7 @@ def declare(parser: Parser) -> None:
 
 def run(given: Namespace) -> None:
     """Measures, writes, and prints a summary."""
+    from rlmerge.execute.memory import hold_memory
     from rlmerge.geometry.inspect import inspect
 
     if given.out is not None:

@@ -33,7 +33,7 @@ FIXED = 250 * 2**20
 @disk_errors()
 def inspect(
     base: Path | str,
-    experts: Sequence[Path | str],
+    experts: Path | str | Sequence[Path | str],
     *,
     names: Sequence[str] = (),
     null: bool = True,
@@ -51,9 +51,9 @@ def inspect(
 ) -> Document:
     """What training did to make these experts of this base: the document that `rlmerge inspect` writes.
 
-    experts     folders, delta packs, LoRA folders, 'model+adapter', ids of the hub: what a recipe takes as a model
+    experts     folders, delta packs, LoRA folders, 'model+adapter', ids of the hub: what a recipe takes; one or several
     names       what they are called, one for each; without, their references
-    null        with the null model, which takes about as long as the rest
+    null        with the null model, which takes a quarter of the time
     storage     predicts what average, sum, TIES and SAR would keep in bf16; the last two take readings of their own
     trajectory  the experts are checkpoints of one run, in their order
     spectra     decomposes every matrix: minutes to hours
@@ -63,6 +63,7 @@ def inspect(
     Raises a subclass of RlmergeError for what a user can mend.
     """
     check_run(threads, kernels, 10**9)
+    experts = [experts] if isinstance(experts, (str, Path)) else list(experts)
     make = _maker(str(base), [str(expert) for expert in experts], names)
     opened = _open(make, download, progress)
     with opened.located():

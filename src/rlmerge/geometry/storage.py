@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlmerge.execute.journal import Journal
-from rlmerge.execute.local import LocalRun
+from rlmerge.execute.local import Threads
 from rlmerge.execute.report import collect
+from rlmerge.execute.schedule import Run
 from rlmerge.execute.work import Worker
 from rlmerge.kernels import Backend, load_kernels
 from rlmerge.plan import without_records
@@ -67,8 +68,9 @@ def _run(
     try:
         with threadpool_limits(1):
             journal = Journal(None, "", [])
-            run = LocalRun(worker, journal, threads, lambda count: progress(Reading(count, 0)))
-            run.merge(run.measure(), range(len(plan.tensors)), lambda variant, tensor, start, data: None)
+            doer = Threads(worker, lambda variant, tensor, start, data: None, threads)
+            run = Run(worker, journal, doer, lambda count: progress(Reading(count, 0)))
+            run.merge(run.measure(), range(len(plan.tensors)))
             return collect(worker, journal)
     finally:
         worker.inputs.close()
