@@ -31,6 +31,14 @@ def spectra(shift: float | None) -> dict[str, Any]:
     return {"total": {"experts": {key: {"shift": {"nss": shift}} for key in "ab"}}, "warnings": ["of spectra"]}
 
 
+LARGE = scope(support_bf16=0.95, support=0.95, relative_norm=0.01)
+
+
+def collinear(total: Any) -> Any:
+    """The same with a cosine that SFT of one task has."""
+    return total | {"pairs": [total["pairs"][0] | {"cosine": 0.97}]}
+
+
 def judged(total: Any, measured: Any = None, storage: Any = None) -> Any:
     return judge({"total": total, "layers": [], "kinds": [], "tensors": []}, storage, measured, lambda method: method)
 
@@ -51,7 +59,7 @@ def test_votes(criterion, value, vote):
 def test_size_alone_decides_with_a_warning():
     found = judged(scope())
     assert found["looks"] == "RLVR-like"
-    assert [text for text in found["warnings"] if "follow learning rate" in text]
+    assert [text for text in found["warnings"] if "follows learning rate" in text]
     evidence = found["experts"]["a"]["evidence"]
     assert [(one["criterion"], one["vote"]) for one in evidence] == [
         (UNCHANGED.name, "rlvr"), (RELATIVE_NORM.name, "rlvr"), (COSINE.name, "none")
@@ -59,16 +67,19 @@ def test_size_alone_decides_with_a_warning():
     assert (evidence[0]["rlvr"], evidence[0]["sft"], evidence[2]["rlvr"]) == ("≥ 0.36", "≤ 0.19", "never")
 
 
-def test_the_spectrum_decides_over_size():
-    """A learning rate makes updates large or small; how the spectrum moved it does not decide alone."""
-    large = scope(support_bf16=0.95, support=0.95, relative_norm=0.01)
-    assert judged(large)["looks"] == "SFT-like"
-    found = judged(large, spectra(1e-5))
-    assert found["looks"] == "RLVR-like"
-    assert not [text for text in found["warnings"] if "follow learning rate" in text]
+def test_direction_decides_over_size():
+    """Sparsity, norm and spectral shift grow with the learning rate; a common direction does not."""
+    assert judged(LARGE)["looks"] == "SFT-like"
+    assert judged(LARGE, spectra(1e-5))["looks"] == "mixed"
+    assert judged(LARGE, spectra(1e-4))["looks"] == judged(LARGE, spectra(None))["looks"] == "SFT-like"
+    found = judged(LARGE, spectra(1e-3))
+    assert [text for text in found["warnings"] if "follows learning rate" in text]
     assert "of spectra" in found["warnings"]
-    assert judged(large, spectra(1e-4))["looks"] == "SFT-like"
-    assert judged(large, spectra(None))["looks"] == "SFT-like"
+    near = collinear(scope())
+    assert judged(near)["looks"] == "SFT-like"
+    assert not [text for text in judged(near)["warnings"] if "follows learning rate" in text]
+    near["null"]["pairs"][0]["cosine"] = 0.5
+    assert judged(near)["looks"] == "RLVR-like"
 
 
 def test_mixed():
@@ -100,9 +111,8 @@ def test_warnings():
 def test_recipes_follow():
     """TIES only where more than learning rate says SFT; one expert is scaled; fragile averages are advised against."""
     assert judged(scope())["recommended"]["recipe"] == "sar"
-    large = scope(support_bf16=0.95, support=0.95, relative_norm=0.01)
-    assert judged(large)["recommended"]["recipe"] == "sar"
-    assert judged(large, spectra(1e-3))["recommended"]["recipe"] == "ties"
+    assert judged(LARGE, spectra(1e-3))["recommended"]["recipe"] == "sar"
+    assert judged(collinear(LARGE))["recommended"]["recipe"] == "ties"
     alone = scope()
     del alone["experts"]["b"]
     alone["pairs"] = alone["null"]["pairs"] = []

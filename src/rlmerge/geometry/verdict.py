@@ -56,7 +56,7 @@ RELATIVE_NORM = Criterion(
     "arXiv 2607.22039",
 )  # fmt: skip
 SPECTRAL_SHIFT = Criterion(
-    "normalised spectral shift (NSS)", 5e-5, 5e-4, False, False,
+    "normalised spectral shift (NSS)", 5e-5, 5e-4, False, True,  # at most the relative norm (Mirsky)
     "RLVR about 1e-5, OPD about 1e-4, SFT about 1e-3", "arXiv 2511.08567, 2606.07082",
 )  # fmt: skip
 COSINE = Criterion(
@@ -176,8 +176,8 @@ def _warn_each(total: Scope, experts: Mapping[str, Judged]) -> list[str]:
         spoken = {one["criterion"] for one in experts[key]["evidence"] if one["vote"] != "none"}
         if spoken and spoken <= INDIRECT:
             found.append(
-                f"{key}: only {' and '.join(sorted(spoken))} spoke, and both follow learning rate and number of steps: "
-                "SFT at an RL learning rate is nearly as sparse as RLVR. Measure --spectra."
+                f"{key}: only {', '.join(sorted(spoken))} spoke, and that follows learning rate and steps: "
+                "SFT at an RL learning rate looks much like RLVR, and RLVR at a large one like SFT."
             )
     return found
 
