@@ -31,7 +31,9 @@ _HOMES = {
     "estimate_gram": "gram.estimate",
     "explain": "preflight",
     "fisher_from_adam": "fisher.adam",
+    "geometry_schema": "geometry.document",
     "get_method": "methods",
+    "inspect": "geometry.inspect",
     "judge_fishers": "fisher.stats",
     "load_plugins": "plugins",
     "load_recipe": "recipe",
@@ -69,7 +71,9 @@ __all__ = [
     "estimate_gram",
     "explain",
     "fisher_from_adam",
+    "geometry_schema",
     "get_method",
+    "inspect",
     "judge_fishers",
     "load_plugins",
     "load_recipe",
@@ -95,6 +99,8 @@ if TYPE_CHECKING:
     from .fisher.data import SequenceChoice
     from .fisher.estimate import FisherSettings, estimate_fisher
     from .fisher.stats import judge_fishers
+    from .geometry.document import geometry_schema
+    from .geometry.inspect import inspect
     from .gram.estimate import Grams, GramSettings, estimate_gram
     from .methods import get_method, method_names
     from .packs.restore import Unpacked, unpack

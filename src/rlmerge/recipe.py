@@ -481,15 +481,18 @@ def recipe_from_parts(
     *,
     fishers: str | Path | Sequence[str | Path] = (),
     grams: str | Path | Sequence[str | Path] = (),
+    names: Sequence[str] = (),
     folder: Path | None = None,
     methods: Mapping[str, Method] | None = None,
 ) -> Recipe:
     """The recipe of `--base --expert --fisher --gram --method --set`; messages name the flag.
 
-    A single path stands for a list of one.
+    A single path stands for a list of one. `names` are what the experts are called, one for each, or none.
     """
     experts, fishers, grams = _paths(experts), _paths(fishers), _paths(grams)
     models = [{"model": expert} for expert in experts]
+    for entry, name in zip(models, names):
+        entry["name"] = name
     for kind, word, folders in (("fisher", "Fisher", fishers), ("gram", "Gram", grams)):
         if folders and len(folders) != len(experts):
             raise RecipeError(

@@ -26,6 +26,7 @@ def test_every_kernel_is_compared_here():
     source = Path(__file__).read_text() + Path(__file__.replace("twins", "codec")).read_text()
     source += Path(__file__.replace("twins", "steps")).read_text().replace(".apply_steps(", '"apply_steps')
     source += Path(__file__.replace("twins", "gram")).read_text()
+    source += Path(__file__.replace("twins", "geometry")).read_text()
     source += "decode_bf16 decode_f16".replace("decode_", '"decode_') if 'f"decode_{form}"' in source else ""
     missing = [name for name in PLAIN.__all__ if name != "NAME" and f'"{name}' not in source]
     assert not missing

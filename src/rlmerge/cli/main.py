@@ -15,6 +15,7 @@ from .usage import refuse
 COMMANDS = {
     "merge": "Merge models: a recipe, or its parts as flags, to a folder.",
     "check": "Check a recipe against headers, small files and a one-percent sample.",
+    "inspect": "See what training did: sparsity, overlap, conflict, storage.",
     "explain": "Print which parameters hold for which tensors.",
     "methods": "List the merge methods, or describe one.",
     "schema": "Print the JSON schema of a recipe, for editors.",

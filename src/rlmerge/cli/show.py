@@ -12,6 +12,7 @@ from rlmerge.figures import as_text, size, statistics_table
 
 if TYPE_CHECKING:
     from rlmerge.api import Step
+    from rlmerge.geometry.coordinates import Reading
     from rlmerge.packs.write import Packing
 
 
@@ -84,6 +85,21 @@ class PackingLine(_Line):
         """Shows a step."""
         if (rate := self.rate(step.done)) is not None:
             self.draw(f"{size(step.done)} of {size(step.total)}, {rate}")
+
+
+class ReadingLine(_Line):
+    """How far an inspection is."""
+
+    def __call__(self, step: Reading) -> None:
+        """Shows a step; called from worker threads, often."""
+        if step.message and not self.quiet:
+            print(step.message, file=sys.stderr, flush=True)
+            self.started = time.monotonic()
+        elif not step.message and (rate := self.rate(step.done)) is not None:
+            if step.unit != "bytes":
+                self.draw(f"{step.done} of {step.total} {step.unit}")
+                return
+            self.draw(f"{size(step.done)}{f' of {size(step.total)}' if step.total else ' read'}, {rate}")
 
 
 def show_statistics(title: str, total: dict[str, Any]) -> None:

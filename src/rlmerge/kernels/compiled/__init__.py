@@ -1,4 +1,4 @@
-"""The compiled kernels: codec, changes, census, combine, draw, gram, sar, settle, spread, steps, trim."""
+"""The compiled kernels, by file: what changed, codec, merges, draws, geometry, sums."""
 
 from .census import census, fisher_sums
 from .changes import changes, deltas, patches_bf16, take, take_bf16
@@ -13,10 +13,12 @@ from .codec import (
 )
 from .combine import count_shared, linear, ram, ramplus, task_arithmetic, ties
 from .draw import draw, row_ranks
+from .geometry import changers, pairs, sizes
 from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, scores
 from .sar_rules import resolve_by
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .shuffle import draw_permutations, put, sort_by_exponent, targets
 from .spread import join, spread, weighted_mean
 from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
@@ -28,6 +30,7 @@ __all__ = [
     "add_bf16",
     "apply_steps",
     "census",
+    "changers",
     "changes",
     "coarse",
     "coarse_norms",
@@ -39,6 +42,7 @@ __all__ = [
     "decode_f16",
     "deltas",
     "draw",
+    "draw_permutations",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -51,7 +55,9 @@ __all__ = [
     "join",
     "kept_norms",
     "linear",
+    "pairs",
     "patches_bf16",
+    "put",
     "ram",
     "ramp",
     "ramplus",
@@ -65,9 +71,12 @@ __all__ = [
     "settle_f16",
     "settle_f32",
     "sift",
+    "sizes",
+    "sort_by_exponent",
     "spread",
     "take",
     "take_bf16",
+    "targets",
     "task_arithmetic",
     "tie_hashes",
     "ties",

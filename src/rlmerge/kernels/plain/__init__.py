@@ -13,9 +13,11 @@ from .codec import (
 )
 from .combine import count_shared, linear, ram, ramplus, task_arithmetic, ties
 from .draw import draw, row_ranks
+from .geometry import changers, pairs, sizes
 from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, resolve_by, scores
 from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .shuffle import draw_permutations, put, sort_by_exponent, targets
 from .spread import join, spread, weighted_mean
 from .steps import apply_steps, encode_steps, weigh
 from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
@@ -27,6 +29,7 @@ __all__ = [
     "add_bf16",
     "apply_steps",
     "census",
+    "changers",
     "changes",
     "coarse",
     "coarse_norms",
@@ -38,6 +41,7 @@ __all__ = [
     "decode_f16",
     "deltas",
     "draw",
+    "draw_permutations",
     "encode_bf16",
     "encode_f16",
     "encode_f32",
@@ -50,7 +54,9 @@ __all__ = [
     "join",
     "kept_norms",
     "linear",
+    "pairs",
     "patches_bf16",
+    "put",
     "ram",
     "ramp",
     "ramplus",
@@ -64,9 +70,12 @@ __all__ = [
     "settle_f16",
     "settle_f32",
     "sift",
+    "sizes",
+    "sort_by_exponent",
     "spread",
     "take",
     "take_bf16",
+    "targets",
     "task_arithmetic",
     "tie_hashes",
     "ties",
