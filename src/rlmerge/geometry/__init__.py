@@ -1,0 +1,1 @@
+"""What training did: supports, sizes, conflicts, spectra, function; `inspect` puts the parts into one document."""
