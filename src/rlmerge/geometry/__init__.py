@@ -1,1 +1,1 @@
-"""What training did: supports, sizes, conflicts, spectra, function; `inspect` puts the parts into one document."""
+"""What training did: coordinate-wise measures, spectra, function space, and a verdict, as one JSON document."""

@@ -88,7 +88,7 @@ def exact_spectrum(make: Make, k: int) -> Spectrum:
     if k == 0:
         far = np.empty((max(rows, columns), 0))
     else:
-        far = np.linalg.qr(make().T @ near if wide else make() @ near)[0]
+        far = _orthonormal(make().T @ near if wide else make() @ near, values[:k])
     left, right = (near, far) if wide else (far, near)
     return Spectrum(values, errors, left, right, square, True, blur)
 
@@ -129,6 +129,18 @@ def sketched_spectrum(make: Make, k: int, key: int) -> Spectrum:
     errors = np.append(errors, np.full(len(kept) - len(errors), errors.max()))
     left, right = (near, far) if wide else (far, near)
     return Spectrum(kept, errors, left, right, square, False, blur)
+
+
+def _orthonormal(products: F64, values: F64) -> F64:
+    """A·V fp64[n, k] made orthonormal, its columns being σ·u but for rounding.
+
+    By a Cholesky factor, in a fifth of the time of Householder's QR, unless small values have lost their directions.
+    """
+    if values[-1] <= 1e-6 * values[0]:
+        return np.linalg.qr(products)[0]
+    products /= values
+    factor = np.linalg.cholesky(products.T @ products)
+    return products @ np.linalg.inv(factor).T
 
 
 def _signs(key: int, rows: int, columns: int) -> F64:

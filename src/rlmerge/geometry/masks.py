@@ -36,8 +36,8 @@ class Mask:
         count = int(np.count_nonzero(moved))
         if not count:
             return None
-        inside = np.count_nonzero(self.code[moved] == 2) + self.tie * np.count_nonzero(self.code[moved] == 1)
-        return float(inside) / count
+        inside, ties = (int(np.count_nonzero((self.code == code) & moved)) for code in (2, 1))
+        return (inside + self.tie * ties) / count
 
 
 def make_mask(size: NDArray[np.floating], share: float, largest: bool) -> Mask:
@@ -56,13 +56,16 @@ def make_mask(size: NDArray[np.floating], share: float, largest: bool) -> Mask:
 def permute_within_bins(base: F32, delta: F64, key: int) -> F64:
     """The deltas fp64[n] shuffled among coordinates whose base value fp32[n] has the same exponent.
 
-    Exact: every bin keeps its values. Counter-based under `key`; sign of the base and place play no part.
+    Exact: every bin keeps its values. Counter-based under `key`; sign of the base and place play no part. Powers of two
+    are a bin of their own: the grid below them is finer, and a step of it would be rounded away elsewhere.
     """
-    bins = ((base.view(np.uint32) >> np.uint32(23)) & np.uint32(0xFF)).astype(np.uint8)
+    bits = base.view(np.uint32)
+    bins = ((bits >> np.uint32(22)) & np.uint32(0x1FE)).astype(np.uint16)
+    bins |= (bits & np.uint32(0x7FFFFF)) == 0
     out = np.empty_like(delta)
-    for number in np.flatnonzero(np.bincount(bins, minlength=256)).tolist():
+    for number in np.flatnonzero(np.bincount(bins, minlength=512)).tolist():
         where = np.flatnonzero(bins == number)
-        order = np.argsort(hash64(np.uint64(key), where.astype(np.uint64)), kind="stable")
+        order = np.argsort(hash64(np.uint64(key), where.astype(np.uint64)))  # hashes of one key never tie
         out[where] = delta[where[order]]
     return out
 

@@ -14,13 +14,10 @@ from rlmerge.errors import RecipeError
 from rlmerge.execute.inputs import Inputs, cast
 from rlmerge.execute.memory import Space
 from rlmerge.methods.base import Block
-from rlmerge.parameters import layer_of
 from rlmerge.plan import Plan, TensorPlan
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-ROOTS = frozenset({"model", "transformer", "language_model", "base_model", "gpt_neox", "backbone"})
-"""Parts of names that say nothing about what a tensor is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +72,6 @@ def _reason(tensor: TensorPlan) -> str:
     if min(tensor.shape[-2:]) < 2:
         return "a vector: one row or column"
     return "" if tensor.size else "empty"
-
-
-def kind_of(name: str) -> str:
-    """The name without its layer and what stands before it; indices of experts become '*'.
-
-    'model.layers.3.self_attn.q_proj.weight' → 'self_attn.q_proj.weight'; 'model.embed_tokens.weight' →
-    'embed_tokens.weight'.
-    """
-    parts = name.split(".")
-    layer = layer_of(name)
-    if layer is not None:
-        parts = parts[1 + next(i for i, part in enumerate(parts) if part.isdigit()) :]
-    else:
-        while len(parts) > 1 and parts[0] in ROOTS:
-            parts = parts[1:]
-    return ".".join("*" if part.isdigit() else part for part in parts)
 
 
 class MatrixReader:

@@ -19,12 +19,12 @@ import numpy as np
 from rlmerge.errors import RecipeError
 from rlmerge.execute.inputs import Inputs
 from rlmerge.kernels import Backend, load_kernels
-from rlmerge.parameters import layer_of
 from rlmerge.plan import Plan
 from rlmerge.settings import default_threads
 
-from .matrices import Matrix, MatrixReader, kind_of, matrices_of
+from .matrices import Matrix, MatrixReader, matrices_of
 from .matrix_figures import SpectraSettings, Tree, measure_matrix
+from .scopes import place_of
 
 LEAST_MEMORY = 2 * 2**30
 """Bytes for matrices in work that nobody has to ask for."""
@@ -117,13 +117,13 @@ def _work(matrix: Matrix, experts: int, settings: SpectraSettings) -> float:
         one = 6.0 * matrix.size * width + 20.0 * long * width**2
     else:
         one = matrix.size * (short + 4.0 * k) + 9.0 * short**3 + 8.0 * long * k**2
-    pieces = 1500.0 * matrix.size * (2 + experts * (0.4 if settings.null == "none" else 1.5))
+    pieces = 3000.0 * matrix.size * (2 + experts * (0.4 if settings.null == "none" else 1.5))
     return one * _decompositions(experts, settings) + pieces
 
 
 def _time_of_flop() -> float:
     """Seconds of a multiplication in the decomposition of a matrix of a few hundred rows, here and now."""
-    side = 256
+    side = 512
     start = time.perf_counter()
     np.linalg.eigh(np.cos(np.arange(side * side, dtype=np.float64)).reshape(side, side))
     return (time.perf_counter() - start) / (9.0 * side**3)
@@ -228,7 +228,8 @@ def _scopes(
     """`total`, `layers`, `kinds`, `tensors`."""
     tensors = [models.tensors[matrix.tensor] for matrix in matrices]
     names = [tensor.name for tensor in tensors]
-    layers, kinds = [layer_of(name) for name in names], [kind_of(name) for name in names]
+    places_of = [place_of(name) for name in names]
+    layers, kinds = [layer for layer, _ in places_of], [kind for _, kind in places_of]
 
     def scope(chosen: Iterable[int]) -> dict[str, Any]:
         return _scope([found[place] for place in chosen], models.experts)
@@ -242,7 +243,7 @@ def _scopes(
         first = matrices[places[0]]
         own.append(
             {
-                "tensor": name,
+                "name": name,
                 "layer": layers[places[0]],
                 "kind": kinds[places[0]],
                 "shape": list(tensors[places[0]].shape),
