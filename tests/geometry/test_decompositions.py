@@ -53,7 +53,13 @@ def test_rank_one_and_zero() -> None:
     # directions beyond the rank are some orthonormal ones
     assert np.abs(one.left.T @ one.left - np.eye(3)).max() < 1e-12
     none = exact_spectrum(lambda: np.zeros((8, 5)), 2)
-    assert (stable_rank(none), effective_rank(none), energy(none, 1), none.rank, none.gap(1)) == (None, None, None, 0, 0)
+    assert (stable_rank(none), effective_rank(none), energy(none, 1), none.rank, none.gap(1)) == (
+        None,
+        None,
+        None,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])

@@ -82,9 +82,7 @@ def test_stored_values() -> None:
     assert moved.all()
 
 
-@pytest.mark.parametrize(
-    ("density", "published"), [(0.28, (0.68, 0.77)), (0.46, (0.51, 0.56)), (0.93, (0.31, 0.33))]
-)
+@pytest.mark.parametrize(("density", "published"), [(0.28, (0.68, 0.77)), (0.46, (0.51, 0.56)), (0.93, (0.31, 0.33))])
 def test_no_effect_on_structureless_noise(density: float, published: tuple[float, float]) -> None:
     base = weights()
     delta = noise_of_density(base, density)
