@@ -50,15 +50,24 @@ def test_ties_are_shared_fairly() -> None:
 
 def test_shuffles_stay_in_their_binade() -> None:
     base = weights(n=4096)
-    base[:64] = 0.015625  # a power of two: a bin of its own
+    base[:64], base[64:128] = 2.0**-6, -(2.0**-6)
     delta = np.random.default_rng(2).standard_normal(4096)
     found = permute_within_bins(base, delta, 5)
     assert not np.array_equal(found, delta)
     assert np.array_equal(found, permute_within_bins(base, delta, 5))
     assert not np.array_equal(found, permute_within_bins(base, delta, 6))
-    bins = np.frexp(np.abs(base))[1] * 2 + (np.frexp(np.abs(base))[0] == 0.5)
+    # powers of two are bins of their own, by sign
+    fraction, exponent = np.frexp(base)
+    bins = exponent * 10 + np.where(np.abs(fraction) == 0.5, np.sign(base) * 2, 0)
     for number in np.unique(bins):
         assert np.array_equal(np.sort(found[bins == number]), np.sort(delta[bins == number]))
+
+
+def test_steps_below_powers_of_two_survive_the_shuffle() -> None:
+    base = np.repeat(bf16(np.array([0.5, -0.5, 0.75])), 100)
+    delta = np.repeat([-(2.0**-9), 2.0**-9, 2.0**-8], 100)  # half a step, towards zero, from either power of two
+    _, moved = stored(base, permute_within_bins(base, delta, 1), "BF16", plain, Space())
+    assert moved.all()
 
 
 def test_every_place_is_as_likely() -> None:

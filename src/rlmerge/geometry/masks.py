@@ -56,14 +56,16 @@ def make_mask(size: NDArray[np.floating], share: float, largest: bool) -> Mask:
 def permute_within_bins(base: F32, delta: F64, key: int) -> F64:
     """The deltas fp64[n] shuffled among coordinates whose base value fp32[n] has the same exponent.
 
-    Exact: every bin keeps its values. Counter-based under `key`; sign of the base and place play no part. Powers of two
-    are a bin of their own: the grid below them is finer, and a step of it would be rounded away elsewhere.
+    Exact: every bin keeps its values. Counter-based under `key`; place plays no part, nor does the sign of the base but
+    of powers of two, which are bins of their own: towards zero their grid is finer, and such a step would be rounded
+    away elsewhere.
     """
     bits = base.view(np.uint32)
-    bins = ((bits >> np.uint32(22)) & np.uint32(0x1FE)).astype(np.uint16)
-    bins |= (bits & np.uint32(0x7FFFFF)) == 0
+    bins = ((bits >> np.uint32(23)) & np.uint32(0xFF)).astype(np.uint16) * np.uint16(3)
+    power = (bits & np.uint32(0x7FFFFF)) == 0
+    bins[power] += np.uint16(1) + (bits[power] >> np.uint32(31)).astype(np.uint16)
     out = np.empty_like(delta)
-    for number in np.flatnonzero(np.bincount(bins, minlength=512)).tolist():
+    for number in np.flatnonzero(np.bincount(bins)).tolist():
         where = np.flatnonzero(bins == number)
         order = np.argsort(hash64(np.uint64(key), where.astype(np.uint64)))  # hashes of one key never tie
         out[where] = delta[where[order]]
