@@ -62,6 +62,14 @@ def test_rank_one_and_zero() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [3, 8])
+def test_left_and_right_vectors_belong_together(shape: tuple[int, int], rank: int) -> None:
+    matrix, *_ = planted(*shape, np.geomspace(1.0, 0.1, rank))
+    for found in (exact_spectrum(lambda: matrix, 8), sketched_spectrum(lambda: matrix, 8, 1)):
+        assert np.abs((found.left * found.values[:8]) @ found.right.T - matrix).max() < 1e-7
+
+
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
 def test_a_sketch_is_right_within_its_stated_error(shape: tuple[int, int]) -> None:
     # a flat tail, where sketches are hard; the basis, 4·(8 + 8) wide, does not span the matrix

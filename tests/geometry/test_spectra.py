@@ -14,7 +14,7 @@ from tests.methods.small_models import small_blocks
 
 from rlmerge.errors import RecipeError
 from rlmerge.execute.inputs import Inputs
-from rlmerge.geometry.matrices import MatrixReader, matrices_of
+from rlmerge.geometry.matrices import Matrix, MatrixReader, matrices_of
 from rlmerge.geometry.matrix_figures import SpectraSettings
 from rlmerge.geometry.spectra import mean_of, measure_spectra, spectra_cost
 from rlmerge.kernels import plain
@@ -209,8 +209,21 @@ def test_mixed_dtypes_are_compared_as_stored(models: Path) -> None:
     write_model(models / "wide", base, dtype="F32")
     write_model(models / "narrow", {Q: bf16(base[Q])}, dtype="BF16")
     recipe = recipe_from_parts("wide", ["narrow"], "task_arithmetic", {"weight": 1.0}, folder=models)
-    found = measure_spectra(make_plan(recipe), SETTINGS, threads=1)
+    plan = make_plan(recipe)
+    found = measure_spectra(plan, SETTINGS, threads=1)
     assert found["total"]["experts"]["narrow"]["changed"] == 0
+    # nor does the null take rounding for an update
+    write_model(models / "trained", {Q: train({Q: bf16(base[Q])}, 1)[Q]}, dtype="BF16")
+    recipe = recipe_from_parts("wide", ["trained"], "task_arithmetic", {"weight": 1.0}, folder=models)
+    total = measure_spectra(make_plan(recipe), SETTINGS, threads=1)["total"]
+    density = total["experts"]["trained"]["masks"]["density"]
+    assert 0.5 < density < 0.95
+    assert total["null"]["experts"]["trained"]["masks"]["density"] == pytest.approx(density, abs=0.03)
+    inputs = Inputs(plan, plain)
+    try:
+        assert np.array_equal(MatrixReader(inputs).base(matrices_of(plan)[0][0], "BF16"), bf16(base[Q]))
+    finally:
+        inputs.close()
 
 
 def test_a_sketch_agrees_with_the_exact_way(tmp_path: Path) -> None:
@@ -242,6 +255,17 @@ def test_a_dequantised_base_is_named(tmp_path: Path) -> None:
     found = measure_spectra(plan_of(tmp_path, "a"), SETTINGS, threads=1)
     assert "in 1 of 2 matrices" in found["warnings"][0]
     assert (entry(found, Q)["base"]["lattice"], entry(found, EMBED)["base"]["lattice"]) == (1.0, 0.0)
+
+
+def test_small_matrices_have_fewer_directions() -> None:
+    settings, small, large = SpectraSettings(), Matrix(0, 0, 300, 80), Matrix(0, 0, 4096, 11008)
+    assert (settings.angles_of(small), settings.rank_of(small)) == (40, 20)
+    assert (settings.energies_of(small), settings.common_of(small)) == ((1, 8, 64), (1, 8))
+    assert (settings.angles_of(large), settings.rank_of(large)) == (512, 64)
+    assert settings.common_of(large) == (1, 8, 64, 256)
+    assert not settings.sketched(large)
+    assert settings.sketched(Matrix(0, 0, 8192, 8192))
+    assert not SpectraSettings(exact=True).sketched(Matrix(0, 0, 8192, 8192))
 
 
 def test_it_says_first_how_long_it_takes(models: Path) -> None:

@@ -7,7 +7,14 @@ import pytest
 from tests.geometry.planted import frame, planted
 
 from rlmerge.geometry.decompositions import exact_spectrum, sketched_spectrum
-from rlmerge.geometry.subspaces import angle_figures, pair_figures, principal_angles, shift_figures, similarity
+from rlmerge.geometry.subspaces import (
+    angle_figures,
+    determined,
+    pair_figures,
+    principal_angles,
+    shift_figures,
+    similarity,
+)
 
 VALUES = np.geomspace(1.0, 0.05, 30)
 
@@ -78,6 +85,10 @@ def test_equal_values_leave_directions_undetermined() -> None:
     short = spectrum(planted(40, 30, np.array([2.0, 1.0]))[0])
     assert angle_figures(short, short, 2)["left_max"] < 1e-5
     assert set(angle_figures(short, short, 3).values()) == {None}
+    sketch = sketched_spectrum(lambda: planted(300, 200, np.array([2.0, 1.0]))[0], 3, 1)
+    assert determined(sketch, 2)
+    assert not determined(sketch, 3)
+    assert not determined(sketch, 5)
 
 
 def test_common_directions() -> None:

@@ -1,7 +1,7 @@
 """Leading singular triplets of whole matrices in fp64, with bounds on their errors: exact, or from a random sketch.
 
 The exact way is the eigendecomposition of the Gram matrix of the shorter side (a third of the time of an SVD). It
-loses values below √ε of the largest, which no figure here rests on; in fp32 it would fake spectral shifts.
+loses values below √ε of the largest, which no figure here rests on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Spectrum:
         return float((self.values[k - 1] - after) / self.top) if self.top > 0.0 else 0.0
 
     def blurred(self, k: int) -> float:
-        """Radians that the leading k-dimensional subspaces may be off, at most (Davis and Kahan's bound); π/2: all."""
+        """Radians that the leading k-dimensional subspaces may be off, at most (Davis and Kahan's bound); π/2: all.
+
+        The gap is that of the values found, which a sketch may miss a little.
+        """
         power = 2 if self.exact else 1
         after = float(self.values[k]) if k < len(self.values) else 0.0
         gap = float(self.values[k - 1]) ** power - after**power
@@ -137,7 +140,8 @@ def _orthonormal(products: F64, values: F64) -> F64:
     By a Cholesky factor, in a fifth of the time of Householder's QR, unless small values have lost their directions.
     """
     if values[-1] <= 1e-6 * values[0]:
-        return np.linalg.qr(products)[0]
+        found, triangle = np.linalg.qr(products)
+        return found * np.where(np.diagonal(triangle) < 0.0, -1.0, 1.0)
     products /= values
     factor = np.linalg.cholesky(products.T @ products)
     return products @ np.linalg.inv(factor).T
