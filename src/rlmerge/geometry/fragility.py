@@ -1,9 +1,9 @@
 """How much a model loses when its weights are moved: along random directions, and along the delta of another expert.
 
-Sharpness: E of L(θ + σ·‖θl‖·ul) − L(θ) over directions u with ‖ul‖ = 1 in every tensor l. A direction is taken both ways
-and the two are averaged, which leaves the expectation as it is and takes the slope out of the noise. Robustness of
-expert i along expert j: Li(θi + s·δj) − Li(θi), beside directions of equal norm and support (our reading of arXiv
-2607.22039).
+Sharpness: E of L(θ + σ·‖θl‖·ul) − L(θ) over directions u with ‖ul‖ = 1 in every tensor l. A direction is taken both
+ways and the two are averaged, which leaves the expectation as it is and takes the slope out of the noise.
+Robustness of expert i along expert j: Li(θi + s·δj) − Li(θi), beside directions of equal norm and support (our reading
+of arXiv 2607.22039).
 """
 
 from __future__ import annotations

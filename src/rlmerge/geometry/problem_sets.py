@@ -1,4 +1,4 @@
-"""Problems with the sequences on which models are compared: drawn once, in fixed batches, so the same numbers always."""
+"""Problems with the sequences on which models are compared: drawn once, in fixed batches, so that numbers repeat."""
 
 from __future__ import annotations
 

@@ -21,15 +21,15 @@ class Resampling:
         n = len(weight)
         counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
         self.counts = counts.astype(np.float64)
-        self.drawn = self.counts @ weight
+        self.drawn = np.einsum("n,dn->d", weight, self.counts)
 
     def mean(self, values: Array) -> Array:
         """Means of values [..., n]."""
         return values.sum(-1) / self.weight.sum()
 
     def draws(self, values: Array) -> Array:
-        """The same in every draw, [..., draws]."""
-        return values @ self.counts.T / self.drawn
+        """The same in every draw, [..., draws]; equal rows of values have equal ones, bit for bit (BLAS's differ)."""
+        return np.einsum("...n,dn->...d", values, self.counts) / self.drawn
 
     def estimate(self, values: Array) -> dict[str, float | None]:
         """Mean of values [n] with its interval."""
