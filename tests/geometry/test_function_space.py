@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import pytest
@@ -26,7 +26,9 @@ from rlmerge.evaluate.tasks import load_task  # noqa: E402
 from rlmerge.fisher.data import SequenceChoice  # noqa: E402
 from rlmerge.fisher.given import Progress  # noqa: E402
 from rlmerge.geometry.function import FunctionSettings, measure_function  # noqa: E402
+from rlmerge.geometry.function_types import Function  # noqa: E402
 from rlmerge.geometry.landscape import Landscape  # noqa: E402
+from rlmerge.geometry.problem_sets import Asked, draw_set  # noqa: E402
 from rlmerge.geometry.weights import Weights, between  # noqa: E402
 
 BASE, MATH, CODE = (DATA / "models" / name / "bf16" for name in ("base", "rlvr-math-1", "rlvr-code-1"))
@@ -60,13 +62,37 @@ def test_every_section_is_there_and_is_json(measured):
     assert [(one["name"], one["experts"], one["sequences"]) for one in found["sets"]] == [
         ("code:0", ["code"], 12), ("math:0", ["math"], 12)
     ]  # fmt: skip
-    assert [(path["from"], path["to"]) for path in found["paths"]] == [(None, "code"), (None, "math"), ("code", "math")]
+    ends = [(path["start"], path["end"]) for path in found["paths"]]
+    assert ends == [(None, "code"), (None, "math"), ("code", "math")]
     assert [(row["expert"], row["set"]) for row in found["divergence"]] == [
         ("code", "code:0"), ("math", "code:0"), ("code", "math:0"), ("math", "math:0")
     ]  # fmt: skip
     assert [(row["expert"], row["along"], row["set"]) for row in found["robustness"]] == [
         ("code", "math", "code:0"), ("math", "code", "math:0")
     ]  # fmt: skip
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what a type of `function_types` says, to the last key."""
+    if is_typeddict(kind):
+        hints = get_type_hints(kind)
+        known = kind.__required_keys__ <= value.keys() <= hints.keys()
+        return known and all(fits(inner, hints[key]) for key, inner in value.items())
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if origin is Literal:
+        return value in inner
+    return isinstance(value, kind)
+
+
+def test_the_types_say_what_is_there(measured):
+    found, _, _ = measured
+    assert fits(found, Function)
+    assert not fits({**found, "paths": [{**found["paths"][0], "start": 1}]}, Function)
+    assert not fits({**found, "sets": [{**found["sets"][0], "more": 1}]}, Function)
 
 
 def test_training_shows(measured):
@@ -76,6 +102,9 @@ def test_training_shows(measured):
     found, _, _ = measured
     for key in ("math", "code"):
         assert loss_of(found, key, f"{key}:0") < loss_of(found, None, f"{key}:0")
+        on_set = {row["expert"]: row for row in found["divergence"] if row["set"] == f"{key}:0"}
+        assert on_set[key]["entropy"]["value"] < on_set[key]["entropy_base"]["value"]
+        assert on_set["math"]["entropy_base"] == on_set["code"]["entropy_base"]
     kl = {(row["expert"], row["set"]): row["kl_expert_base"]["value"] for row in found["divergence"]}
     assert kl["math", "math:0"] > kl["code", "math:0"] > 0.0
     for row in found["robustness"]:
@@ -90,7 +119,7 @@ def test_ends_of_paths_and_corners_of_planes_are_the_models(measured):
         for curve in path["curves"]:
             if curve["measure"] == "loss":
                 ends = [curve["values"][place]["value"] for place in (0, -1)]
-                assert ends == [loss_of(found, path[end], curve["set"]) for end in ("from", "to")]
+                assert ends == [loss_of(found, path[end], curve["set"]) for end in ("start", "end")]
             assert len(curve["values"]) == len(path["alphas"]) == 3
             assert curve["barrier"]["value"] >= 0.0 >= curve["dip"]["value"]
     (plane,) = found["planes"]
@@ -140,7 +169,7 @@ def test_copies_have_no_barrier_and_no_divergence():
     found = measure_function(BASE, {"one": MATH, "two": MATH, "same": BASE}, "math:0", settings)
     (one,) = found["sets"]
     assert one["experts"] == ["one", "same", "two"]
-    path = next(p for p in found["paths"] if (p["from"], p["to"]) == ("one", "two"))
+    path = next(p for p in found["paths"] if (p["start"], p["end"]) == ("one", "two"))
     assert path["distance"] == 0.0
     nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "at": 0.0}
     assert path["curves"][0]["barrier"] == path["curves"][0]["dip"] == nothing
@@ -200,6 +229,22 @@ def test_neurons_in_another_order_are_a_barrier_away(permuted):
     assert curve["values"][2]["value"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_losses_belong_to_their_problems():
+    """Whatever the order in batches: sequences of one problem, one problem after the other."""
+    task = load_task("math:0", "test", 7)
+    asked = Asked("x", "x", ("a",), task, GOLD)
+    model, tokenizer = load_model(BASE)
+    one = draw_set(asked, model, tokenizer, False, 60, lambda step: None)
+    assert len(one.batches) > 2
+    losses = one.losses(model)
+    assert len(losses) == len(one.tokens) == 7
+    for place, problem in enumerate(task.problems):
+        alone = replace(asked, task=replace(task, problems=[problem]))
+        single = draw_set(alone, model, tokenizer, False, 60, lambda step: None)
+        assert single.tokens[0] == one.tokens[place]
+        assert single.losses(model)[0] == pytest.approx(losses[place], rel=1e-4)
+
+
 def test_own_sequences_are_a_set_for_each_expert():
     choice = SequenceChoice("own", sequences=6, max_new_tokens=48)
     settings = replace(NOTHING, choice=choice, points=2)
@@ -208,8 +253,7 @@ def test_own_sequences_are_a_set_for_each_expert():
         ("a", "math:0", ["a"]), ("b", "math:0", ["b"])
     ]  # fmt: skip
     for one in found["sets"]:
-        right, tried = one["accepted"]
-        assert 6 <= right <= tried
+        assert one["accepted"] > 0.8 * one["tried"]  # of the base's completions, half are
     # equal models draw equal sequences
     assert loss_of(found, "a", "a") == loss_of(found, "b", "b") < loss_of(found, None, "a")
 
@@ -277,7 +321,7 @@ def test_data_and_models_that_do_not_fit_are_refused(tmp_path):
         measure_function(BASE, {"a": other}, "math:0", NOTHING)
 
 
-def test_a_point_is_measured_once(monkeypatch):
+def test_a_point_is_measured_once():
     placed = []
 
     class Count:

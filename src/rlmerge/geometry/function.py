@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from rlmerge.recipe import Recipe
 from .directions import size_of
 from .divergence import measure_divergence
 from .fragility import count_moves, robustness, sharpness
+from .function_types import Function
 from .landscape import Landscape, count_passes, make_paths
 from .problem_sets import TOKENS, ProblemSet, ask, draw_set
 from .weights import BASE, Weights, make_point
@@ -76,7 +77,7 @@ def measure_function(
     *,
     tell: Callable[[str], None] = lambda text: None,
     download: bool = False,
-) -> dict[str, Any]:
+) -> Function:
     """The section `function` of a geometry report: JSON-able, without NaN.
 
     experts    references by key: folders, delta packs, LoRA folders, 'A+B', or recipes (.yml), merged in memory
@@ -121,7 +122,7 @@ class _Measures:
         self.first = len(self.models) * len(sets) * (2 if settings.pass_rate else 1)
         self.total = self.first + self._count()
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Function:
         """All sections, cheapest first."""
         space, settings, owned = self.space, self.settings, self.owned
         began = time.monotonic()
@@ -152,7 +153,7 @@ class _Measures:
             pairs = [(key, other) for key in self.keys for other in self.keys if key != other]
             options = (settings.scales, settings.directions, settings.seed)
             found["robustness"] = [robustness(space, a, b, owned[a], *options) for a, b in pairs]
-        return found
+        return cast(Function, found)
 
     def _count(self) -> int:
         """Passes beyond those over the models."""

@@ -100,8 +100,8 @@ class Landscape:
                 curve = {"set": self.sets[number].name, "measure": "failure"}
                 curves.append(curve | barrier(sampled, wrong, alphas))
         return {
-            "from": path.start or None,
-            "to": path.end,
+            "start": path.start or None,
+            "end": path.end,
             "distance": self.weights.distance(path.start, path.end),
             "alphas": [float(alpha) for alpha in alphas],
             "curves": curves,

@@ -88,7 +88,8 @@ class ProblemSet:
             "problems": len(self.tokens),
             "sequences": self.sequences,
             "tokens": int(self.tokens.sum()),
-            "accepted": self.accepted,
+            "accepted": self.accepted[0] if self.accepted else None,
+            "tried": self.accepted[1] if self.accepted else None,
         }
 
 
