@@ -15,6 +15,7 @@ from tests.fisher.tiny_models import make_model, make_units  # noqa: E402
 from tests.geometry.test_points import Plain, make_weights, random_model  # noqa: E402
 
 from rlmerge.errors import NonFiniteError  # noqa: E402
+from rlmerge.evaluate.statistics import student_quantile  # noqa: E402
 from rlmerge.fisher.data import SequenceChoice  # noqa: E402
 from rlmerge.fisher.sequences import make_batches  # noqa: E402
 from rlmerge.geometry import passes  # noqa: E402
@@ -109,6 +110,11 @@ def test_the_interval_of_a_ratio_has_its_analytic_width():
     error = np.sqrt(((values - ratio * weight) ** 2).sum()) / weight.sum()  # linearised
     assert found["value"] == pytest.approx(ratio, rel=1e-12)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    few = Resampling(weight[:5], 4000, 0)
+    error = (
+        np.std(values[:5] - values[:5].sum() / weight[:5].sum() * weight[:5], ddof=1) * math.sqrt(5) / weight[:5].sum()
+    )
+    assert few.stretch * few.draws(values[:5]).std() == pytest.approx(student_quantile(4) / 1.96 * error, rel=0.1)
     assert Resampling(np.ones(1), 10, 0).estimate(np.ones(1)) == {"value": 1.0, "low": None, "high": None}
 
 
@@ -126,6 +132,29 @@ def test_a_planted_barrier_is_found_where_it_is():
     # problems differ in level alone, and the same are drawn for all points: no doubt about the barrier
     assert found["barrier"]["high"] - found["barrier"]["low"] < 1e-12
     assert found["values"][0]["high"] - found["values"][0]["low"] > 0.05
+
+
+@pytest.mark.parametrize("height", [0.0, 0.2])
+def test_intervals_of_barriers_cover_the_truth(height):
+    """Also where there is no barrier, and the largest of eleven uncertain values is above 0 all the same."""
+    random = np.random.default_rng(5)
+    alphas = np.linspace(0.0, 1.0, 11)
+    curve = height * np.sin(np.pi * alphas)
+    waves = np.array([np.sin(np.pi * alphas), np.sin(2 * np.pi * alphas), alphas])
+    covered, biased = np.zeros(2), 0.0
+    for seed in range(200):
+        weight = random.integers(10, 40, 40).astype(float)
+        own = 0.2 * random.standard_normal((40, 3)) @ waves
+        values = (random.gamma(1.0, 0.1, (40, 1)) + curve + own).T * weight
+        sampled = Resampling(weight, 200, seed)
+        up, down = barrier(sampled, values, alphas), barrier(sampled, -values, alphas)
+        biased += up["barrier"]["value"] / 200
+        for place, one in enumerate((up["barrier"], {k: -v for k, v in down["dip"].items()})):
+            low, high = sorted((one["low"], one["high"]))
+            covered[place] += low <= height <= high
+    assert biased > height + (0.02 if height == 0.0 else 0.0)
+    assert covered.min() >= 0.92 * 200
+    assert covered[0] == covered[1]
 
 
 def test_a_flat_curve_has_no_excess_at_all():

@@ -148,6 +148,7 @@ def test_controls_have_the_support_and_the_norm_of_the_delta():
         assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(delta), rel=1e-15)
         cosine = found @ delta / (delta @ delta)
         assert abs(cosine) < 0.4  # 0 ± 0.1 for 110 values
+        assert abs(np.sign(found).sum()) < 0.4 * np.count_nonzero(found)
         assert 0.3 < np.mean(np.sign(found[delta != 0.0]) == np.sign(delta[delta != 0.0])) < 0.7
     assert not np.array_equal(np.abs(drawn[0]), np.abs(delta))
     assert not np.array_equal(drawn[0], drawn[1])

@@ -217,8 +217,9 @@ def _load_all(
         progress(Progress("loading", place, total))
         source = _source(experts[key], base, download)
         packed = base if isinstance(source, Path) else None
-        model, tokenizers[key] = load_model(source, settings.threads, base=packed)
-        weights.add(key, model, str(experts[key]))
+        expert, tokenizers[key] = load_model(source, settings.threads, base=packed)
+        weights.add(key, expert, str(experts[key]))
+        del expert  # before the next is loaded
     return weights, tokenizers
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlmerge.evaluate.statistics import Z, student_quantile
+
 Array = NDArray[np.float64]
+ENDS = (0.025, 0.975)
+TURNED = (("value", "value"), ("low", "high"), ("high", "low"))
+"""Which bound of −x is which of x."""
 
 
 class Resampling:
     """Draws of n problems with replacement.
 
     weight   fp64[n] of each problem: its tokens, or ones. A mean is Σ of values over Σ of weights
+    stretch  by which draws lie too close together with few problems: Student's quantile and n/(n − 1), as for a mean
     """
 
     def __init__(self, weight: Array, draws: int, seed: int) -> None:
@@ -22,6 +29,7 @@ class Resampling:
         counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
         self.counts = counts.astype(np.float64)
         self.drawn = np.einsum("n,dn->d", weight, self.counts)
+        self.stretch = student_quantile(n - 1) / Z * math.sqrt(n / (n - 1)) if n > 1 else math.inf
 
     def mean(self, values: Array) -> Array:
         """Means of values [..., n]."""
@@ -33,15 +41,30 @@ class Resampling:
 
     def estimate(self, values: Array) -> dict[str, float | None]:
         """Mean of values [n] with its interval."""
-        return interval(float(self.mean(values)), self.draws(values), len(self.weight))
+        return self.interval(float(self.mean(values)), self.draws(values))
 
+    def interval(self, value: float, draws: Array) -> dict[str, float | None]:
+        """A value with the central 95 % of its stretched draws; null with a single problem."""
+        if not math.isfinite(self.stretch):
+            return {"value": value, "low": None, "high": None}
+        low, high = np.quantile(value + (draws - value) * self.stretch, ENDS)
+        return {"value": value, "low": float(low), "high": float(high)}
 
-def interval(value: float, draws: Array, problems: int) -> dict[str, float | None]:
-    """A value with the central 95 % of its draws (percentile bootstrap); null with a single problem."""
-    if problems < 2:
-        return {"value": value, "low": None, "high": None}
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {"value": value, "low": float(low), "high": float(high)}
+    def largest(self, values: Array, draws: Array) -> dict[str, float | None]:
+        """The largest of values [P], with bounds that hold for the largest true one.
+
+        The largest of several uncertain values is too large, and so are its draws: plain percentiles would see a
+        barrier on one flat path in five. So the bounds are the largest of bands that hold for all P at once, as wide as
+        the largest deviations of draws are (Chernozhukov, Lee and Rosen 2013, Econometrica 81).
+        """
+        value = float(values.max())
+        if not math.isfinite(self.stretch):
+            return {"value": value, "low": None, "high": None}
+        errors = draws.std(axis=-1)
+        off = np.divide(draws - values[:, None], errors[:, None], out=np.zeros_like(draws), where=errors[:, None] > 0.0)
+        below, above = (float(np.quantile(side.max(0), ENDS[1])) * self.stretch for side in (off, -off))
+        low, high = (values - below * errors).max(), (values + above * errors).max()
+        return {"value": value, "low": float(low), "high": float(high)}
 
 
 def excess(means: Array, alphas: Array) -> Array:
@@ -59,13 +82,13 @@ def barrier(sampled: Resampling, values: Array, alphas: Array) -> dict[str, Any]
     barrier   the largest excess over the chord, with the α where it is; at least 0, as the ends are on the chord
     dip       the smallest, at most 0: how far the path lies below
     """
-    n = len(sampled.weight)
     means, draws = sampled.mean(values), sampled.draws(values)
     over, drawn = excess(means, alphas), excess(draws, alphas)
-    found: dict[str, Any] = {
-        "values": [interval(float(mean), row, n) for mean, row in zip(means, draws)],
-        "excess": [interval(float(mean), row, n) for mean, row in zip(over, drawn)],
+    top, bottom = sampled.largest(over, drawn), sampled.largest(-over, -drawn)
+    turned = {end: None if (bound := bottom[other]) is None else 0.0 - bound for end, other in TURNED}
+    return {
+        "values": [sampled.interval(float(mean), row) for mean, row in zip(means, draws)],
+        "excess": [sampled.interval(float(mean), row) for mean, row in zip(over, drawn)],
+        "barrier": top | {"at": float(alphas[over.argmax()])},
+        "dip": turned | {"at": float(alphas[over.argmin()])},
     }
-    for name, where, most in (("barrier", over.argmax(), drawn.max(0)), ("dip", over.argmin(), drawn.min(0))):
-        found[name] = interval(float(over[where]), most, n) | {"at": float(alphas[where])}
-    return found
