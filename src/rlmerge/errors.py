@@ -10,6 +10,7 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 │   └── PackError               a delta pack that is damaged, or that cannot be made or used like this
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
 ├── GramError                   Gram matrices that are missing, of another model, or none
+├── GeometryError               measures of geometry that cannot be taken as asked
 ├── PluginError                 a merge method of the user's own: its file, its definition, an error in its code
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── ClusterError                    machines that are not there, lack memory or files, or keep dying
@@ -86,6 +87,10 @@ class FisherError(RlmergeError):
 
 class GramError(RlmergeError):
     """Gram matrices that are missing, of another model, or that are no Gram matrices."""
+
+
+class GeometryError(RlmergeError):
+    """A measure of what training did that cannot be taken as asked."""
 
 
 class PluginError(RlmergeError):
