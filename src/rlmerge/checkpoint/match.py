@@ -247,7 +247,9 @@ def _is_vocabulary(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, their
 def _missing(
     base: Checkpoint, expert: Checkpoint, name: str, found: _Found, resized: Collection[str], alone: bool
 ) -> None:
-    """A tensor of the base that the expert lacks, `alone` or among others: fine where the base stores a tied one twice."""
+    """A tensor of the base that the expert lacks, `alone` or among others: fine where the base stores a tied one
+    twice.
+    """
     twins = _twins(base.tensors[name], base.tensors, expert.tensors)
     for twin in twins:
         fits = not _misfit(base, expert, twin, expert.tensors[twin.name], resized)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -178,8 +177,9 @@ def _heading(plan: Plan, settings: CoordinateSettings) -> Document:
 
 
 def _measure_spectra(plan: Plan, threads: int, kernels: Backend, progress: Callable[[Reading], None]) -> dict[str, Any]:
-    module = importlib.import_module(".spectra", __package__)
-    return module.measure_spectra(
+    from .spectra import measure_spectra
+
+    return measure_spectra(
         plan,
         threads=threads,
         progress=lambda step: progress(Reading(step.done, step.total, step.message, "matrices")),
@@ -192,17 +192,18 @@ def _measure_function(
     progress: Callable[[Reading], None],
 ) -> dict[str, Any]:  # fmt: skip
     try:
-        module = importlib.import_module(".function", __package__)
+        from .function import measure_function
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge inspect --data", error.name or "torch", "model") from None
     models = {entry.key: entry.model for entry in recipe.experts}
-    return module.measure_function(
+    found = measure_function(
         base,
         {key: models[key] for key in plan.experts},
         data,
         tell=lambda text: progress(Reading(0, 0, text)),
         download=download,
     )
+    return dict(found)
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
