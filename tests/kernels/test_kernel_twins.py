@@ -483,6 +483,15 @@ def test_ramp(given_, data, start, inverse):
     )  # fmt: skip
 
 
+@given(ranked(), st.data())
+def test_compact(given_, data):
+    where, values = given_[0], cut_some(given_[1], data)
+    left, kept = np.full(where.size, 7, np.int32), np.full(values.size, 7.0)
+    found = agree("compact", values=values, where=where, left=left, kept=kept)
+    some = (values != 0.0).any(axis=0)
+    assert found["left"][: some.sum()].tolist() == where[some].tolist()
+
+
 @given(conflicts(), st.sampled_from([1, 2]), st.data())
 def test_kept_norms(given_, order, data):
     delta = given_[1]

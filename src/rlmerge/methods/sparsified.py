@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -56,12 +57,16 @@ class Left:
     values: NDArray[np.float64]
     kept: NDArray[np.int64]
 
-    def compact(self) -> Left:
+    def compact(self, kernels: ModuleType) -> Left:
         """Without the coordinates where nothing is left: there the base stays, bit for bit."""
-        some = (self.values != 0.0).any(axis=0)
-        if some.all():
+        count, size = self.values.shape
+        where, values = np.empty(size, np.int32), np.empty(count * size)
+        number = kernels.compact(self.values, self.where, where, values)
+        if number == size:
             return self
-        return Left(self.experts, self.where[some], np.ascontiguousarray(self.values[:, some]), self.kept)
+        # copies: what is kept for the merge must not hold on to the room of what was cut
+        values = values[: count * number].reshape(count, -1).copy()
+        return Left(self.experts, where[:number].copy(), values, self.kept)
 
 
 class Sparsified(Method):
@@ -115,12 +120,11 @@ class Sparsified(Method):
             stats |= {"elected": counts[:1] - counts[1:], "cancelled": counts[1:]}
         return Merged(changes, stats)
 
-
     def _compact(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
         """What is left, as norms were measured of it if there was memory to keep it."""
 
         def make() -> list[Left]:
-            return [part.compact() for part in self.left(block, task, results)]
+            return [part.compact(block.kernels) for part in self.left(block, task, results)]
 
         return block.keep(("left", task.group), make) if block.roomy else make()
 
@@ -176,5 +180,5 @@ class CutNorms(Norms):
         parts = super()._left(block, task, results)
         if block.roomy:
             # norms are sums over all that was there: taken of the compact parts, they would add up in another order
-            block.keep(("left", task.group), lambda: [part.compact() for part in parts])
+            block.keep(("left", task.group), lambda: [part.compact(block.kernels) for part in parts])
         return parts

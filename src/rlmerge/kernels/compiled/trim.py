@@ -171,6 +171,35 @@ def sift(score, threshold, cut, key, start, where, values, left, kept):
 
 
 @kernel
+def compact(values, where, left, kept):
+    """Coordinates of fp64[E, m] where some value is not 0: their places to left int32[m], their values to kept.
+
+    Returns how many, n. kept fp64[E·m] begins with an array [E, n]; what lies behind is not touched.
+    """
+    flags = np.empty(TILE, np.uint8)
+    places = np.empty(values.shape[1] + 8, np.int32)
+    table = bit_places()
+    number = 0
+    for first in range(0, values.shape[1], TILE):
+        size = min(TILE, values.shape[1] - first)
+        flags[:] = np.uint8(0)
+        for e in range(values.shape[0]):
+            row = values[e, first : first + size]
+            for j in range(size):
+                flags[j] |= np.uint8(row[j] != 0.0)
+        number = select(flags, size, first, table, places, number)
+    spot = places[:number].view(np.uint32)
+    for j in range(number):
+        left[j] = where[spot[j]]
+    for e in range(values.shape[0]):
+        row = values[e]
+        out = kept[e * number : (e + 1) * number]
+        for j in range(number):
+            out[j] = row[spot[j]]
+    return number
+
+
+@kernel
 def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     """Zeroes, in place, the values fp64[E, m] of eligible coordinates that are not kept.
 
