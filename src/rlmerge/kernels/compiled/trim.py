@@ -123,14 +123,21 @@ def tie_hashes(score, threshold, key, start, where):
     """The hashes uint64[t] of the coordinates start + where[j] whose score, fp32[m], is equal to the threshold."""
     found = 0
     for j in range(score.shape[0]):
-        if score[j] == threshold:
-            found += 1
+        found += np.int64(score[j] == threshold)
     out = np.empty(found, np.uint64)
+    flags = np.empty(TILE, np.uint8)
+    places = np.empty(TILE + 8, np.int32)
+    table = bit_places()
     found = 0
-    for j in range(score.shape[0]):
-        if score[j] == threshold:
-            out[found] = hash64(key, np.uint64(start + where[j]))
-            found += 1
+    for first in range(0, score.shape[0], TILE):
+        some = score[first : first + TILE]
+        spot = where[first : first + TILE].view(np.uint32)
+        for j in range(some.shape[0]):
+            flags[j] = np.uint8(some[j] == threshold)
+        number = select(flags, some.shape[0], 0, table, places, 0)
+        for place in range(number):
+            out[found + place] = hash64(key, np.uint64(start) + np.uint64(spot[np.uint64(places[place])]))
+        found += number
     return out
 
 
