@@ -484,6 +484,15 @@ def test_ramp(given_, data, start, inverse):
     )  # fmt: skip
 
 
+@given(ranked(), st.data())
+def test_compact(given_, data):
+    where, values = given_[0], cut_some(given_[1], data)
+    left, kept = np.full(where.size, 7, np.int32), np.full(values.size, 7.0)
+    found = agree("compact", values=values, where=where, left=left, kept=kept)
+    some = (values != 0.0).any(axis=0)
+    assert found["left"][: some.sum()].tolist() == where[some].tolist()
+
+
 @given(conflicts(), st.sampled_from([1, 2]), st.data())
 def test_kept_norms(given_, order, data):
     delta = given_[1]
@@ -529,12 +538,47 @@ def test_draw(given_, data, start, inverse, shared):
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.data())
 def test_row_ranks(length, stride, slices, of_support, data):
-    size = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0, 0.5, 1e-300]), min_size=slices * stride *
-                                       length, max_size=slices * stride * length)), np.float64)  # fmt: skip
-    out = np.full(size.size, 7.0)
-    found = agree("row_ranks", size=size, length=length, stride=stride, of_support=of_support, out=out)["out"]
-    for row in found.reshape(slices, length, stride).swapaxes(1, 2).reshape(-1, length):
-        assert ((row >= 0) & (row <= 1)).all()
+    number = slices * stride * length
+    values = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, -2.0, 0.5, -1e-300]), min_size=number,
+                                         max_size=number)), np.float64)  # fmt: skip
+    second = np.array(data.draw(st.lists(st.booleans(), min_size=number, max_size=number)), np.bool_)
+    found = ranks_of(values, second, length, stride, of_support)
+    for row, mine in zip(*(rows_of(array, slices, length, stride) for array in (np.abs(values), found))):
+        before = 0 if of_support else np.count_nonzero(row == 0.0)
+        steps = (np.count_nonzero(row) if of_support else length) - 1
+        for size, rank in zip(row, mine):
+            low, equal = np.count_nonzero((row < size) & (row > 0.0)), np.count_nonzero(row == size)
+            expected = (before + low + (equal - 1) / 2) / steps if steps > 0 else 0.5
+            assert rank == (expected if size else 0.0)
+
+
+@pytest.mark.parametrize("magnitudes", [1, 127, 128, 129, 500])
+def test_ranks_of_few_magnitudes_and_of_many(magnitudes):
+    rng = np.random.default_rng(magnitudes)
+    values = rng.integers(1, magnitudes + 1, 3 * 500) * rng.choice([-1.0, 1.0], 1500) * 2.0**-20
+    values[:magnitudes] = 2.0**-20 * np.arange(1, magnitudes + 1)  # the first row has all of them
+    found = ranks_of(values, rng.random(1500) < 0.3, 500, 1, False).reshape(3, 500)
+    for row, mine in zip(np.abs(values).reshape(3, 500), found):
+        ordered = np.sort(row)
+        middle = (np.searchsorted(ordered, row) + np.searchsorted(ordered, row, "right") - 1) / 2
+        np.testing.assert_array_equal(mine, middle / 499)
+
+
+def rows_of(array, slices, length, stride):
+    return array.reshape(slices, length, stride).swapaxes(1, 2).reshape(-1, length)
+
+
+def ranks_of(values, second, length, stride, of_support):
+    """What both kernels say of deltas, some of which stand in the second list."""
+    lists = [np.flatnonzero(chosen).astype(np.int32) for chosen in (~second, second)]
+    outs = [np.full(where.size, 7.0) for where in lists]
+    found = agree(
+        "row_ranks", where=lists[0], values=values[lists[0]], others_where=lists[1], others=values[lists[1]],
+        length=length, stride=stride, of_support=of_support, out=outs[0], others_out=outs[1],
+    )  # fmt: skip
+    ranks = np.empty(values.size)
+    ranks[lists[0]], ranks[lists[1]] = found["out"], found["others_out"]
+    return ranks
 
 
 # -- hash ------------------------------------------------------------------------------------------------------------

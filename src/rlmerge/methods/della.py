@@ -15,6 +15,7 @@ from .base import Block, Parameter, Result, Task
 from .sparsified import CANCELLED, DENSITY, DENSITY_OF, Left, Sparsified, normalize, rescale
 from .task_arithmetic import LAMBDA, WEIGHT
 
+NOTHING = np.empty(0, np.int32), np.empty(0), np.empty(0)
 EPSILON = Parameter("epsilon", "number", 0.15, "chances run from density − ε (smallest |δ|) to density + ε", True)
 
 
@@ -62,29 +63,41 @@ class DellaLinear(Sparsified):
         """Every update stays with the chance that its rank gives it."""
         inverse = task.values["rescale"] == "inverse_probability"
         density, epsilon = task.per_model["density"], task.per_model["epsilon"]
-        ranks = {k: self._ranks(block, task, k) for k in range(len(density)) if 0.0 < density[k] < 1.0 and epsilon[k]}
         found = []
-        for patch in block.patches:
+        ranks = self._ranks(block, task)
+        for patch, rank in zip(block.patches, ranks):
             chance = np.empty(patch.delta.shape)
             for row, k in enumerate(patch.experts.tolist()):
                 chance[row] = density[k]
-                if k in ranks:
-                    chance[row] = (density[k] - epsilon[k]) + (2.0 * epsilon[k]) * ranks[k][patch.where]
+                if self._ranked(task, k):
+                    chance[row] = (density[k] - epsilon[k]) + (2.0 * epsilon[k]) * rank[row]
             part = Left(patch.experts, patch.where, patch.delta.copy(), np.zeros(len(patch.experts), np.int64))
             keys = task.keys[patch.experts]
             block.kernels.draw(part.values, chance, keys, block.start, part.where, inverse, part.kept)
             found.append(part)
         return found
 
-    def _ranks(self, block: Block, task: Task, expert: int) -> NDArray[np.float64]:
-        """The rank of |δ| in its row, fp64[n], where the expert changed something."""
-        size, out = np.zeros(block.size), np.zeros(block.size)
-        for patch in block.patches:
-            for row in np.flatnonzero(patch.experts == expert):
-                size[patch.where] = np.abs(patch.delta[row])
+    def _ranked(self, task: Task, expert: int) -> bool:
+        """Whether the chances of an expert depend on ranks."""
+        density, epsilon = task.per_model["density"][expert], task.per_model["epsilon"][expert]
+        return bool(0.0 < density < 1.0 and epsilon)
+
+    def _ranks(self, block: Block, task: Task) -> list[NDArray[np.float64]]:
+        """The rank of each |δ| among all of its expert in its row, for every patch fp64[E, m]; undefined if unused."""
+        ranks = [np.empty(patch.delta.shape) for patch in block.patches]
         length, stride = row_of(task.shape)
-        block.kernels.row_ranks(size, length, stride, task.values["density_of"] == "support", out)
-        return out
+        for k in range(len(task.experts)):
+            if not self._ranked(task, k):
+                continue
+            # what it changed alone, and what several changed
+            lists = [NOTHING, NOTHING]
+            for patch, rank in zip(block.patches, ranks):
+                for row in np.flatnonzero(patch.experts == k):
+                    lists[0 if patch.alone else 1] = patch.where, patch.delta[row], rank[row]
+            (where, values, out), (others_where, others, others_out) = lists
+            support = task.values["density_of"] == "support"
+            block.kernels.row_ranks(where, values, others_where, others, length, stride, support, out, others_out)
+        return ranks
 
 
 def row_of(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -105,7 +105,7 @@ class Ranks(Coarse):
         """Per row, the filled bins and their mid-ranks."""
         bins, ranks = [], []
         for count in total["count"]:
-            filled = np.flatnonzero(count)
+            filled = np.flatnonzero(count != 0)
             below = np.cumsum(count[filled]) - count[filled]
             bins.append(filled.tolist())
             ranks.append(((below + count[filled] / 2) / max(1, int(count.sum()))).tolist())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -56,12 +57,16 @@ class Left:
     values: NDArray[np.float64]
     kept: NDArray[np.int64]
 
-    def compact(self) -> Left:
+    def compact(self, kernels: ModuleType) -> Left:
         """Without the coordinates where nothing is left: there the base stays, bit for bit."""
-        some = (self.values != 0.0).any(axis=0)
-        if some.all():
+        count, size = self.values.shape
+        where, values = np.empty(size, np.int32), np.empty(count * size)
+        number = kernels.compact(self.values, self.where, where, values)
+        if number == size:
             return self
-        return Left(self.experts, self.where[some], np.ascontiguousarray(self.values[:, some]), self.kept)
+        # copies: what is kept for the merge must not hold on to the room of what was cut
+        values = values[: count * number].reshape(count, -1).copy()
+        return Left(self.experts, where[:number].copy(), values, self.kept)
 
 
 class Sparsified(Method):
@@ -86,7 +91,7 @@ class Sparsified(Method):
 
     def stages(self, values: Mapping[str, Any]) -> tuple[Stage, ...]:
         """Those of the cut, and norms where one is given back."""
-        return self.cuts(values) + ((Norms(self, 1),) if values["rescale"] == "l1" else ())
+        return self.cuts(values) + ((CutNorms(self, 1),) if values["rescale"] == "l1" else ())
 
     def factors(self, task: Task, results: Mapping[str, Result]) -> list[float]:
         """The rescale factor of each expert."""
@@ -96,9 +101,8 @@ class Sparsified(Method):
         """Cut, rescale, then add or join."""
         kept, counts = np.zeros(len(task.experts), np.int64), np.zeros(2, np.int64)
         changes = []
-        for part in self.left(block, task, results):
+        for part in self._compact(block, task, results):
             kept[part.experts] += part.kept
-            part = part.compact()
             values, weight = part.values, task.per_model["weight"][part.experts]
             if "norms" in results:
                 values = values * np.array(results["norms"]["factor"])[part.experts, None]
@@ -115,6 +119,14 @@ class Sparsified(Method):
         if self.consensus == "sign":
             stats |= {"elected": counts[:1] - counts[1:], "cancelled": counts[1:]}
         return Merged(changes, stats)
+
+    def _compact(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
+        """What is left, as norms were measured of it if there was memory to keep it."""
+
+        def make() -> list[Left]:
+            return [part.compact(block.kernels) for part in self.left(block, task, results)]
+
+        return block.keep(("left", task.group), make) if block.roomy else make()
 
 
 class Norms(Stage):
@@ -141,12 +153,15 @@ class Norms(Stage):
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Adds a block, before and after."""
         whole = [(patch.experts, patch.delta) for patch in block.patches]
-        cut = [(part.experts, part.values) for part in self.method.left(block, task, results)]
+        cut = [(part.experts, part.values) for part in self._left(block, task, results)]
         for key, parts in (("before", whole), ("after", cut)):
             for experts, values in parts:
                 some = np.zeros(len(experts))
                 block.kernels.kept_norms(values, self.order, some)
                 summary[key][experts] += some
+
+    def _left(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
+        return self.method.left(block, task, results)
 
     def reduce(self, total: Summary, task: Task, results: Mapping[str, Result]) -> Result:
         """Norms before and after, and before / after."""
@@ -156,3 +171,14 @@ class Norms(Stage):
         with np.errstate(invalid="ignore"):  # where a recipe lets infinities in, they come out as such
             factor = np.divide(before, after, out=np.ones(len(before)), where=after > 0.0)
         return {"before": before.tolist(), "after": after.tolist(), "factor": factor.tolist()}
+
+
+class CutNorms(Norms):
+    """Norms of a sparsifying method, whose merge need not cut again what fits into memory."""
+
+    def _left(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Left]:
+        parts = super()._left(block, task, results)
+        if block.roomy:
+            # norms are sums over all that was there: taken of the compact parts, they would add up in another order
+            block.keep(("left", task.group), lambda: [part.compact(block.kernels) for part in parts])
+        return parts

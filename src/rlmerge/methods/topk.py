@@ -314,7 +314,7 @@ def _exact_sum(values: NDArray[np.float64]) -> float:
 
 def bin_of(count: NDArray[np.int64], wanted: int) -> tuple[int, int]:
     """The highest bin at which `wanted` of the largest are reached, and how many lie in the bins above it."""
-    filled = np.flatnonzero(count)[::-1]  # few of the bins, for bf16 deltas
+    filled = np.flatnonzero(count != 0)[::-1]  # few of the bins, for bf16 deltas; of Booleans NumPy finds them faster
     from_top = np.cumsum(count[filled])
     place = int(np.searchsorted(from_top, wanted))
     return int(filled[place]), int(from_top[place - 1]) if place else 0

@@ -123,14 +123,21 @@ def tie_hashes(score, threshold, key, start, where):
     """The hashes uint64[t] of the coordinates start + where[j] whose score, fp32[m], is equal to the threshold."""
     found = 0
     for j in range(score.shape[0]):
-        if score[j] == threshold:
-            found += 1
+        found += np.int64(score[j] == threshold)
     out = np.empty(found, np.uint64)
+    flags = np.empty(TILE, np.uint8)
+    places = np.empty(TILE + 8, np.int32)
+    table = bit_places()
     found = 0
-    for j in range(score.shape[0]):
-        if score[j] == threshold:
-            out[found] = hash64(key, np.uint64(start + where[j]))
-            found += 1
+    for first in range(0, score.shape[0], TILE):
+        some = score[first : first + TILE]
+        spot = where[first : first + TILE].view(np.uint32)
+        for j in range(some.shape[0]):
+            flags[j] = np.uint8(some[j] == threshold)
+        number = select(flags, some.shape[0], 0, table, places, 0)
+        for place in range(number):
+            out[found + place] = hash64(key, np.uint64(start) + np.uint64(spot[np.uint64(places[place])]))
+        found += number
     return out
 
 
@@ -167,6 +174,35 @@ def sift(score, threshold, cut, key, start, where, values, left, kept):
             left[number + place] = where[j]
             kept[number + place] = values[j]
         number += found
+    return number
+
+
+@kernel
+def compact(values, where, left, kept):
+    """Coordinates of fp64[E, m] where some value is not 0: their places to left int32[m], their values to kept.
+
+    Returns how many, n. kept fp64[E·m] begins with an array [E, n]; what lies behind is not touched.
+    """
+    flags = np.empty(TILE, np.uint8)
+    places = np.empty(values.shape[1] + 8, np.int32)
+    table = bit_places()
+    number = 0
+    for first in range(0, values.shape[1], TILE):
+        size = min(TILE, values.shape[1] - first)
+        flags[:] = np.uint8(0)
+        for e in range(values.shape[0]):
+            row = values[e, first : first + size]
+            for j in range(size):
+                flags[j] |= np.uint8(row[j] != 0.0)
+        number = select(flags, size, first, table, places, number)
+    spot = places[:number].view(np.uint32)
+    for j in range(number):
+        left[j] = where[spot[j]]
+    for e in range(values.shape[0]):
+        row = values[e]
+        out = kept[e * number : (e + 1) * number]
+        for j in range(number):
+            out[j] = row[spot[j]]
     return number
 
 

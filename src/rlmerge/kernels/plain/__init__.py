@@ -20,7 +20,19 @@ from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
 from .shuffle import draw_permutations, put, sort_by_exponent, targets
 from .spread import join, spread, weighted_mean
 from .steps import apply_steps, encode_steps, weigh
-from .trim import coarse, coarse_norms, count_updates, fine, fine_norms, kept_norms, ramp, sift, tie_hashes, trim
+from .trim import (
+    coarse,
+    coarse_norms,
+    compact,
+    count_updates,
+    fine,
+    fine_norms,
+    kept_norms,
+    ramp,
+    sift,
+    tie_hashes,
+    trim,
+)
 
 NAME = "numpy"
 
@@ -33,6 +45,7 @@ __all__ = [
     "changes",
     "coarse",
     "coarse_norms",
+    "compact",
     "compose",
     "count_nonfinite",
     "count_shared",

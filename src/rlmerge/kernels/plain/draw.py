@@ -20,13 +20,15 @@ def draw(values, chance, keys, start, where, inverse, kept):
             value[keep] = value[keep] / own[keep]
 
 
-def row_ranks(size, length, stride, of_support, out):
-    """Ranks of the non-zero magnitudes within their rows."""
-    out[:] = 0.0
-    at = np.flatnonzero(size)
+def row_ranks(where, values, others_where, others, length, stride, of_support, out, others_out):
+    """Ranks of the non-zero magnitudes of one expert within their rows."""
+    every, size = np.concatenate([where, others_where]).astype(np.int64), np.abs(np.concatenate([values, others]))
+    rank = np.zeros(size.size)
+    chosen = np.flatnonzero(size)
+    at, size = every[chosen], size[chosen]
     row = at // (length * stride) * stride + at % stride
-    order = np.lexsort((size[at], row))
-    row, value = row[order], size[at[order]]
+    order = np.lexsort((size, row))
+    row, value = row[order], size[order]
     index = np.arange(at.size)
     # first and last place, in the sorted list, of the row and of the magnitude that each entry belongs to
     starts = np.r_[True, row[1:] != row[:-1]][: at.size]
@@ -38,7 +40,8 @@ def row_ranks(size, length, stride, of_support, out):
     number = (np.minimum.accumulate(np.where(np.r_[starts[1:], True][: at.size], index, at.size)[::-1])[::-1] - own) + 1
     zeros = np.zeros_like(number) if of_support else length - number
     steps = (number if of_support else np.full_like(number, length)) - 1
-    rank = np.full(at.size, 0.5)
     some = steps > 0
-    rank[some] = (zeros[some] + (low[some] + high[some]) / 2.0) / steps[some]
-    out[at[order]] = rank
+    found = np.full(at.size, 0.5)
+    found[some] = (zeros[some] + (low[some] + high[some]) / 2.0) / steps[some]
+    rank[chosen[order]] = found
+    out[:], others_out[:] = rank[: where.size], rank[where.size :]

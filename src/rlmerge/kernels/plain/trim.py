@@ -75,6 +75,15 @@ def sift(score, threshold, cut, key, start, where, values, left, kept):
     return number
 
 
+def compact(values, where, left, kept):
+    """Coordinates where some value is not 0, and their values."""
+    some = (values != 0.0).any(axis=0)
+    number = int(np.count_nonzero(some))
+    left[:number] = where[some]
+    kept[: len(values) * number] = values[:, some].reshape(-1)
+    return number
+
+
 def trim(score, threshold, cut, keys, start, where, values, kept, dropped):
     """Zeroes the values of eligible coordinates that are not kept."""
     places = _places(start, where)
