@@ -380,7 +380,7 @@ def test_other_tokenizers_are_refused_unless_accepted(tmp_path):
 
 
 def test_a_chat_template_that_would_be_lost_is_said_to(tmp_path):
-    """As TRL saves an expert: with a pad token and a template that the base lacks. The message says how to keep them."""
+    """As TRL saves an expert: with a pad token and a template that the base lacks. The message says how to keep it."""
     base = {"model.embed_tokens.weight": np.ones((3, 3), np.float32)}
     write_all(tmp_path, base, {"a": base})
     words = {"model": {"type": "BPE", "vocab": {"x": 0, "y": 1, "</s>": 2}, "merges": []}}
@@ -390,13 +390,19 @@ def test_a_chat_template_that_would_be_lost_is_said_to(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": 3}))
     with pytest.raises(MismatchError) as caught:
         rlmerge.check(make_recipe(tmp_path, "ram", ["a"]))
-    assert "Their tokens are the same" in str(caught.value) and "may mean different" not in str(caught.value)
-    assert "add --accept-tokenizers: the output then has the tokenizer of base, and no chat template." in str(caught.value)
+    assert "Their tokens are the same" in str(caught.value)
+    assert "may mean different" not in str(caught.value)
+    assert "add --accept-tokenizers: the output then has the tokenizer of base, and no chat template." in str(
+        caught.value
+    )
     (note,) = [text for text in rlmerge.check(make_recipe(tmp_path, "ram", ["a"]), accept_tokenizers=True).notes
                if text.startswith("the output has the tokenizer of base, and no chat template.")]  # fmt: skip
     for said in ("`tokenizer_source: MODEL`", "`chat_template: auto`"):  # and both do what the note says of them
         assert said in note
-    kept = [make_recipe(tmp_path, "ram", ["a"], tokenizer_source="a"), make_recipe(tmp_path, "ram", ["a"], chat_template="auto")]
+    kept = [
+        make_recipe(tmp_path, "ram", ["a"], tokenizer_source="a"),
+        make_recipe(tmp_path, "ram", ["a"], chat_template="auto"),
+    ]
     for number, recipe in enumerate(kept):
         out = rlmerge.merge_to_folder(recipe, tmp_path / f"out{number}", accept_tokenizers=number == 1).out
         held = json.loads((out / "tokenizer_config.json").read_text())

@@ -552,7 +552,7 @@ def test_a_mapping_that_contains_itself():
 @pytest.mark.parametrize("given", [MAPPING, None, 3, [MAPPING]])
 def test_what_is_no_path(given):
     with pytest.raises(
-        RecipeError, match="expected a recipe or the path of one, found .* parse_recipe takes a mapping"
+        RecipeError, match=r"expected a recipe or the path of one, found .* parse_recipe takes a mapping"
     ):
         load_recipe(given)
     if given is not MAPPING:

@@ -29,9 +29,9 @@ def zeroable():
     for name in rlmerge.method_names():
         method = rlmerge.get_method(name)
         for spec in method.parameters:
-            if spec.kind == "number" and spec.above is None and spec.minimum in (None, 0):
-                if method.arity.base == "required":
-                    yield name, spec.name
+            free = spec.kind == "number" and spec.above is None and spec.minimum in (None, 0)
+            if free and method.arity.base == "required":
+                yield name, spec.name
 
 
 @pytest.mark.parametrize(("method", "parameter"), list(zeroable()))

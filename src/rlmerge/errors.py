@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
 INSTALL = "pip install -e '.[{}]'"
 """What brings an extra: rlmerge is on no package index yet, so it runs in a clone of the repository."""
 

@@ -63,6 +63,6 @@ def _warning(recipe: Recipe, place: Place, text: str, names: Sequence[str]) -> s
     parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
     shown = " and ".join(map(repr, dict.fromkeys([names[len(names) // 2], names[-1]]))) if names else "none"
     return (
-        f"{recipe.at(place)}: {text!r} is part of no merged tensor's name, so this entry has no effect (mergekit ignores "
-        f"it, too).{did_you_mean(text, parts)} Names are, for instance: {shown}."
+        f"{recipe.at(place)}: {text!r} is part of no merged tensor's name, so this entry has no effect (mergekit "
+        f"ignores it, too).{did_you_mean(text, parts)} Names are, for instance: {shown}."
     )

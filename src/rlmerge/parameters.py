@@ -74,7 +74,9 @@ def as_flag(value: Any) -> bool:
     if isinstance(value, str) and value.lower() == "true":
         return True
     if isinstance(value, str) and value.lower() == "false":
-        raise ValueError("expected true or false, found the text 'false', which mergekit takes for true: drop the quotes")
+        raise ValueError(
+            "expected true or false, found the text 'false', which mergekit takes for true: drop the quotes"
+        )
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     raise ValueError(f"expected true or false, found {show(value)}")

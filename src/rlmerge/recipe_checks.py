@@ -324,8 +324,8 @@ class Checker:
             raise RecipeError(f"{self.source.at(())}: a recipe is a mapping of keys and values, found {show(data)}.")
         if "merge_method" not in data and (moe := [key for key in MOE_KEYS if key in data]):
             raise RecipeError(
-                f"{self.source.at((moe[0],))}: this is a recipe of mergekit-moe, which makes a mixture of experts out of "
-                "dense models. rlmerge merges models into one of the same kind, by a 'merge_method', and makes no "
+                f"{self.source.at((moe[0],))}: this is a recipe of mergekit-moe, which makes a mixture of experts out "
+                "of dense models. rlmerge merges models into one of the same kind, by a 'merge_method', and makes no "
                 "mixtures."
             )
         method = self._method(data.get("merge_method"), methods)

@@ -151,14 +151,14 @@ def _dot(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 def plan_alarms(plan: Plan) -> list[str]:
     """What the plan alone says that a user should think about."""
     found = []
-    sizes = {reason: 0 for reason in ("mismatch", None)}
+    sizes: dict[str | None, int] = {"mismatch": 0, None: 0}
     for tensor in plan.tensors:
         sizes[tensor.carry] = sizes.get(tensor.carry, 0) + tensor.size
     taken, whole = sizes["mismatch"], sum(sizes.values())
     if 2 * taken > whole:
         found.append(
-            f"{taken:,} of {whole:,} weights ({taken / whole:.0%}) do not fit in every model and are taken from the base "
-            "(on_mismatch: base). Are these models trained from this base, and are their tensors called as its own?"
+            f"{taken:,} of {whole:,} weights ({taken / whole:.0%}) do not fit in every model and are taken from "
+            "the base (on_mismatch: base). Are these models trained from this base, and are their tensors called as its own?"
         )
     if sizes[None] and plan.has_base and all(_keeps_nothing(plan, recipe) for recipe in plan.variants):
         found.append(

@@ -124,7 +124,9 @@ def check_tokenizers(plan: Plan, accept: bool) -> tuple[str, ...]:
     templates = [tokenizer.templates for tokenizer in open_tokenizers(folders, lent)]
     lost = plan.chat_template is None and not templates[0] and any(templates)
     taken = f"the output then has the tokenizer of {plan.donor.reference}{', and no chat template' if lost else ''}"
-    keep = "`tokenizer_source: MODEL` in the recipe keeps the tokenizer of a model, its special tokens and chat template"
+    keep = (
+        "`tokenizer_source: MODEL` in the recipe keeps the tokenizer of a model, its special tokens and chat template"
+    )
     keep += "; `chat_template: auto` the template alone." if lost else "."
     if not accept:
         listed = "\n  ".join(differences[:8]) + (

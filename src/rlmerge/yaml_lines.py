@@ -151,12 +151,13 @@ def _indent_hint(error: yaml.MarkedYAMLError) -> str:
     """What to say of a line that starts in a column in which nothing around it starts."""
     if error.context is None or "block" not in error.context or "expected <block end>" not in str(error.problem):
         return ""
-    assert error.context_mark is not None and error.problem_mark is not None
+    assert error.context_mark is not None
+    assert error.problem_mark is not None
     first, column = error.context_mark.line + 1, error.problem_mark.column + 1
     if "collection" in error.context:
         return (
-            f"\n  This line stands further left than the keys of the entry that it belongs to, in the list from line {first}: "
-            "they start under the entry's first key, not under its dash."
+            "\n  This line stands further left than the keys of the entry that it belongs to, in the list from line "
+            f"{first}: they start under the entry's first key, not under its dash."
         )
     return f"\n  This line starts in column {column}, the keys that it belongs to (from line {first}) in another one."
 

@@ -247,7 +247,7 @@ def _is_vocabulary(base: Checkpoint, expert: Checkpoint, ours: TensorInfo, their
 def _missing(
     base: Checkpoint, expert: Checkpoint, name: str, found: _Found, resized: Collection[str], alone: bool
 ) -> None:
-    """A tensor of the base that the expert lacks, `alone` or among others: fine when the base stores a tied one twice."""
+    """A tensor of the base that the expert lacks, `alone` or not: fine when the base stores a tied one twice."""
     twins = _twins(base.tensors[name], base.tensors, expert.tensors)
     for twin in twins:
         fits = not _misfit(base, expert, twin, expert.tensors[twin.name], resized)
@@ -295,8 +295,8 @@ def _renamings(base: Checkpoint, experts: Iterable[Checkpoint], wanted: list[str
             own = f"begin with {ours.rstrip('.')!r}" if ours else "have nothing before them"
             other = f"begin with {theirs.rstrip('.')!r}" if theirs else "have nothing before them"
             said.append(
-                f"{fits} names in {expert.folder} {other}, and in {base.folder} they {own}: the tensors may be the same, "
-                "under other names."
+                f"{fits} names in {expert.folder} {other}, and in {base.folder} they {own}: the tensors may be "
+                "the same, under other names."
             )
     return said
 
