@@ -158,7 +158,7 @@ def plan_alarms(plan: Plan) -> list[str]:
     if 2 * taken > whole:
         found.append(
             f"{taken:,} of {whole:,} weights ({taken / whole:.0%}) do not fit in every model and are taken from "
-            "the base (on_mismatch: base). Are these models trained from this base, and are their tensors called as its own?"
+            "the base (on_mismatch: base). Are these models trained from it, and are their tensors called as its own?"
         )
     if sizes[None] and plan.has_base and all(_keeps_nothing(plan, recipe) for recipe in plan.variants):
         found.append(
