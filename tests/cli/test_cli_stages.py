@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_merge_says_what_it_will_make_and_shows_each(recipe: Path, tmp_path: Path) -> None:
     done = succeeded(rlmerge("merge", recipe, tmp_path / "out", *NUMPY))
     assert "1 stage(s) in " in done.err
-    assert "removed when the output is whole: to merge: inner (0.00 MB); then " in done.err
+    assert "removed when the output is whole: to merge: inner (1.46 kB); then " in done.err
     assert done.out.index("inner: task_arithmetic") < done.out.index("ties\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert succeeded(rlmerge("verify", tmp_path / "out", "--json")).json["tensors"] == 6
