@@ -68,8 +68,8 @@ def row_ranks(where, values, others_where, others, length, stride, of_support, o
 
     Its deltas are fp64[m] at where int32[m], ascending, and more of them in a second such list; the ranks go to out and
     others_out. A row is `length` coordinates at a distance of `stride`; a block begins with a row. The smallest of a
-    row has rank 0, the largest 1; zeros come first, or with `of_support` do not count. Equal magnitudes share the middle
-    of their places; a row of one has the rank 1/2.
+    row has rank 0, the largest 1; zeros come first, or with `of_support` do not count. Equal magnitudes share the
+    middle of their places; a row of one has the rank 1/2.
     """
     size = np.empty(length, np.float64)
     bits = size.view(np.uint64)
