@@ -236,7 +236,7 @@ def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(MissingExtraError, match=r"rlmerge\[model\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[model\]'"):
         convert(tmp_path / "x.bin", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
