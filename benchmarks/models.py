@@ -122,9 +122,9 @@ SIZES = {
     "135M": Size("135M", hidden=576, layers=30, heads=9, kv_heads=3, intermediate=1536, vocab=49152),
     "small": Size("small", hidden=384, layers=12, heads=6, kv_heads=2, intermediate=1536, vocab=16384),
     "tiny": Size("tiny", hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512, vocab=2048),
-    "matrix": Size("matrix", hidden=2048, layers=0, heads=16, kv_heads=16, intermediate=2048, vocab=2048),
+    "square": Size("square", hidden=1536, layers=1, heads=12, kv_heads=12, intermediate=256, vocab=256),
 }
-"""135M has the shape of SmolLM2-135M; `matrix` is one square matrix, for methods that decompose."""
+"""135M has the shape of SmolLM2-135M; `square` has four square matrices, for methods that decompose."""
 
 Fill = Callable[[int, int, int, int], NDArray[Any]]
 """(tensor index, chunk index, flat start, coordinates) to the chunk's stored values."""

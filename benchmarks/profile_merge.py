@@ -1,6 +1,8 @@
 """Where the time of a merge goes: one thread, clocks around system calls, hashes and kernels.
 
-    python benchmarks/profile_merge.py RECIPE FOLDER      merges into FOLDER/profiled, prints JSON, deletes the output
+    python benchmarks/profile_merge.py RECIPE FOLDER [numpy]
+
+It merges into FOLDER/profiled, with compiled kernels or with those of NumPy, prints JSON and deletes the output.
 
 Times are exclusive: a kernel called within another clock stops that one. With one thread they add up to the whole, from
 the start of the process to the end of the merge; what no clock sees is the interpreter and NumPy.
@@ -110,8 +112,8 @@ def since_start() -> int:
     return int((time.clock_gettime(time.CLOCK_BOOTTIME) - began) * 1e9)
 
 
-def profile(recipe: Path, out: Path, threads: int = 1) -> dict[str, Any]:
-    """Merges, and returns seconds by kind, calls by kind and the whole."""
+def profile(recipe: Path, out: Path, kernels: Any = "numba", threads: int = 1) -> dict[str, Any]:
+    """Merges with compiled or plain kernels, and returns seconds by kind, calls by kind and the whole."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     before = since_start()
     began = time.perf_counter_ns()
@@ -120,8 +122,8 @@ def profile(recipe: Path, out: Path, threads: int = 1) -> dict[str, Any]:
 
     rlmerge.kernels.skip_blas = True
     clocks = Clocks()
-    instrument(clocks, rlmerge.kernels.load_kernels("numba"))
-    rlmerge.merge_to_folder(recipe, out, threads=threads, kernels="numba", overwrite=True)
+    instrument(clocks, rlmerge.kernels.load_kernels(kernels))
+    rlmerge.merge_to_folder(recipe, out, threads=threads, kernels=kernels, overwrite=True)
     ended = time.perf_counter_ns()
     clocks.spent["start"] = before + clocks.first_read - began
     total = before + ended - began
@@ -137,6 +139,6 @@ def profile(recipe: Path, out: Path, threads: int = 1) -> dict[str, Any]:
 if __name__ == "__main__":
     target = Path(sys.argv[2]) / "profiled"
     try:
-        print(json.dumps(profile(Path(sys.argv[1]), target)))
+        print(json.dumps(profile(Path(sys.argv[1]), target, *sys.argv[3:])))
     finally:
         shutil.rmtree(target, ignore_errors=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
+import models
 from contenders import METHODS, SPECTRAL, THREE, Method
 
 FLOORS = ("plain", "floor", "hashed", "floor_fsync")
@@ -81,9 +83,12 @@ def memory(sizes: tuple[str, ...]) -> list[Row]:
 
 
 def spectral(size: str) -> list[Row]:
-    """Methods that decompose, on one square matrix, beside a method that does not: the difference is the arrays."""
+    """Methods that decompose, on square matrices, beside a method that does not: the difference is the arrays."""
+    largest = max(prod(shape) for shape in models.SIZES[size].tensors().values())
+    label = (("matrix_bytes", 8 * largest),)
     methods = (METHODS["task_arithmetic"], *SPECTRAL.values())
-    return [Row("spectral", one.name, size, one, ("warm", "rlmerge", "floor"), 2, threads=1) for one in methods]
+    contenders = ("warm", "rlmerge", "floor")
+    return [Row("spectral", one.name, size, one, contenders, 1, threads=1, label=label) for one in methods]
 
 
 def nothing(size: str, runs: int) -> list[Row]:

@@ -59,7 +59,7 @@ class Bench:
             "nothing": rows.nothing(self.main, runs),
             "experts": rows.counts(tiny, runs),
             "memory": rows.memory(sizes),
-            "spectral": rows.spectral("tiny" if self.small else "matrix"),
+            "spectral": rows.spectral("tiny" if self.small else "square"),
             "methods": rows.against("methods", self.main, tuple(METHODS), runs, skip),
             "large": rows.against("large", large, rows.LARGE, runs, skip),
         }
@@ -294,6 +294,17 @@ def source_digest(rlmerge: Path) -> str:
     return state.hexdigest()[:16]
 
 
+def commit_of_source() -> str | None:
+    """The last commit that changed rlmerge's source, with a mark if there are changes since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words, "--", "src"], cwd=HERE.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--abbrev=12")
+    return f"{commit}{'-dirty' if git('status', '--porcelain') else ''}" if commit else None
+
+
 def versions(rlmerge: Path, skip_mergekit: bool) -> dict[str, Any]:
     """Versions of all that is measured, the commit (with a mark if the tree has changes), the digest of the source."""
     names = ("rlmerge", "numpy", "numba", "safetensors")
@@ -303,10 +314,7 @@ def versions(rlmerge: Path, skip_mergekit: bool) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=HERE, capture_output=True, text=True
-    )
-    found["commit"] = git.stdout.strip() or None
+    found["commit"] = commit_of_source()
     found["source"] = source_digest(rlmerge)
     if not skip_mergekit:
         found["mergekit"] = mergekit_env.versions()
