@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 import cells
+import measure
 from cells import Store, begun, measure_cell, next_run, ratio, summary
 from measure import CommandError, Measurement
 
@@ -105,3 +107,12 @@ def test_summary_is_the_median_and_the_first_run_is_not_in_it() -> None:
     assert found["contenders"]["first"]["median"]["wall"] == 100.0
     assert found["load"] == [1.0, 7.0]
     assert ratio(found, "first", "rlmerge") == pytest.approx(33.333)
+
+
+def test_commands_take_as_many_threads_as_they_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ['HF_HUB_OFFLINE'])"
+    measure.run([sys.executable, "-c", code], tmp_path, tmp_path / "log", {"HF_HUB_OFFLINE": "1"})
+    assert (tmp_path / "log").read_text().split() == ["None", "1"]
+    with pytest.raises(CommandError, match="exit code 3"):
+        measure.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, tmp_path / "log")
