@@ -1,4 +1,6 @@
-"""Writes docs/performance.md and its picture from benchmarks/results.json: `python benchmarks/write_page.py`.
+"""Writes docs/performance.md, its picture and the README's numbers from benchmarks/results.json.
+
+    python benchmarks/write_page.py
 
 Nothing on the page is written by hand but what never depends on a measurement; a test compares it with this program.
 """
@@ -19,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parent / "docs" / "performance.md"
 PICTURE = PAGE.with_suffix(".svg")
+README = HERE.parent / "README.md"
+README_MARKS = "<!-- numbers of benchmarks/write_page.py -->", "<!-- end of the numbers -->"
 
 MARK = "<!-- Written by benchmarks/write_page.py from benchmarks/results.json; edit that program, not this page. -->"
 INTRO = """\
@@ -295,6 +299,36 @@ def page(report: Report) -> str:
     return "\n".join([*text, *agreement_part(report), CLOSING])
 
 
+def numbers(report: Report) -> str:
+    """What the README says of speed and memory: methods that both tools have, and the memory of all."""
+    rows = section(report, "methods")
+    both = {name: row for name, row in rows.items() if ratio(row, "mergekit", "rlmerge") is not None}
+    if not both:
+        return "Speed and memory: [docs/performance.md](docs/performance.md)."
+    named = [name for name in ("linear", "ties", "della", "karcher") if name in both] or list(both)[:3]
+    times = ", ".join(
+        f"`{name}` in {middle(both[name], 'rlmerge'):.1f} s (mergekit {middle(both[name], 'mergekit'):.0f} s)"
+        for name in named
+    )
+    ours, theirs = (
+        [most for row in both.values() if (most := middle(row, tool, "anonymous")) is not None]
+        for tool in ("rlmerge", "mergekit")
+    )
+    return (
+        f"Three experts of {report['parameters']['0.5B'] / 1e6:.0f} M bf16 parameters on {report['machine']['cpus']} "
+        f"processors:\n{times},\nwith {min(ours):.0f} to {max(ours):.0f} MB of memory of its own "
+        f"(mergekit {min(theirs) / 1e3:.1f} to {max(theirs) / 1e3:.1f} GB).\n"
+        "All methods, the floor that copying sets, and what is missed: [docs/performance.md](docs/performance.md)."
+    )
+
+
+def in_readme(text: str, report: Report) -> str:
+    """The README with these numbers."""
+    before, _, rest = text.partition(README_MARKS[0])
+    after = rest.partition(README_MARKS[1])[2]
+    return f"{before}{README_MARKS[0]}\n{numbers(report)}\n{README_MARKS[1]}{after}"
+
+
 def draw(report: Report, path: Path) -> None:
     """Bars: seconds of every method in rlmerge and mergekit, and the floors as marks."""
     import matplotlib
@@ -337,6 +371,8 @@ def main() -> None:
     args = parser.parse_args()
     report = json.loads(args.results.read_text())
     args.page.write_text(page(report))
+    if args.page == PAGE:
+        README.write_text(in_readme(README.read_text(), report))
     draw(report, args.page.with_suffix(".svg"))
 
 
