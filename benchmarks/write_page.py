@@ -373,7 +373,10 @@ def main() -> None:
     args.page.write_text(page(report))
     if args.page == PAGE:
         README.write_text(in_readme(README.read_text(), report))
-    draw(report, args.page.with_suffix(".svg"))
+    if section(report, "methods"):
+        draw(report, args.page.with_suffix(".svg"))
+    else:
+        args.page.with_suffix(".svg").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
