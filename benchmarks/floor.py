@@ -1,8 +1,9 @@
 """The floor: reads the files that a merge must read, writes a file of the output's size, and does nothing else.
 
 What a merge takes beyond this is arithmetic, decoding, hashing and start-up; nothing that reads and writes the same
-bytes through the page cache with two threads can be much faster. Chunks are read with pread into one reused buffer a
-thread, small enough to stay in the CPU's cache; the output is preallocated and filled in place.
+bytes through the page cache with two threads can be much faster. With --hash it hashes what it reads and writes, too,
+as a merge does that can say what it was made of. Chunks are read with pread into one reused buffer a thread, small
+enough to stay in the CPU's cache; the output is preallocated and filled in place.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 CHUNK = 1 << 20
 """Bytes read or written at once."""
+See = Callable[[memoryview], object]
 
 
 def pieces(length: int, parts: int, index: int) -> tuple[int, int]:
@@ -22,12 +24,16 @@ def pieces(length: int, parts: int, index: int) -> tuple[int, int]:
     return length * index // parts, length * (index + 1) // parts
 
 
-def read_range(file: int, buffer: memoryview, start: int, end: int) -> None:
-    """Reads bytes start..end of an open file into the buffer, over and over from its beginning if it is shorter."""
+def read_range(file: int, buffer: memoryview, start: int, end: int, see: See) -> None:
+    """Reads bytes start..end of an open file into the buffer, over and over from its beginning if it is shorter.
+
+    `see` is given each piece.
+    """
     while start < end:
         count = os.preadv(file, [buffer[: min(len(buffer), end - start)]], start)
         if count == 0:
             raise EOFError(f"file descriptor {file} ends at byte {start}, before {end}")
+        see(buffer[:count])
         start += count
 
 
@@ -38,16 +44,35 @@ def write_range(file: int, buffer: memoryview, start: int, end: int) -> None:
         done += os.pwrite(file, buffer[done : end - start], start + done)
 
 
-def work(inputs: Iterable[tuple[int, int]], output: int, size: int, parts: int, mine: range, chunk: int) -> None:
+def work(
+    inputs: Iterable[tuple[int, int]], output: int, size: int, parts: int, mine: range, chunk: int, see: See
+) -> None:
     """One thread: for each of its parts, reads that part of every (file, length), writes that part of the output."""
     buffer = memoryview(bytearray(chunk))
     for index in mine:
         for file, length in inputs:
-            read_range(file, buffer, *pieces(length, parts, index))
-        write_range(output, buffer, *pieces(size, parts, index))
+            read_range(file, buffer, *pieces(length, parts, index), see)
+        start, end = pieces(size, parts, index)
+        see(buffer[: end - start])
+        write_range(output, buffer, start, end)
 
 
-def run(read: list[Path], write: Path, size: int, fsync: bool = False, threads: int = 2, chunk: int = CHUNK) -> None:
+def hasher() -> See:
+    """Hashes everything that it is given, with xxh3-128."""
+    import xxhash
+
+    return xxhash.xxh3_128().update
+
+
+def run(
+    read: list[Path],
+    write: Path,
+    size: int,
+    fsync: bool = False,
+    threads: int = 2,
+    chunk: int = CHUNK,
+    hash_too: bool = False,
+) -> None:
     """Reads all of `read` and writes `size` bytes to `write`.
 
     Raises OSError or EOFError, also when it happened in a thread; the output file is then worthless.
@@ -64,7 +89,7 @@ def run(read: list[Path], write: Path, size: int, fsync: bool = False, threads: 
 
     def guarded(mine: range) -> None:
         try:
-            work(inputs, output, size, parts, mine, chunk)
+            work(inputs, output, size, parts, mine, chunk, hasher() if hash_too else lambda _: None)
         except BaseException as error:
             errors.append(error)
 
@@ -87,7 +112,8 @@ if __name__ == "__main__":
     parser.add_argument("--write", type=Path, required=True, help="file to write")
     parser.add_argument("--size", type=int, required=True, help="bytes to write")
     parser.add_argument("--fsync", action="store_true", help="wait until the disk has it")
+    parser.add_argument("--hash", action="store_true", help="hash what is read and written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=CHUNK, help="bytes written at once")
     args = parser.parse_args()
-    run(args.read, args.write, args.size, args.fsync, args.threads, args.chunk)
+    run(args.read, args.write, args.size, args.fsync, args.threads, args.chunk, args.hash)

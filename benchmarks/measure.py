@@ -19,6 +19,8 @@ from typing import Any
 
 INTERVAL = 0.05
 """Seconds between two looks at the memory."""
+NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Every command caches its bytecode, and takes as many threads as it likes: mergekit would take one."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def run(command: list[str], cwd: Path, log: Path, env: dict[str, str] | None = N
     Raises CommandError if it cannot be started or does not exit with 0.
     """
     load = os.getloadavg()[0]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | (env or {})
+    environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON} | (env or {})
     with log.open("wb") as out:
         began = time.perf_counter()
         try:

@@ -1,9 +1,10 @@
-"""Makes the benchmark's data: a base, three experts and their Fishers, at the true shape of a real model.
+"""Makes the benchmark's data: a base, its experts and their Fishers, at the true shape of a real model.
 
-The shape is Qwen2-0.5B's (494M parameters, bf16, tied embeddings); the numbers are made up, but what decides a merge's
-speed is as measured on real RLVR experts: 13 % of the stored values changed, by one to three bf16 steps, with more
-coordinates in common than chance would give and 45 % of those in sign conflict. NumPy only. Every chunk is a function
-of (seed, file, tensor, chunk), so the files are the same for any number of threads; a finished file is never remade.
+The shapes are those of Qwen2-0.5B (494M parameters, bf16, tied embeddings), of Qwen2-1.5B in shards, and smaller ones;
+the numbers are made up, but what decides a merge's speed is as measured on real RLVR experts: 13 % of the stored values
+changed, by one to three bf16 steps, with more coordinates in common than chance would give and 45 % of those in sign
+conflict. NumPy only. Every chunk is a function of (seed, file, tensor, chunk), so the files are the same for any number
+of threads; a finished file is never remade.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Size:
     kv_heads: int
     intermediate: int
     vocab: int
+    shards: int = 1
 
     def config(self) -> dict[str, Any]:
         """The model's config.json, with the keys that Qwen2-0.5B's has."""
@@ -102,11 +104,27 @@ class Size:
         """Number of parameters, tied ones once."""
         return sum(int(np.prod(shape)) for shape in self.tensors().values())
 
+    def files(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The weight files, each with its tensors: one, or shards of about equal size."""
+        if self.shards == 1:
+            return {"model.safetensors": self.tensors()}
+        found = {f"model-{i + 1:05d}-of-{self.shards:05d}.safetensors": {} for i in range(self.shards)}
+        names, done, total = list(found), 0, self.parameters()
+        for name, shape in self.tensors().items():
+            found[names[min(self.shards - 1, done * self.shards // total)]][name] = shape
+            done += int(np.prod(shape))
+        return found
+
 
 SIZES = {
     "0.5B": Size("0.5B", hidden=896, layers=24, heads=14, kv_heads=2, intermediate=4864, vocab=151936),
+    "1.5B": Size("1.5B", hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocab=151936, shards=4),
+    "135M": Size("135M", hidden=576, layers=30, heads=9, kv_heads=3, intermediate=1536, vocab=49152),
     "small": Size("small", hidden=384, layers=12, heads=6, kv_heads=2, intermediate=1536, vocab=16384),
+    "tiny": Size("tiny", hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512, vocab=2048),
+    "square": Size("square", hidden=1536, layers=1, heads=12, kv_heads=12, intermediate=256, vocab=256),
 }
+"""135M has the shape of SmolLM2-135M; `square` has four square matrices, for methods that decompose."""
 
 Fill = Callable[[int, int, int, int], NDArray[Any]]
 """(tensor index, chunk index, flat start, coordinates) to the chunk's stored values."""
@@ -137,7 +155,7 @@ def base_chunk(size: Size, tensor: int, chunk: int, count: int) -> NDArray[np.ui
 def expert_chunk(base: NDArray[np.uint16], expert: int, tensor: int, chunk: int) -> NDArray[np.uint16]:
     """bf16 bits of one expert: the base with 13 % of its values moved by one to three steps."""
     common = _raw16(_random(0, tensor, chunk), base.size)
-    random = _random(2 + expert, tensor, chunk)
+    random = _random(2 + expert if expert < EXPERTS else 100 + expert, tensor, chunk)
     hot = (common & 0x7FFF) < int(HOT * 0x8000)
     changed = np.flatnonzero(
         _raw16(random, base.size) < np.where(hot, np.uint16(SUPPORT_HOT * 65536), np.uint16(SUPPORT_COLD * 65536))
@@ -173,25 +191,30 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return header, 8 + length
 
 
-def header_bytes(size: Size, dtype: str) -> tuple[bytes, dict[str, int], int]:
-    """The file's first bytes, each tensor's absolute offset, and the file's length."""
+def header_bytes(tensors: dict[str, tuple[int, ...]], dtype: str) -> tuple[bytes, dict[str, int], int]:
+    """A file's first bytes, each tensor's absolute offset, and the file's length."""
     width = {"BF16": 2, "F32": 4}[dtype]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in size.tensors().items():
+    for name, shape in tensors.items():
         end = offset + int(np.prod(shape)) * width
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    offsets = {name: start + entries[name]["data_offsets"][0] for name in size.tensors()}
+    offsets = {name: start + entries[name]["data_offsets"][0] for name in tensors}
     return len(text).to_bytes(8, "little") + text, offsets, start + offset
 
 
-def write_tensors(path: Path, size: Size, dtype: str, fill: Fill, threads: int) -> None:
-    """Writes one safetensors file, chunks in threads, under a temporary name until it is whole."""
-    head, offsets, length = header_bytes(size, dtype)
+def write_tensors(
+    path: Path, tensors: dict[str, tuple[int, ...]], number: dict[str, int], dtype: str, fill: Fill, threads: int
+) -> None:
+    """Writes one safetensors file, chunks in threads, under a temporary name until it is whole.
+
+    `number` is what `fill` knows each tensor by: its place among all tensors of the model.
+    """
+    head, offsets, length = header_bytes(tensors, dtype)
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         os.truncate(file.fileno(), length)
@@ -205,10 +228,10 @@ def write_tensors(path: Path, size: Size, dtype: str, fill: Fill, threads: int) 
                 done += os.pwrite(file.fileno(), view[done:], offset + start * values.itemsize + done)
 
         jobs = []
-        for tensor, (name, shape) in enumerate(size.tensors().items()):
+        for name, shape in tensors.items():
             total = int(np.prod(shape))
             for chunk, start in enumerate(range(0, total, CHUNK)):
-                jobs.append((tensor, chunk, start, min(CHUNK, total - start), offsets[name]))
+                jobs.append((number[name], chunk, start, min(CHUNK, total - start), offsets[name]))
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(one, jobs):
                 pass
@@ -231,57 +254,97 @@ def write_sums(path: Path) -> None:
     (path.parent / "fisher.json").write_text(json.dumps({"format": 1, "tensors": found}, indent=1) + "\n")
 
 
-def ensure(folder: Path, size: Size, threads: int = 2) -> Path:
-    """Makes what is missing of base, expert0..2 and fisher0..2 in `folder`; returns it."""
+def ensure(
+    folder: Path, size: Size, experts: int = EXPERTS, fishers: int = EXPERTS, equal: int = 0, threads: int = 2
+) -> Path:
+    """Makes what is missing of base, expert0…, fisher0… and equal0… (copies of the base) in `folder`; returns it."""
     spec = {"config": size.config(), "made_with": [SEED, CHUNK, HOT, SUPPORT_HOT, SUPPORT_COLD, *STEPS, COMMON_SIGN]}
+    if size.shards > 1:
+        spec["shards"] = size.shards
     stamp = folder / "data.json"
     if not (stamp.exists() and json.loads(stamp.read_text()) == spec):
-        for made in ("base", *(f"{kind}{i}" for kind in ("expert", "fisher") for i in range(EXPERTS))):
-            shutil.rmtree(folder / made, ignore_errors=True)
+        for made in ("base", "expert*", "fisher*", "equal*"):
+            for old in folder.glob(made):
+                shutil.rmtree(old)
         folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps(spec, indent=1))
 
-    base = folder / "base" / "model.safetensors"
-    _, offsets, _ = header_bytes(size, "BF16")
-    starts = list(offsets.values())
-
-    def expert_fill(expert: int) -> Fill:
-        def fill(tensor: int, chunk: int, start: int, count: int) -> NDArray[np.uint16]:
-            stored = np.fromfile(base, np.uint16, count, offset=starts[tensor] + 2 * start)
-            return expert_chunk(stored, expert, tensor, chunk)
-
-        return fill
-
-    def fisher_fill(expert: int) -> Fill:
-        return lambda tensor, chunk, start, count: fisher_chunk(expert, tensor, chunk, count)
-
-    files: list[tuple[Path, str, Fill]] = [(base, "BF16", lambda t, c, start, count: base_chunk(size, t, c, count))]
-    for i in range(EXPERTS):
-        files.append((folder / f"expert{i}" / "model.safetensors", "BF16", expert_fill(i)))
-    for i in range(EXPERTS):
-        files.append((folder / f"fisher{i}" / "fisher.safetensors", "F32", fisher_fill(i)))
-    for path, dtype, fill in files:
-        if path.exists() and (path.name != "fisher.safetensors" or (path.parent / "fisher.json").exists()):
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if dtype == "BF16":
-            (path.parent / "config.json").write_text(json.dumps(size.config(), indent=2) + "\n")
-        began = time.perf_counter()
-        write_tensors(path, size, dtype, fill, threads)
-        took = time.perf_counter() - began
-        if path.name == "fisher.safetensors":
-            write_sums(path)
-        print(f"made {path} ({path.stat().st_size / 1e6:.0f} MB, {took:.1f} s)", file=sys.stderr, flush=True)
+    write_model(folder / "base", size, lambda t, c, start, count: base_chunk(size, t, c, count), threads)
+    stored = places(folder / "base", size)
+    for i in range(experts):
+        write_model(folder / f"expert{i}", size, expert_fill(stored, i), threads)
+    for i in range(fishers):
+        write_fisher(folder / f"fisher{i}", size, i, threads)
+    for i in range(equal):
+        if not (folder / f"equal{i}").exists():
+            part = folder / f"equal{i}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(folder / "base", part)
+            part.replace(folder / f"equal{i}")
     return folder
 
 
-def input_files(folder: Path, base: bool, fisher: bool) -> list[Path]:
-    """The weight files that a merge of the three experts must read."""
-    files = [folder / "base" / "model.safetensors"] if base else []
-    files += [folder / f"expert{i}" / "model.safetensors" for i in range(EXPERTS)]
-    if fisher:
-        files += [folder / f"fisher{i}" / "fisher.safetensors" for i in range(EXPERTS)]
-    return files
+def places(model: Path, size: Size) -> list[tuple[Path, int]]:
+    """File and offset of each tensor of a bf16 model, by its number."""
+    found = {}
+    for file, tensors in size.files().items():
+        _, offsets, _ = header_bytes(tensors, "BF16")
+        found |= {name: (model / file, offset) for name, offset in offsets.items()}
+    return [found[name] for name in size.tensors()]
+
+
+def expert_fill(base: list[tuple[Path, int]], expert: int) -> Fill:
+    """Chunks of an expert, made from the base as it is stored."""
+
+    def fill(tensor: int, chunk: int, start: int, count: int) -> NDArray[np.uint16]:
+        path, offset = base[tensor]
+        stored = np.fromfile(path, np.uint16, count, offset=offset + 2 * start)
+        return expert_chunk(stored, expert, tensor, chunk)
+
+    return fill
+
+
+def write_model(folder: Path, size: Size, fill: Fill, threads: int) -> None:
+    """A bf16 model: what is missing of its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(size.config(), indent=2) + "\n")
+    number = {name: i for i, name in enumerate(size.tensors())}
+    for file, tensors in size.files().items():
+        if not (folder / file).exists():
+            began = time.perf_counter()
+            write_tensors(folder / file, tensors, number, "BF16", fill, threads)
+            _tell(folder / file, began)
+    if size.shards > 1:
+        index = {name: file for file, tensors in size.files().items() for name in tensors}
+        text = json.dumps({"metadata": {"total_size": 2 * size.parameters()}, "weight_map": index}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
+
+
+def write_fisher(folder: Path, size: Size, expert: int, threads: int) -> None:
+    """A Fisher folder: one fp32 file, with sums and digests beside it; nothing if it is there."""
+    path = folder / "fisher.safetensors"
+    if path.exists() and (folder / "fisher.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    number = {name: i for i, name in enumerate(size.tensors())}
+
+    def fill(tensor: int, chunk: int, start: int, count: int) -> NDArray[np.float32]:
+        return fisher_chunk(expert, tensor, chunk, count)
+
+    write_tensors(path, size.tensors(), number, "F32", fill, threads)
+    write_sums(path)
+    _tell(path, began)
+
+
+def _tell(path: Path, began: float) -> None:
+    took = time.perf_counter() - began
+    print(f"made {path} ({path.stat().st_size / 1e6:.0f} MB, {took:.1f} s)", file=sys.stderr, flush=True)
+
+
+def weights(model: Path) -> list[Path]:
+    """The weight files of a model or a Fisher, in order."""
+    return sorted(model.glob("*.safetensors"))
 
 
 if __name__ == "__main__":
