@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 from tests.cli.command_line import rlmerge as run
 from tests.geometry.geometry_models import make_base, train, write
+
+import rlmerge
+from rlmerge.demo.assets import DATA
 
 
 @pytest.fixture
@@ -40,6 +44,40 @@ def test_parts_can_be_left_out(models):
     done = run("inspect", "base", "a", "b", "--no-storage", "--trajectory")
     assert "trajectory: never" in done.out
     assert run("inspect", "base", "a", "--no-storage", "-q").out == ""
+
+
+def test_function_space_of_trained_experts(tmp_path, monkeypatch):
+    """On the demo's packs, with a task each; the whole document is what its schema says."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(DATA / "models")
+    done = run(
+        "inspect", "base/bf16", "rlvr-math-1/bf16", "rlvr-code-1/bf16", "--name", "math", "--name", "code",
+        "--data", "math=math:0", "--data", "code=code:0", "--source", "gold", "--sequences", "6", "--points", "2",
+        "--max-new-tokens", "48", "--no-storage", "--no-null", "-o", str(tmp_path / "report.json"),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "passes over 6 sequences follow" in done.err
+    found = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(found, rlmerge.geometry_schema())
+    assert found["function"]["settings"]["choice"]["source"] == "gold"
+    assert [len(path["alphas"]) for path in found["function"]["paths"]] == [2, 2, 2]
+    losses = {
+        one["model"]: {each["set"]: each["value"] for each in one["losses"]} for one in found["function"]["models"]
+    }
+    assert losses["math"]["math:0"] < losses["code"]["math:0"]
+
+
+def test_wrong_data_are_told_before_a_weight_is_read(models, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("rlmerge.geometry.inspect.measure_coordinates", None)
+    for arguments, message in (
+        (["--data", "maths:1"], "task 'maths:1': unknown"),
+        (["--data", "math:1", "--source", "golden"], "Did you mean 'gold'?"),
+        (["--data", "math:1", "--points", "1"], "it has two ends"),
+        (["--data", "a=math:1"], "give one file or task for all, or one for each expert"),
+    ):
+        done = run("inspect", "base", "a", "b", *arguments)
+        assert (done.code, message in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

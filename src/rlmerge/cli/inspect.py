@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmerge import kernels
-from rlmerge.errors import OutputError, RecipeError
+from rlmerge.errors import MissingExtraError, OutputError, RecipeError
 from rlmerge.figures import as_text, short_names
 
 from .options import Parser, at_least, declare_download, declare_output, parse_bytes
@@ -17,6 +17,7 @@ from .show import ReadingLine, warn
 
 if TYPE_CHECKING:
     from rlmerge.geometry.document import Document, Evidence, Number, Scope
+    from rlmerge.geometry.function import FunctionSettings
 
 USAGE = "[OPTIONS] BASE EXPERT [EXPERT ...]"
 DESCRIPTION = """\
@@ -41,7 +42,13 @@ def declare(parser: Parser) -> None:
     add("--no-storage", action="store_true", help="leave out what average, sum, TIES and SAR would keep in bf16")
     add("--spectra", action="store_true", help="decompose every matrix, too: minutes to hours")
     add("--data", metavar="[NAME=]FILE", action="append", default=[], help="measure loss and KL, too (extra 'model')")
-    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the null model; default 0")
+    add("--source", metavar="S", default="own", help="with --data: own (default) right answers, gold or sampled")
+    add("--sequences", metavar="N", type=at_least(1), help="with --data: sequences of each set; default 64")
+    add("--max-new-tokens", metavar="N", type=at_least(1), default=256, help="with --data: of sampling; default 256")
+    add("--points", metavar="N", type=at_least(0), default=11, help="with --data: of a path; default 11, 0 for none")
+    add("--pass-rate", metavar="N", type=at_least(0), default=0, help="with --data: problems answered at each point")
+    add("--unsafe-exec", action="store_true", help="run model-written code although nothing isolates it")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="of null model, samples and directions; default 0")
     add("--threads", metavar="N", type=at_least(1), help="worker threads; default: all processors")
     add("--memory", metavar="SIZE", help="bound on memory, such as 600MB")
     add("--kernels", metavar="KIND", default="auto", help="numba, numpy (the same bits, slowly), or auto (default)")
@@ -62,8 +69,8 @@ def run(given: Namespace) -> None:
     try:
         found = inspect(
             given.base, given.experts, names=given.name, null=not given.no_null, storage=not given.no_storage,
-            trajectory=given.trajectory, spectra=given.spectra, data=_data(given.data), recipe=given.recipe,
-            seed=given.seed, threads=given.threads, memory=parse_bytes(given.memory, "--memory"),
+            trajectory=given.trajectory, spectra=given.spectra, data=_data(given.data), function=_function(given),
+            recipe=given.recipe, seed=given.seed, threads=given.threads, memory=parse_bytes(given.memory, "--memory"),
             kernels=given.kernels, download=given.download, progress=line,
         )  # fmt: skip
     finally:
@@ -97,6 +104,22 @@ def _data(given: list[str]) -> str | dict[str, str] | None:
     if len(given) > 1:
         raise RecipeError("--data is given several times without names: write NAME=FILE for each expert.")
     return given[0] if given else None
+
+
+def _function(given: Namespace) -> FunctionSettings | None:
+    """How function space is measured; nothing without --data."""
+    if not given.data:
+        return None
+    try:
+        from rlmerge.fisher.data import SequenceChoice
+        from rlmerge.geometry.function import FunctionSettings
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("rlmerge inspect --data", error.name or "torch", "model") from None
+    choice = SequenceChoice(given.source, given.sequences, max_new_tokens=given.max_new_tokens, seed=given.seed)
+    return FunctionSettings(
+        choice, points=given.points, pass_rate=given.pass_rate, seed=given.seed, unsafe=given.unsafe_exec,
+        threads=given.threads,
+    )  # fmt: skip
 
 
 # -- on the screen -----------------------------------------------------------------------------------------------------

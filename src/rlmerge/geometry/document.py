@@ -11,6 +11,8 @@ from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_or
 
 from rlmerge.in_json import Schema, items, mapping
 
+from .function_types import Function
+
 SCHEMA = "rlmerge.geometry/1"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -263,7 +265,7 @@ class Document(TypedDict):
     coordinates: NotRequired[Coordinates]
     storage: NotRequired[Storage]
     spectra: NotRequired[dict[str, Any]]
-    function: NotRequired[dict[str, Any]]
+    function: NotRequired[Function]
     verdict: NotRequired[Verdict]
 
 

@@ -27,7 +27,7 @@ from .divergence import measure_divergence
 from .fragility import count_moves, robustness, sharpness
 from .function_types import Function
 from .landscape import Landscape, count_passes, make_paths
-from .problem_sets import TOKENS, ProblemSet, ask, draw_set
+from .problem_sets import TOKENS, Asked, ProblemSet, ask, draw_set
 from .weights import BASE, Weights, make_point
 
 GRID = (-0.25, 0.0, 0.5, 1.0, 1.25)
@@ -89,14 +89,24 @@ def measure_function(
     models that do not fit together, NonFiniteError for a point whose model answers with no numbers.
     """
     settings = settings or FunctionSettings()
-    keys = _check(settings, experts)
-    asked = ask(data, keys, settings.choice, settings.pass_rate)
+    keys, asked = check_function(experts, data, settings)
     weights, tokenizers = _load_all(base, experts, settings, download, progress)
     sets = []
     for one in asked:
         model = weights.place(make_point([(one.experts[0], 1.0)]))
         sets.append(draw_set(one, model, tokenizers[one.experts[0]], settings.unsafe, settings.tokens, progress))
     return _Measures(weights, sets, keys, settings, progress, tell).run()
+
+
+def check_function(
+    experts: Mapping[str, Path | str], data: Path | str | Mapping[str, Path | str], settings: FunctionSettings | None
+) -> tuple[list[str], list[Asked]]:
+    """The keys of the experts in order, and the sets to draw. Loads no model; raises what `measure_function` raises
+    for settings and data.
+    """
+    settings = settings or FunctionSettings()
+    keys = _check(settings, experts)
+    return keys, ask(data, keys, settings.choice, settings.pass_rate)
 
 
 class _Measures:

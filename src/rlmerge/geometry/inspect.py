@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -25,6 +25,10 @@ from .document import SCHEMA, Document
 from .storage import predict_survival
 from .verdict import judge
 
+if TYPE_CHECKING:
+    from .function import FunctionSettings  # needs torch
+    from .function_types import Function
+
 FIXED = 250 * 2**20
 """Bytes for Python and the kernels, as in `settings.limit_threads`."""
 
@@ -40,6 +44,7 @@ def inspect(
     trajectory: bool = False,
     spectra: bool = False,
     data: Path | str | Mapping[str, Path | str] | None = None,
+    function: FunctionSettings | None = None,
     recipe: Path | str | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -57,6 +62,7 @@ def inspect(
     trajectory  the experts are checkpoints of one run, in their order
     spectra     decomposes every matrix: minutes to hours
     data        sequences for measures of function space (extra `model`): a .jsonl or a task, or one by expert
+    function    how closely function space is measured
     recipe      where the recommended recipe is written
     memory      bytes, which lower the number of threads; no number depends on either
     Raises a subclass of RlmergeError for what a user can mend.
@@ -68,9 +74,12 @@ def inspect(
     with opened.located():
         plan = make_plan(opened)
     order = _order(opened, experts, names) if trajectory else ()
+    measure = _function(base, plan, opened, data, function, download, progress) if data is not None else None
     if recipe is not None:
         _check_out(Path(recipe))
     threads = _limit(threads or default_threads(), memory, plan)
+    # first, as only its first step knows what of the data the models cannot take
+    function_space = measure() if measure is not None else None
     settings = CoordinateSettings(null, storage, seed, order=order)
     coordinates, stored = measure_coordinates(plan, settings, threads, kernels, progress)
     found: Document = {**_heading(plan, settings), "coordinates": coordinates}
@@ -82,8 +91,8 @@ def inspect(
         found["storage"] = stored
     if spectra:
         found["spectra"] = _measure_spectra(plan, threads, kernels, progress)
-    if data is not None:
-        found["function"] = _measure_function(base, plan, opened, data, download, progress)
+    if function_space is not None:
+        found["function"] = function_space
     folder = Path(recipe).parent if recipe is not None else None
     found["verdict"] = judge(
         coordinates, stored, found.get("spectra"), lambda method: recipe_text(opened, method, folder)
@@ -187,23 +196,25 @@ def _measure_spectra(plan: Plan, threads: int, kernels: Backend, progress: Calla
     )
 
 
-def _measure_function(
-    base: Path | str, plan: Plan, recipe: Recipe, data: Path | str | Mapping[str, Path | str], download: bool,
-    progress: Callable[[Reading], None],
-) -> dict[str, Any]:  # fmt: skip
+def _function(
+    base: Path | str, plan: Plan, recipe: Recipe, data: Path | str | Mapping[str, Path | str],
+    settings: FunctionSettings | None, download: bool, progress: Callable[[Reading], None],
+) -> Callable[[], Function]:  # fmt: skip
+    """What measures function space; extra, data and settings are looked at now, before any weight is read."""
     try:
-        from .function import measure_function
+        from .function import check_function, measure_function
     except ModuleNotFoundError as error:
         raise MissingExtraError("rlmerge inspect --data", error.name or "torch", "model") from None
     models = {entry.key: entry.model for entry in recipe.experts}
-    found = measure_function(
-        base,
-        {key: models[key] for key in plan.experts},
-        data,
-        tell=lambda text: progress(Reading(0, 0, text)),
-        download=download,
-    )
-    return dict(found)
+    experts = {key: models[key] for key in plan.experts}
+    check_function(experts, data, settings)
+
+    def measure() -> Function:
+        tell = lambda text: progress(Reading(0, 0, text))  # noqa: E731
+        heard = lambda step: progress(Reading(step.done, step.total, "", f"passes, {step.what}"))  # noqa: E731
+        return measure_function(base, experts, data, settings, heard, tell=tell, download=download)
+
+    return measure
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
