@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from rlmerge.errors import RecipeError
 from rlmerge.methods.base import Arity, Method, Parameter
-from rlmerge.recipe import MAX_BYTES, Recipe, load_recipe, parse_recipe, parse_settings, recipe_from_parts
+from rlmerge.recipe import MAX_BYTES, Recipe, load_recipe, parse_recipe
 from rlmerge.recipe_checks import TOP_KEYS
+from rlmerge.recipe_flags import parse_settings, recipe_from_parts
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 

@@ -44,7 +44,7 @@ _HOMES = {
     "method_names": "methods",
     "pack": "packs.write",
     "parse_recipe": "recipe",
-    "recipe_from_parts": "recipe",
+    "recipe_from_parts": "recipe_flags",
     "recipe_schema": "schema",
     "unpack": "packs.restore",
     "verify": "verification",
@@ -107,7 +107,8 @@ if TYPE_CHECKING:
     from .packs.write import Packed, Packing, pack
     from .plugins import load_plugins
     from .preflight import check, explain
-    from .recipe import Recipe, load_recipe, parse_recipe, recipe_from_parts
+    from .recipe import Recipe, load_recipe, parse_recipe
+    from .recipe_flags import recipe_from_parts
     from .schema import recipe_schema
     from .stages import Stages, load_stages
     from .verification import verify

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rlmerge.checkpoint.hub import has_headers_only, split_id
 from rlmerge.errors import RecipeError
-from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
+from rlmerge.recipe import Recipe, load_recipe
 from rlmerge.recipe_checks import Source
+from rlmerge.recipe_flags import recipe_from_parts
 from rlmerge.stages import PLACE, Stages
 
 Tell = Callable[[str], None]

@@ -8,27 +8,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlmerge.checkpoint.hub import cached_snapshot, lacking, split_id
+from rlmerge.checkpoint.hub import split_id
 from rlmerge.checkpoint.reference import split_reference
-from rlmerge.errors import RecipeError, did_you_mean
+from rlmerge.errors import RecipeError
 from rlmerge.methods.base import Method
 from rlmerge.parameters import Resolver, show
 from rlmerge.recipe_checks import ENTRY_KEYS, SETTINGS, TOP_KEYS, Checker, Source, find_method
+from rlmerge.recipe_paths import find_path, path_hint, places_of
 from rlmerge.slices import Part, own_parameters, parts_of
 from rlmerge.yaml_lines import MAX_BYTES, Dumper, Place, plain_data, read_yaml
-
-MAX_SWEEP = 10_000
-
 
 # ---- The models -------------------------------------------------------------------------------------------------
 
@@ -336,7 +332,7 @@ class Recipe:
         for own in own_parameters(data):
             for key in settings.keys() & own.keys():
                 del own[key]
-        flags = _apply_settings(data, settings)
+        flags = apply_settings(data, settings)
         source = Source(source.name, source.lines, {**source.flags, **flags})
         recipe = build_recipe(
             data, source, self._folder, None if self._method is None else {self.merge_method: self._method}
@@ -368,65 +364,18 @@ class Recipe:
         number = next((k for k, one in enumerate(self.models) if one is entry), 0)
         return (*(self._places[number] if self._places else ("models", number)), *rest)
 
-    def _tried(self, reference: str) -> list[Path]:
-        try:
-            path = Path(reference).expanduser()
-        except RuntimeError:
-            path = Path(reference)
-        folders = [Path.cwd()] if path.is_absolute() or self._folder is None else [self._folder, Path.cwd()]
-        return list(dict.fromkeys(folder / path for folder in folders))
-
     def exists(self, reference: str) -> bool:
         """Whether something lies at this path, seen from the recipe's folder or the working directory."""
-        return any(map(os.path.exists, self._tried(reference)))
+        return any(map(os.path.exists, places_of(reference, self._folder)))
 
     def _find(self, reference: str, place: Place, small: bool = False) -> Path:
         if reference in self._stages:
             return self._stages[reference][0]
-        tried = self._tried(reference)
-        for candidate in tried:
-            if os.path.exists(candidate):
-                return candidate
-        where = self.at(place) + ": " if place else ""
-        if reference in self._fetched:
-            return self._fetched[reference]
-        named = split_id(reference)
-        snapshot = cached_snapshot(*named) if named else None
-        if snapshot is not None and not small and (lacks := lacking(snapshot)):
-            raise RecipeError(
-                f"{where}{show(reference)} is only in part in the hub's cache ({snapshot}): it lacks {lacks}.\n"
-                "  Nothing is downloaded unless asked: add --download, which fetches the rest."
-            )
-        if snapshot is not None:
-            return snapshot
-        places = list(dict.fromkeys(os.path.abspath(candidate) for candidate in tried))
-        missing = f"there is {'neither' if len(places) > 1 else 'no'} {' nor '.join(places)}."
-        message = f"{where}{show(reference)} does not exist: {missing}"
-        raise RecipeError(message + _path_hint(reference, tried))
-
-
-def _path_hint(reference: str, tried: list[Path]) -> str:
-    for candidate in tried:
-        if os.path.lexists(candidate):
-            return f"\n  {candidate} is a symbolic link that leads nowhere."
-    for candidate in tried:
         try:
-            siblings = sorted(os.listdir(candidate.parent))[:1000]
-        except (OSError, ValueError):
-            continue
-        if hint := did_you_mean(candidate.name, siblings):
-            return f"\n {hint}"
-    if "+" in reference:
-        return "\n  'model+adapter' means a model with a LoRA adapter on it, and neither of these is there."
-    if named := split_id(reference):
-        revision = f" --revision {named[1]}" if named[1] else ""
-        return (
-            "\n  It looks like a Hugging Face id: nothing is downloaded unless asked, and the hub's cache on this "
-            f"machine does not have it.\n  Add --download, or fetch it first ('hf download {named[0]}{revision}')."
-        )
-    if "@" in reference and os.path.exists(reference.rpartition("@")[0]):
-        return "\n  '@revision' belongs to models of the Hugging Face hub; a folder has none. Leave it out."
-    return ""
+            return find_path(reference, self._folder, self._fetched, small)
+        except RecipeError as error:
+            where = self.at(place) + ": " if place else ""
+            raise RecipeError(f"{where}{error}") from None
 
 
 # ---- Making a recipe --------------------------------------------------------------------------------------------
@@ -450,7 +399,7 @@ def read_text(path: Path | str) -> str:
             raw = file.read(MAX_BYTES + 1)
         return raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe.{_path_hint(path.name, [path])}") from None
+        raise RecipeError(f"{path}: there is no such recipe.{path_hint(path.name, [path])}") from None
     except (OSError, ValueError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
         raise RecipeError(f"{path}: the recipe cannot be read: {reason}.") from None
@@ -473,70 +422,8 @@ def parse_recipe(
     return build_recipe(data, Source(source, lines), folder, methods)
 
 
-def recipe_from_parts(
-    base: str | Path | None,
-    experts: str | Path | Sequence[str | Path],
-    method: str,
-    settings: Mapping[str, Any] | None = None,
-    *,
-    fishers: str | Path | Sequence[str | Path] = (),
-    grams: str | Path | Sequence[str | Path] = (),
-    names: Sequence[str] = (),
-    folder: Path | None = None,
-    methods: Mapping[str, Method] | None = None,
-) -> Recipe:
-    """The recipe of `--base --expert --fisher --gram --method --set`; messages name the flag.
-
-    A single path stands for a list of one. `names` are what the experts are called, one for each, or none.
-    """
-    experts, fishers, grams = _paths(experts), _paths(fishers), _paths(grams)
-    models = [{"model": expert} for expert in experts]
-    for entry, name in zip(models, names):
-        entry["name"] = name
-    for kind, word, folders in (("fisher", "Fisher", fishers), ("gram", "Gram", grams)):
-        if folders and len(folders) != len(experts):
-            raise RecipeError(
-                f"--{kind} is given {len(folders)} times and --expert {len(experts)} times: "
-                f"give one {word} folder for each expert, in the same order, or none."
-            )
-        for entry, given in zip(models, folders):
-            entry[kind] = given
-    base = base if base is None else os.fspath(base)
-    data: dict[str, Any] = {"merge_method": method, "base_model": base, "models": models}
-    flags: dict[Place, str] = {("merge_method",): "--method", ("base_model",): "--base", ("models",): "--expert"}
-    flags |= {("models", k): f"--expert {expert}" for k, expert in enumerate(experts)}
-    flags |= {("models", k, "fisher"): f"--fisher {fisher}" for k, fisher in enumerate(fishers)}
-    flags |= {("models", k, "gram"): f"--gram {gram}" for k, gram in enumerate(grams)}
-    flags |= _apply_settings(data, settings or {})
-    return build_recipe(data, Source("the command line", {}, flags), folder, methods)
-
-
-def _paths(given: str | Path | Sequence[str | Path]) -> list[str]:
-    return [os.fspath(path) for path in ([given] if isinstance(given, (str, os.PathLike)) else given)]
-
-
-def parse_settings(settings: Iterable[str]) -> list[dict[str, Any]]:
-    """The grid of `--set` flags: ['lambda=0.3,1', 'density=0.5'] → two dicts, the last key varying fastest.
-
-    Values are YAML: numbers, true and false, words; a gradient stands in brackets, 't=[0,1]'.
-    """
-    grid: dict[str, list[Any]] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip()
-        if not (key and equals and value.strip()):
-            raise RecipeError(f"--set {setting}: expected key=value, as in 'lambda=0.5' or 'lambda=0.3,0.5,1'.")
-        if key in grid:
-            raise RecipeError(f"--set {key} is given twice; write one --set {key}=A,B to sweep over values.")
-        data, _ = read_yaml(f"[{value}]", f"--set {key}", list)
-        grid[key] = data
-        if math.prod(map(len, grid.values())) > MAX_SWEEP:
-            raise RecipeError(f"--set {key}: the sweep has more than {MAX_SWEEP} points.")
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-
-
-def _apply_settings(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[Place, str]:
-    """Puts the settings into the recipe's data; the flags by the places they went to."""
+def apply_settings(data: dict[str, Any], settings: Mapping[str, Any]) -> dict[Place, str]:
+    """Puts `--set` values into a recipe's data; the flags by the places they went to."""
     flags: dict[Place, str] = {}
     for key, value in plain_data(settings, "--set").items():
         if key in SETTINGS:

@@ -23,7 +23,7 @@ from rlmerge.geometry.coordinates import CoordinateSettings, measure_coordinates
 from rlmerge.geometry.document import geometry_schema
 from rlmerge.geometry.scopes import place_of
 from rlmerge.planner import make_plan
-from rlmerge.recipe import recipe_from_parts
+from rlmerge.recipe_flags import recipe_from_parts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLOSE = {"rel": 1e-12, "abs": 1e-15}

@@ -21,7 +21,7 @@ from rlmerge.kernels import plain
 from rlmerge.packs.write import pack
 from rlmerge.plan import Plan
 from rlmerge.planner import make_plan
-from rlmerge.recipe import recipe_from_parts
+from rlmerge.recipe_flags import recipe_from_parts
 
 Q, UP, EMBED = (
     "model.layers.0.self_attn.q_proj.weight",

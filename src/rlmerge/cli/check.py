@@ -70,7 +70,8 @@ def _show(report: CheckReport, label: str = "") -> None:
     for text in (*report.notes, *report.alarms):
         warn(f"{label}{text}")
     summary, estimate = report.summary, report.estimate
-    print(f"{summary['method']} of {len(summary['experts'])} models: {', '.join(summary['experts'])}")
+    experts = summary["experts"]
+    print(f"{summary['method']} of {len(experts)} model{'s' * (len(experts) != 1)}: {', '.join(experts)}")
     print(
         f"{summary['coordinates']:,} weights: {summary['merged_tensors']} tensors merged, "
         f"{summary['carried_tensors']} carried, written as {', '.join(summary['dtypes'])} in "

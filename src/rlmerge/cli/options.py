@@ -133,7 +133,7 @@ def make_recipe(
     A single point of --set is applied to the recipe; several need a command that `sweeps`. Of a file of several
     documents the stages: there, 'NAME.KEY=VALUE' is of the document of that name.
     """
-    from rlmerge.recipe import parse_settings, recipe_from_parts
+    from rlmerge.recipe_flags import parse_settings, recipe_from_parts
     from rlmerge.stages import load_stages
 
     parts = [flag for flag, value in (("--base", base), ("--expert", experts), ("--method", method)) if value]

@@ -22,7 +22,8 @@ from rlmerge.errors import FisherError, RecipeError
 from rlmerge.evaluate.run import TransformersBackend
 from rlmerge.evaluate.tasks import Task
 from rlmerge.packs.restore import small_files
-from rlmerge.recipe import Recipe, load_recipe, recipe_from_parts
+from rlmerge.recipe import Recipe, load_recipe
+from rlmerge.recipe_flags import recipe_from_parts
 from rlmerge.version import VERSION
 
 from .data import SequenceChoice

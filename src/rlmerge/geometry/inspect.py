@@ -15,7 +15,8 @@ from rlmerge.errors import MissingExtraError, RecipeError
 from rlmerge.kernels import Backend
 from rlmerge.plan import Plan
 from rlmerge.planner import make_plan
-from rlmerge.recipe import Recipe, recipe_from_parts
+from rlmerge.recipe import Recipe
+from rlmerge.recipe_flags import recipe_from_parts
 from rlmerge.settings import as_recipes, check_run, default_threads
 from rlmerge.stages import Stages
 from rlmerge.version import VERSION
