@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 from .memory import Space
-from .work import Job, Outcome, Worker, Write
-
-T = TypeVar("T")
+from .schedule import Agenda
+from .work import Worker, Write
 
 
 class Threads:
@@ -35,29 +32,23 @@ class Threads:
             self._spaces.space = Space()
         return self._spaces.space
 
-    def run(
-        self,
-        queue: deque[T],
-        job: Callable[[T], Job],
-        settle: Callable[[T, Outcome], Callable[[], None]],
-        more: Callable[[], bool],
-    ) -> None:
+    def run(self, agenda: Agenda[Any]) -> None:
         """See `Executor`."""
-        failures: list[BaseException] = []
+        queue, failures = agenda.queue, list[BaseException]()
         busy = 0
 
         def step() -> bool:
             """One item, or the news that there is none; whatever goes wrong goes wrong for the whole run."""
             nonlocal busy
             with self._lock:
-                while not queue and not failures and not more() and busy:
+                while not queue and not failures and not agenda.more() and busy:
                     self._lock.wait()
                 if failures or not queue:
                     return False
                 item = queue.popleft()
                 busy += 1
             try:
-                finish = settle(item, self.worker.do(job(item), self.write, self._space()))
+                finish = agenda.settle(item, self.worker.do(agenda.job(item), self.write, self._space()))
             except BaseException:
                 with self._lock:
                     busy -= 1
@@ -113,14 +104,8 @@ class Inline:
         """So far."""
         return self.worker.inputs.bytes_read
 
-    def run(
-        self,
-        queue: deque[T],
-        job: Callable[[T], Job],
-        settle: Callable[[T, Outcome], Callable[[], None]],
-        more: Callable[[], bool],
-    ) -> None:
+    def run(self, agenda: Agenda[Any]) -> None:
         """See `Executor`."""
-        while queue or more():
-            item = queue.popleft()
-            settle(item, self.worker.do(job(item), self.write, self.space))()
+        while agenda.queue or agenda.more():
+            item = agenda.queue.popleft()
+            agenda.settle(item, self.worker.do(agenda.job(item), self.write, self.space))()

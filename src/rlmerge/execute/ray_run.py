@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rlmerge import kernels
 from rlmerge.errors import ClusterError, PluginError
@@ -26,10 +25,8 @@ from .journal import Journal
 from .local import Inline
 from .memory import Space, hold_memory
 from .ray_cluster import Pool, spans_machines
-from .schedule import Run
+from .schedule import Agenda, Run
 from .work import Job, Outcome, Walked, Worker
-
-T = TypeVar("T")
 
 
 class MergeWorker:
@@ -110,19 +107,13 @@ class RayExecutor:
         self.pool = pool
         self.bytes_read = 0
 
-    def run(
-        self,
-        queue: deque[T],
-        job: Callable[[T], Job],
-        settle: Callable[[T, Outcome], Callable[[], None]],
-        more: Callable[[], bool],
-    ) -> None:
+    def run(self, agenda: Agenda[Any]) -> None:
         """See `Executor`."""
-        for item, (outcome, count) in self.pool.run(queue, job, more):
+        for item, (outcome, count) in self.pool.run(agenda.queue, agenda.job, agenda.more):
             self.bytes_read += count
             if isinstance(outcome, list):  # large arrays lie in Ray's store, read-only, and keep their place there
                 outcome = [{key: value.copy() for key, value in summary.items()} for summary in outcome]
-            settle(item, outcome)()
+            agenda.settle(item, outcome)()
 
 
 @contextlib.contextmanager

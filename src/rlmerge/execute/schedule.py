@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlmerge.methods.base import Stage, Summary
 
@@ -18,6 +18,22 @@ from .work import Job, Outcome, Walked, Worker
 
 T = TypeVar("T")
 Wanted = list[tuple[int, Stage]]
+
+
+@dataclass(frozen=True)
+class Agenda(Generic[T]):
+    """Work to do.
+
+    queue   items, of which there may be more later
+    job     what an item is
+    settle  takes what came of an item, and may be called by several threads; what it returns is called one at a time
+    more    fills an empty queue; while work is under way it may fill it later
+    """
+
+    queue: deque[T]
+    job: Callable[[T], Job]
+    settle: Callable[[T, Outcome], Callable[[], None]]
+    more: Callable[[], bool] = lambda: False
 
 
 class Executor(Protocol):
@@ -33,19 +49,8 @@ class Executor(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
-    def run(
-        self,
-        queue: deque[T],
-        job: Callable[[T], Job],
-        settle: Callable[[T, Outcome], Callable[[], None]],
-        more: Callable[[], bool],
-    ) -> None:
-        """Works off a queue that may grow.
-
-        `job` says what an item is, `settle` takes what came of it and may be called by several threads; what it returns
-        is called one at a time. `more` fills an empty queue (while work is under way it may fill it later). The first
-        error stops all.
-        """
+    def run(self, agenda: Agenda[Any]) -> None:
+        """Works off an agenda; the first error stops all."""
         ...
 
 
@@ -184,7 +189,7 @@ class Run:
 
             return done
 
-        self._run(deque(units), job, settle, lambda: False)
+        self._run(Agenda(deque(units), job, settle))
         for (group, stage, members, total), measured, have in zip(chosen, left, known):
             total.check(sum(len(self.plan.tensors[t].units) for t in measured))
             summary = total.total
@@ -225,7 +230,7 @@ class Run:
             self.journal.unit(record)
             return lambda: self._merged(walk)
 
-        self._run(queue, job, settle, more)
+        self._run(Agenda(queue, job, settle, more))
 
     def _measured(
         self, walk: _Walk, unit: int, parts: list[Summary], last: int, merges: bool, queue: deque[tuple[_Walk, int]]
@@ -285,17 +290,11 @@ class Run:
         else:
             self.worker.memo.drop(walk.tensor)
 
-    def _run(
-        self,
-        queue: deque[T],
-        job: Callable[[T], Job],
-        settle: Callable[[T, Outcome], Callable[[], None]],
-        more: Callable[[], bool],
-    ) -> None:
-        """Has a queue worked off, see `Executor`; after every job the world hears of it."""
+    def _run(self, agenda: Agenda[Any]) -> None:
+        """Has an agenda worked off; after every job the world hears of it."""
 
-        def settled(item: T, outcome: Outcome) -> Callable[[], None]:
-            finish = settle(item, outcome)
+        def settled(item: Any, outcome: Outcome) -> Callable[[], None]:
+            finish = agenda.settle(item, outcome)
 
             def done() -> None:
                 finish()
@@ -303,6 +302,6 @@ class Run:
 
             return done
 
-        self.executor.run(queue, job, settled, more)
-        if queue:
-            raise RuntimeError(f"{len(queue)} units of work were left undone")
+        self.executor.run(replace(agenda, settle=settled))
+        if agenda.queue:
+            raise RuntimeError(f"{len(agenda.queue)} units of work were left undone")
