@@ -74,7 +74,7 @@ def test_check_shows_every_document(recipe: Path) -> None:
     done = succeeded(rlmerge("check", recipe))
     order = [
         "--- inner",
-        "task_arithmetic of 1 models: e0",
+        "task_arithmetic of 1 model: e0",
         "e0: support",
         "--- the output",
         "ties of 1",
