@@ -174,6 +174,18 @@ def test_linear(given_, data):
     agree("linear", base=base, expert=expert, additive=additive, weight=weight, out=np.full(base.shape, 7.0))
 
 
+@given(shapes(), st.data())
+def test_linear_bf16(shape, data):
+    numbers = data.draw(words(shape[0] * shape[1])).astype(np.uint16).reshape(shape)
+    weight = np.array([data.draw(WEIGHTS) for _ in numbers])
+    found = agree("linear_bf16", words=numbers, weight=weight, out=np.full(shape[1], 7, np.uint16))
+    values, total, out = np.empty(shape, np.float32), np.zeros(shape[1]), np.empty(shape[1], np.uint16)
+    if COMPILED.decode_bf16(numbers.reshape(-1), values.reshape(-1)) == 0:
+        COMPILED.linear(total.astype(np.float32), values, np.zeros(len(values), np.bool_), weight, total)
+        COMPILED.encode_bf16(total, out)
+        assert found["out"].tolist() == out.tolist()
+
+
 @given(inputs(), st.data())
 def test_census(given_, data):
     *_, (_, _, delta) = reduce(*given_)

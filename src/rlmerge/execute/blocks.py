@@ -54,6 +54,7 @@ class InputBlock(Block):
         # stored words show what differs, not by how much, nor what is no number
         plain = inputs.min_change == 0.0 and not inputs.allow_nonfinite
         self._by_words = plain and reads_words(self._plan)
+        self._experts_by_words = not inputs.allow_nonfinite and are_words(self._plan)
         self._read: set[int] = set()
         self._made: dict[str, NDArray[np.float32]] = {}
         self._patches: list[Patch] | None = None
@@ -72,6 +73,14 @@ class InputBlock(Block):
             )
             self._read.add(number)
         return rows[number]
+
+    def expert_words(self) -> NDArray[np.uint16] | None:
+        """uint16[K, n] where all experts are bf16, in models without a base; else None."""
+        if self._plan.base is not None or not self._experts_by_words:
+            return None
+        for number in range(1, 1 + len(self._plan.experts)):
+            self.words(number)
+        return self._space.get("words", (1 + len(self._plan.experts), self.size), np.uint16)[1:]
 
     def _base_of(self, place: Place) -> NDArray[Any] | None:
         """The base's words, where an expert is stored as steps from them."""
@@ -315,11 +324,12 @@ class InputBlock(Block):
     def read_all(self) -> None:
         """Reads what no stage has asked for, so that its bytes are in the provenance."""
         assert self._hashes is not None
-        for number in range(1 + len(self._plan.experts) + len(self._plan.fishers)):
+        by_words = self._by_words or (self._plan.base is None and self._experts_by_words)
+        for number in range(int(self._plan.base is None), 1 + len(self._plan.experts) + len(self._plan.fishers)):
             if self._hashes.reached.get(number, self._hashes.start) <= self.start:
                 if number > len(self._plan.experts):
                     _ = self.fisher
-                elif self._by_words:
+                elif by_words:
                     self.words(number)
                 else:
                     _ = (self.base, self.expert)
@@ -327,10 +337,13 @@ class InputBlock(Block):
 
 def reads_words(plan: TensorPlan) -> bool:
     """Whether base and experts are bf16 throughout, so that stored words say what changed."""
-    if plan.base is None or plan.base.dtype != "BF16" or not plan.experts:
-        return False
+    return plan.base is not None and plan.base.dtype == "BF16" and are_words(plan)
+
+
+def are_words(plan: TensorPlan) -> bool:
+    """Whether all experts are stored as bf16, and nothing is added to them."""
     places = [source.place for source in plan.experts if source.kind == "tensor"]
-    return len(places) == len(plan.experts) and all(place is not None and place.dtype == "BF16" for place in places)
+    return 0 < len(places) == len(plan.experts) and all(place is not None and place.dtype == "BF16" for place in places)
 
 
 def reference_of(plan: TensorPlan, source: ExpertSource) -> str:

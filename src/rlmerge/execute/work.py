@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rlmerge.checkpoint.layout import WIDTH
 from rlmerge.errors import FisherError, MismatchError, NonFiniteError
-from rlmerge.methods.base import Block, Change, Merged, Result, Stage, Summary, Task, Update
+from rlmerge.methods.base import Average, Block, Change, Merged, Result, Stage, Summary, Task, Update
 from rlmerge.plan import PartResolver, Plan, TensorPlan
 from rlmerge.plugins import origin_of
 from rlmerge.recipe import Recipe
@@ -176,6 +176,8 @@ class Worker:
                     else:
                         merged = method.merge(block, task, results[self.group_of[variant]])
                     if self.inputs.allow_nonfinite:
+                        if isinstance(merged.values, Average):
+                            merged.values = merged.values.applied(block)
                         spread_nonfinite(block, task, merged)
                     stats[variant].add(merged.stats)
                     raw = self._encode(plan, variant, block, merged, stats[variant], space)
@@ -271,6 +273,10 @@ class Worker:
     ) -> NDArray[np.uint8]:
         """Rounds once, checks, and measures what the rounding left of the update."""
         counts, sums = np.zeros(2, np.int64), np.zeros(3)
+        if isinstance(merged.values, Average):
+            if (words := self._average(plan, variant, block, merged.values, space)) is not None:
+                return words.view(np.uint8)
+            merged.values = merged.values.applied(block)
         if isinstance(merged.values, list) and (plan.dtype != "BF16" or self.inputs.allow_nonfinite):
             merged.values = [
                 change.applied(block) if isinstance(change, Update) else change for change in merged.values
@@ -284,6 +290,17 @@ class Worker:
         if plan.base is not None:
             stats.add({"survival": counts, "direction": sums})
         return out.view(np.uint8)
+
+    def _average(
+        self, plan: TensorPlan, variant: int, block: InputBlock, average: Average, space: Space
+    ) -> NDArray[np.uint16] | None:
+        """Stored words from stored words; None where others are stored, a base is compared, or some are no number."""
+        if plan.dtype != "BF16" or self.plan.variants[variant].rounding != "nearest":
+            return None
+        if (words := block.expert_words()) is None:
+            return None
+        out = space.get("averaged words", (block.size,), np.uint16)
+        return None if self.kernels.linear_bf16(words, average.weight, out) else out
 
     def _change(
         self, plan: TensorPlan, variant: int, block: InputBlock, changes: list[Change | Update], counts: Any, sums: Any,

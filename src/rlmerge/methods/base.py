@@ -266,13 +266,26 @@ class Update:
 
 
 @dataclass(slots=True)
+class Average:
+    """Σ weight[k]·θk in every coordinate, weight fp64[K]: the engine adds up the stored words that it holds."""
+
+    weight: NDArray[np.float64]
+
+    def applied(self, block: Block) -> NDArray[np.float64]:
+        """The values, fp64[n]."""
+        out = np.empty(block.size)
+        block.kernels.linear(block.base, block.expert, block.additive, self.weight, out)
+        return out
+
+
+@dataclass(slots=True)
 class Merged:
     """What a method makes of one block, rounded once later, and statistics that add up.
 
-    `values`: changes of the base, no coordinate twice; or fp64[n], every coordinate of the block.
+    `values`: changes of the base, no coordinate twice; or fp64[n], every coordinate of the block, also as an average.
     """
 
-    values: list[Change | Update] | NDArray[np.float64]
+    values: list[Change | Update] | NDArray[np.float64] | Average
     stats: Summary = field(default_factory=dict)
 
 

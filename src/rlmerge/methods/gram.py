@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Result, Stage, Summary, Task
+from .base import Average, Block, Change, Merged, Result, Stage, Summary, Task
 
 F64 = NDArray[np.float64]
 
@@ -127,12 +127,10 @@ def dense_deltas(block: Block, task: Task) -> F64:
 
 def combine_weights(block: Block, coefficients: F64) -> Merged:
     """Σ c[i]·θi, the base first where there is one expert."""
-    out = np.empty(block.size)
-    own = coefficients[-len(block.expert) :]
-    block.kernels.linear(block.base, block.expert, block.additive, own, out)
-    if len(own) < len(coefficients) and coefficients[0] != 0.0:
-        out += coefficients[0] * block.base.astype(np.float64)
-    return Merged(out)
+    own = Average(coefficients[-block.additive.size :])
+    if own.weight.size == len(coefficients) or coefficients[0] == 0.0:
+        return Merged(own)
+    return Merged(own.applied(block) + coefficients[0] * block.base.astype(np.float64))
 
 
 def combine_deltas(block: Block, coefficients: F64) -> Merged:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Arity, Block, Merged, Method, Parameter, Result, Task, weights_cancel
+from .base import Arity, Average, Block, Merged, Method, Parameter, Result, Task, weights_cancel
 
 
 class Linear(Method):
@@ -39,6 +39,4 @@ class Linear(Method):
         weight = task.per_model["weight"]
         if task.values["normalize"]:
             weight = weight / np.sum(weight)
-        out = np.empty(block.size, np.float64)
-        block.kernels.linear(block.base, block.expert, block.additive, weight, out)
-        return Merged(out)
+        return Merged(Average(weight))

@@ -119,6 +119,28 @@ def add_bf16(update, gain, scale, where, out, counts, sums):
 
 
 @kernel
+def linear_bf16(words, weight, out):
+    """Σ weight[k]·θk of stored bf16 words uint16[K, n], rounded once, as words to out uint16[n]; sums as `linear`.
+
+    Returns how many inputs and results are NaN or infinite.
+    """
+    single = np.empty(TILE, np.float32)
+    sum_ = np.empty(TILE, np.float64)
+    bad = 0
+    for first in range(0, out.shape[0], TILE):
+        size = min(TILE, out.shape[0] - first)
+        sum_[:] = 0.0
+        for k in range(words.shape[0]):
+            bad += decode_bf16(words[k, first : first + size], single[:size])
+            factor = weight[k]
+            if factor != 0.0:
+                for i in range(size):
+                    sum_[i] += factor * np.float64(single[i])
+        bad += encode_bf16(sum_[:size], out[first : first + size])
+    return bad
+
+
+@kernel
 def settle_f16(base, intended, values, where, out, counts, sums):
     """As `settle_bf16`, for fp16."""
     words = np.empty(TILE, np.uint16)

@@ -16,7 +16,7 @@ from .draw import draw, row_ranks
 from .geometry import changers, pairs, sizes
 from .gram import gram_columns, gram_rows
 from .sar import compose, resolve, resolve_by, scores
-from .settle import add_bf16, realised, settle_bf16, settle_f16, settle_f32
+from .settle import add_bf16, linear_bf16, realised, settle_bf16, settle_f16, settle_f32
 from .shuffle import draw_permutations, put, sort_by_exponent, targets
 from .spread import join, spread, weighted_mean
 from .steps import apply_steps, encode_steps, weigh
@@ -67,6 +67,7 @@ __all__ = [
     "join",
     "kept_norms",
     "linear",
+    "linear_bf16",
     "pairs",
     "patches_bf16",
     "put",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .codec import decode_bf16, decode_f16, encode_bf16, encode_f16, encode_f32
+from .combine import linear
 from .lanes import sum_in_lanes
 
 RESIDUE = 2.0**-48
@@ -45,6 +46,15 @@ def add_bf16(update, gain, scale, where, out, counts, sums):
     old = single.astype(np.float64)
     new = old + scale * (gain * update)
     return settle_bf16(old, new, new, where, out, counts, sums)
+
+
+def linear_bf16(words, weight, out):
+    """Σ weight[k]·θk of stored words, as words."""
+    values, total = np.empty(words.shape, np.float32), np.empty(out.shape)
+    bad = decode_bf16(words, values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        linear(None, values, np.zeros(len(words), np.bool_), weight, total)
+    return bad + encode_bf16(total, out)
 
 
 def settle_f16(base, intended, values, where, out, counts, sums):
