@@ -146,7 +146,8 @@ class Worker:
             for (group, stage, results), summary in zip(wanted, summaries):
                 task = self.task(self.leaders[group], tensor)
                 stage.measure(block, task, results, summary)
-                if stage.scope == "tensor":
+                # kept for the merge, which counts where there is a base
+                if stage.scope == "tensor" and self.plan.tensors[tensor].base is not None:
                     self._census(block, group, task)
         return summaries
 

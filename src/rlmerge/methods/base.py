@@ -209,6 +209,11 @@ class Block(ABC):
         """
 
 
+def kept_patches(block: Block) -> list[Patch]:
+    """The patches of a block, for methods that go over them in a stage and in the merge again."""
+    return block.keep("patches", lambda: block.patches) if block.roomy else block.patches
+
+
 class Whole(ABC):
     """A whole tensor, for methods of grain 'matrix': read block by block whenever it is asked for, and not kept.
 

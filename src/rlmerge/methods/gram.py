@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Average, Block, Change, Merged, Result, Stage, Summary, Task
+from .base import Average, Block, Change, Merged, Result, Stage, Summary, Task, kept_patches
 
 F64 = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class GramOfDeltas(Stage):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Patch by patch: nobody else has an update where one expert alone has."""
-        for patch in block.patches:
+        for patch in kept_patches(block):
             found = np.zeros((1, len(patch.experts), len(patch.experts)))
             block.kernels.gram_rows(patch.delta[:, None, :], found)
             summary["gram"][np.ix_(patch.experts, patch.experts)] += found[0]
@@ -136,7 +136,7 @@ def combine_weights(block: Block, coefficients: F64) -> Merged:
 def combine_deltas(block: Block, coefficients: F64) -> Merged:
     """θ0 + Σ c[i]·δi."""
     changes: list[Any] = []
-    for patch in block.patches:
+    for patch in kept_patches(block):
         old, out = block.base_at(patch.where), np.empty(patch.where.size)
         block.kernels.task_arithmetic(old, patch.delta, coefficients[patch.experts], 1.0, out)
         changes.append(Change(patch.where, old, out))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Method, Parameter, Result, Scope, Stage, Summary, Task
+from .base import Block, Change, Merged, Method, Parameter, Result, Scope, Stage, Summary, Task, kept_patches
 
 EPSILON = Parameter(
     "epsilon", "number", 1e-5, "smallest |δ| that counts as a change (absolute, as published)", minimum=0
@@ -59,7 +59,7 @@ class Overlap(Stage):
 
     def measure(self, block: Block, task: Task, results: Mapping[str, Result], summary: Summary) -> None:
         """Counts the changes of a block."""
-        for patch in block.patches:
+        for patch in kept_patches(block):
             shared, unique = (np.zeros(len(patch.experts), np.int64) for _ in range(2))
             block.kernels.count_shared(patch.delta, float(task.values["epsilon"]), shared, unique)
             summary["shared"][patch.experts] += shared
@@ -110,7 +110,7 @@ class RamPlus(Method):
         """As RAM, unique changes times c."""
         ignored, changes = np.zeros(len(task.experts), np.int64), []
         factor = self.raised(task, results)
-        for patch in block.patches:
+        for patch in kept_patches(block):
             old, out = block.base_at(patch.where), np.empty(patch.where.size)
             few = np.zeros(len(patch.experts), np.int64)
             block.kernels.ramplus(old, patch.delta, float(task.values["epsilon"]), factor[patch.experts], out, few)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Method, Parameter, Result, Stage, Summary, Task
+from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage, Summary, Task
 from .sparsified import CANCELLED
 from .topk import Ranked, Scorer, cut, top_k
 
@@ -34,12 +34,17 @@ class Spread(Scorer):
 
     def score(self, block: Block, task: Task, results: Mapping[str, Result]) -> list[Ranked]:
         """Deltas and how far they spread, over all experts: one that changed nothing counts as 0."""
-        found = []
-        for patch in block.patches:
-            scores = np.empty((1, patch.where.size), np.float32)
-            block.kernels.spread(patch.delta, len(task.experts), scores[0])
-            found.append(Ranked(np.zeros(1, np.int64), patch.where, patch.delta, scores, patch.experts))
-        return found
+
+        def make() -> list[Ranked]:
+            return [_rank(block, patch, len(task.experts)) for patch in block.patches]
+
+        return block.keep("ranked by spread", make) if block.roomy else make()
+
+
+def _rank(block: Block, patch: Patch, count: int) -> Ranked:
+    scores = np.empty((1, patch.where.size), np.float32)
+    block.kernels.spread(patch.delta, count, scores[0])
+    return Ranked(np.zeros(1, np.int64), patch.where, patch.delta, scores, patch.experts)
 
 
 class Energy(Stage):

@@ -149,32 +149,49 @@ def ram(base, delta, epsilon, out, counts):
 @kernel
 def count_shared(delta, epsilon, shared, unique):
     """Adds to int64[E] each: changes |δ| > epsilon of fp64[E, m] where others changed something, too, and where not."""
-    for j in range(delta.shape[1]):
-        number = 0
+    number = np.empty(TILE, np.int32)
+    for first in range(0, delta.shape[1], TILE):
+        size = min(TILE, delta.shape[1] - first)
+        number[:] = 0
         for k in range(delta.shape[0]):
-            number += abs(delta[k, j]) > epsilon
+            row = delta[k, first : first + size]
+            for j in range(size):
+                number[j] += np.int32(abs(row[j]) > epsilon)
         for k in range(delta.shape[0]):
-            seen = abs(delta[k, j]) > epsilon
-            shared[k] += seen & (number > 1)
-            unique[k] += seen & (number == 1)
+            row = delta[k, first : first + size]
+            all_ = 0
+            own = 0
+            for j in range(size):
+                seen = abs(row[j]) > epsilon
+                all_ += np.int64(seen)
+                own += np.int64(seen & (number[j] == np.int32(1)))
+            shared[k] += all_ - own
+            unique[k] += own
 
 
 @kernel
 def ramplus(base, delta, epsilon, factor, out, counts):
     """As `ram`; where one expert alone changed something, its delta is multiplied by its factor, fp64[E]."""
-    for j in range(out.shape[0]):
-        number = 0
-        sum_ = 0.0
-        raised = 0.0
+    sum_ = np.empty(TILE, np.float64)
+    raised = np.empty(TILE, np.float64)
+    number = np.empty(TILE, np.float64)
+    for first in range(0, out.shape[0], TILE):
+        size = min(TILE, out.shape[0] - first)
+        sum_[:] = 0.0
+        raised[:] = 0.0
+        number[:] = 0.0
         for k in range(delta.shape[0]):
-            value = delta[k, j]
-            if abs(value) > epsilon:
-                number += 1
-                sum_ += value
-                raised = factor[k] * value
-            else:
-                counts[k] += value != 0.0
-        if number == 1:
-            out[j] = base[j] + raised
-        else:
-            out[j] = base[j] + sum_ / number if number > 0 else base[j]
+            row = delta[k, first : first + size]
+            ignored = 0
+            for j in range(size):
+                seen = abs(row[j]) > epsilon
+                sum_[j] += row[j] if seen else 0.0
+                raised[j] = factor[k] * row[j] if seen else raised[j]
+                number[j] += 1.0 if seen else 0.0
+                ignored += np.int64((row[j] != 0.0) & (not seen))
+            counts[k] += ignored
+        some = out[first : first + size]
+        old = base[first : first + size]
+        for j in range(size):
+            moved = raised[j] if number[j] == 1.0 else sum_[j] / number[j]
+            some[j] = old[j] + moved if number[j] > 0.0 else old[j]
