@@ -177,8 +177,6 @@ class Worker:
                     else:
                         merged = method.merge(block, task, results[self.group_of[variant]])
                     if self.inputs.allow_nonfinite:
-                        if isinstance(merged.values, Average):
-                            merged.values = merged.values.applied(block)
                         spread_nonfinite(block, task, merged)
                     stats[variant].add(merged.stats)
                     raw = self._encode(plan, variant, block, merged, stats[variant], space)
@@ -424,6 +422,8 @@ def spread_nonfinite(block: Block, task: Task, merged: Merged) -> None:
 
     Only where the recipe lets such inputs in; a weight of 0 removes an expert before. The cast then raises the error.
     """
+    if isinstance(merged.values, Average):
+        merged.values = merged.values.applied(block)
     weight = task.per_model.get("weight", np.ones(len(task.experts)))
     for patch in block.patches:
         active = patch.delta[weight[patch.experts] != 0.0]

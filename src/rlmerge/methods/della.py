@@ -25,8 +25,9 @@ class DellaLinear(Sparsified):
     A row is what one index of the other dimensions leaves along the second one; a vector is one row. An update whose
     magnitude has the rank r in its row, 0 for the smallest and 1 for the largest, is kept with the chance
     density − ε + 2ε·r. Equal magnitudes share their middle rank; a row of one coordinate has the rank 1/2.
-    `inverse_probability` divides by these chances, as published; the default, `l1`, is mergekit's. Cost: the updates of
-    each row are sorted, with `l1` twice.
+    `inverse_probability` divides by these chances, as published; the default, `l1`, is mergekit's. Cost: magnitudes are
+    ranked in each row, without sorting where there are few, as in bf16; with `l1`, twice in tensors that do not fit in
+    memory between stages.
     """
 
     name = "della_linear"
