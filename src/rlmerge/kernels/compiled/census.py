@@ -6,7 +6,7 @@ import numpy as np
 
 from ._jit import inlined, kernel
 
-FEW = 5
+FEW = 8
 """Up to so many experts, coordinates are counted by their pattern of signs (3^K patterns)."""
 TILE = 2048
 
