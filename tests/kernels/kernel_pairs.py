@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlmerge.kernels import load_kernels
+from rlmerge.kernels import compiled, load_kernels
 
 PLAIN = load_kernels("numpy")
 COMPILED = load_kernels("numba")
@@ -51,7 +51,7 @@ def words(size: int) -> st.SearchStrategy[Any]:
 
 
 def names_of(kernels: Any, name: str) -> list[str]:
-    function = getattr(kernels, name)
+    function = getattr(kernels if kernels is PLAIN else compiled, name)
     return list(inspect.signature(getattr(function, "py_func", function)).parameters)
 
 

@@ -464,7 +464,10 @@ def threshold_of(scores, data):
 def test_tie_hashes(given_, data, start):
     where, _, scores = given_
     key = np.uint64(data.draw(st.integers(0, 2**64 - 1)))
-    agree("tie_hashes", score=scores[0], threshold=threshold_of(scores, data)[0], key=key, start=start, where=where)
+    agree(
+        "tie_hashes", score=scores[0], threshold=threshold_of(scores, data)[0], key=key, start=start, where=where,
+        out=np.zeros(where.size, np.uint64),
+    )  # fmt: skip
 
 
 @given(ranked(), st.data(), START)

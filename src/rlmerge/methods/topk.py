@@ -221,8 +221,9 @@ class Ties(_TopK):
             for row, scores in zip(part.rows.tolist(), part.scores):
                 if _is_tied(rows[row]):
                     threshold = np.float32(rows[row]["threshold"])
-                    found = block.kernels.tie_hashes(scores, threshold, np.uint64(task.key), block.start, part.where)
-                    summary[str(row)] = np.concatenate([summary[str(row)], found])
+                    hashes, key = np.empty(scores.size, np.uint64), np.uint64(task.key)
+                    found = block.kernels.tie_hashes(scores, threshold, key, block.start, part.where, hashes)
+                    summary[str(row)] = np.concatenate([summary[str(row)], hashes[:found]])
 
     def combine(self, total: Summary, part: Summary) -> None:
         """Hashes are a set: the order in which they came means nothing."""

@@ -1,4 +1,4 @@
-"""How every kernel is compiled: without the GIL, cached on disk, IEEE arithmetic as written (no fastmath)."""
+"""How every kernel is compiled: IEEE arithmetic as written (no fastmath). `images` calls them, without the GIL."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def kernel(function: F) -> F:
-    """Compiles at first call and caches on disk. No fastmath: sums keep their order, hence their bits."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[return-value]
+    """What `images` compiles and keeps. No fastmath: sums keep their order, hence their bits."""
+    return numba.njit(error_model="numpy")(function)  # type: ignore[return-value]
 
 
 def inlined(function: F) -> F:
     """A helper that kernels call per coordinate."""
-    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[return-value]
+    return numba.njit(error_model="numpy", forceinline=True)(function)  # type: ignore[return-value]
 
 
 def helper(function: F) -> F:
     """A function that rare paths of a kernel call: compiled once, where inlining it everywhere would take seconds."""
-    return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[return-value]
+    return numba.njit(error_model="numpy")(function)  # type: ignore[return-value]

@@ -119,12 +119,11 @@ def fine_norms(score, values, experts, bin_, order, norm):
 
 
 @kernel
-def tie_hashes(score, threshold, key, start, where):
-    """The hashes uint64[t] of the coordinates start + where[j] whose score, fp32[m], is equal to the threshold."""
-    found = 0
-    for j in range(score.shape[0]):
-        found += np.int64(score[j] == threshold)
-    out = np.empty(found, np.uint64)
+def tie_hashes(score, threshold, key, start, where, out):
+    """Writes to out uint64[m] the hashes of the coordinates start + where[j] whose score, fp32[m], equals the threshold.
+
+    Returns how many; what lies behind them is undefined.
+    """
     flags = np.empty(TILE, np.uint8)
     places = np.empty(TILE + 8, np.int32)
     table = bit_places()
@@ -138,7 +137,7 @@ def tie_hashes(score, threshold, key, start, where):
         for place in range(number):
             out[found + place] = hash64(key, np.uint64(start) + np.uint64(spot[np.uint64(places[place])]))
         found += number
-    return out
+    return found
 
 
 @kernel

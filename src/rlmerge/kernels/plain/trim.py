@@ -60,9 +60,11 @@ def fine_norms(score, values, experts, bin_, order, norm):
             np.add.at(norm[experts[e]], words[here] & np.uint32(0x7FFF), terms[here])
 
 
-def tie_hashes(score, threshold, key, start, where):
-    """The hashes of the coordinates whose score equals the threshold."""
-    return hash64(key, _places(start, where[score == threshold]))
+def tie_hashes(score, threshold, key, start, where, out):
+    """The hashes of the coordinates whose score equals the threshold, and how many they are."""
+    found = hash64(key, _places(start, where[score == threshold]))
+    out[: found.size] = found
+    return found.size
 
 
 def sift(score, threshold, cut, key, start, where, values, left, kept):
