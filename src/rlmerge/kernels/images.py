@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Kernel:
         self._loaded: dict[Key, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        key = tuple([(a.dtype.char, a.ndim) if type(a) is np.ndarray else type(a) for a in arguments])
+        key = tuple([(a.dtype, a.ndim) if type(a) is np.ndarray else type(a) for a in arguments])
         found = self._loaded.get(key)
         return (found or self._load(key, arguments))(*arguments)
 
@@ -105,12 +105,17 @@ def load(name: str, kinds: tuple[str, ...]) -> Callable[..., Any]:
     return _callable(name, kinds, image)
 
 
+def _numba_folder() -> Path:
+    """Where numba is installed, without loading it."""
+    spec = importlib.util.find_spec("numba")
+    assert spec is not None, "numba is one of rlmerge's dependencies"
+    return Path(spec.origin or "").parent
+
+
 @functools.cache
 def _machine() -> str:
     """What compiled code depends on, besides the kernels' source: versions, processor, how Python lays out objects."""
-    spec = importlib.util.find_spec("numba")
-    assert spec is not None and spec.origin is not None
-    version = os.stat(Path(spec.origin).with_name("_version.py"))  # loading its text costs as much as a kernel
+    version = os.stat(_numba_folder() / "_version.py")  # loading its text costs as much as a kernel
     processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), llvm.get_process_triple())
     made_by = (version.st_size, version.st_mtime_ns, llvmlite.__version__, np.__version__, sys.version)
     return repr((processor, made_by, object.__basicsize__, os.environ.get("NUMBA_OPT"), MAGIC))
@@ -171,7 +176,7 @@ def _compile(name: str, kinds: tuple[str, ...]) -> Image:
         scalar = types.boolean if word == "bool" else getattr(types, word)
         return types.Array(scalar, int(dimensions), "C") if dimensions else scalar
 
-    flags = compiler.Flags()
+    flags: Any = compiler.Flags()
     flags.nrt = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     function = getattr(module, name).py_func
@@ -255,15 +260,11 @@ def _allocate() -> None:
     """Tells LLVM where the functions are that kernels get scratch memory from: numba's own, without the rest of it."""
     runtime = sys.modules.get("numba.core.runtime._nrt_python")
     if runtime is None:
-        spec = importlib.util.find_spec("numba")
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent / "core" / "runtime"
+        folder = _numba_folder() / "core" / "runtime"
         places = [folder / f"_nrt_python{suffix}" for suffix in EXTENSION_SUFFIXES]
-        found = next(place for place in places if place.exists())
-        spec = importlib.util.spec_from_file_location("_nrt_python", found)
-        assert spec is not None and spec.loader is not None
-        runtime = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(runtime)
+        loader = ExtensionFileLoader("_nrt_python", str(next(place for place in places if place.exists())))
+        runtime = importlib.util.module_from_spec(ModuleSpec(loader.name, loader, origin=loader.path))
+        loader.exec_module(runtime)
     for name, address in runtime.c_helpers.items():  # named as numba names them, in numba.core.runtime.nrt
         llvm.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
 
@@ -308,7 +309,7 @@ def _error(name: str, status: int) -> Exception:
 
 
 def __getattr__(name: str) -> Any:
-    """The kernel of that name, as an attribute of this module; `__all__` are the names of all, which `plain` has, too."""
+    """The kernel of that name, as an attribute of this module; `__all__` are all names, which `plain` has, too."""
     if name == "__all__":
         return importlib.import_module("rlmerge.kernels.plain").__all__
     if name.startswith("_"):

@@ -120,7 +120,7 @@ def fine_norms(score, values, experts, bin_, order, norm):
 
 @kernel
 def tie_hashes(score, threshold, key, start, where, out):
-    """Writes to out uint64[m] the hashes of the coordinates start + where[j] whose score, fp32[m], equals the threshold.
+    """Writes to out uint64[m] the hashes of the coordinates start + where[j] with a score, fp32[m], at the threshold.
 
     Returns how many; what lies behind them is undefined.
     """
