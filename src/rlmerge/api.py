@@ -36,6 +36,7 @@ from rlmerge.recipe import Recipe
 from rlmerge.sample import alarms, take_sample
 from rlmerge.settings import (
     DEFAULT_SHARD_BYTES,
+    KEPT_AT_MOST,
     KEPT_BYTES,
     as_recipe,
     as_recipes,
@@ -295,7 +296,7 @@ def _ray(
 def _worker(plan: Plan, kernels: ModuleType, threads: int) -> Iterator[Worker]:
     from threadpoolctl import threadpool_limits
 
-    worker = Worker(plan, kernels, threads * KEPT_BYTES)
+    worker = Worker(plan, kernels, min(threads * KEPT_BYTES, KEPT_AT_MOST))
     try:
         with threadpool_limits(1):
             yield worker

@@ -19,6 +19,8 @@ PROCESS_BYTES = 250 * 2**20
 """Python and the kernels."""
 KEPT_BYTES = 128 * 2**20
 """Per thread, for what stages keep of a tensor for the next one (4.4 M coordinates, three sparse experts: 40 MB)."""
+KEPT_AT_MOST = 2 * KEPT_BYTES
+"""For all threads: they work on the units of one or two tensors at a time, however many they are."""
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | Path | str) -> Recipe:

@@ -16,7 +16,7 @@ from rlmerge.kernels import Backend, load_kernels
 from rlmerge.plan import without_records
 from rlmerge.planner import make_plan
 from rlmerge.recipe import Recipe
-from rlmerge.settings import DEFAULT_SHARD_BYTES, KEPT_BYTES, limit_threads, make_variants
+from rlmerge.settings import DEFAULT_SHARD_BYTES, KEPT_AT_MOST, KEPT_BYTES, limit_threads, make_variants
 
 from .coordinates import Reading
 from .document import Stored
@@ -64,7 +64,7 @@ def _run(
         plan = without_records(make_plan(variants[0], variants, DEFAULT_SHARD_BYTES))
     progress(Reading(0, 0, f"what {method} would keep in bf16"))
     threads = limit_threads(threads, memory, plan)
-    worker = Worker(plan, load_kernels(kernels, plan.values_read), threads * KEPT_BYTES)
+    worker = Worker(plan, load_kernels(kernels, plan.values_read), min(threads * KEPT_BYTES, KEPT_AT_MOST))
     try:
         with threadpool_limits(1):
             journal = Journal(None, "", [])
