@@ -35,7 +35,7 @@ def merged(recipe, out, **options):
 
 
 @KERNELS
-@pytest.mark.parametrize("method", ["linear", "karcher", "multislerp"])
+@pytest.mark.parametrize("method", ["linear", "karcher", "multislerp", "passthrough"])
 def test_words_give_what_decoded_values_give(tmp_path, method, kernels):
     """With `allow_nonfinite` the same average is taken of decoded values and rounded on its own."""
     base, experts = sparse_model(np.random.default_rng(3), 3, "BF16", grid=False)
@@ -49,6 +49,21 @@ def test_words_give_what_decoded_values_give(tmp_path, method, kernels):
         with small_blocks(50, 100):
             found.append(merged(recipe, tmp_path / f"out{allowed}", kernels=kernels))
     assert found[0] == found[1]
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_copy_keeps_every_finite_word(tmp_path, kernels, dtype):
+    """The signs of zeros, too."""
+    words = np.arange(2**16, dtype=np.uint16)
+    values = (words.view(np.float16) if dtype == "F16" else (words.astype(np.uint32) << 16).view(np.float32)).copy()
+    values[~np.isfinite(values)] = -0.0
+    write_model(tmp_path / "e0", {"w": values.reshape(256, 256).astype(np.float32)}, dtype=dtype)
+    recipe = make_recipe(tmp_path, "passthrough", ["e0"], base=None)
+    rlmerge.merge_to_folder(recipe, tmp_path / "out", kernels=kernels)
+    before, after = (read_words(tmp_path / name)["w"] for name in ("e0", "out"))
+    assert before[0] == after[0]
+    assert before[1].tobytes() == after[1].tobytes()
 
 
 @KERNELS

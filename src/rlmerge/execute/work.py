@@ -299,7 +299,8 @@ class Worker:
         if (words := block.expert_words()) is None:
             return None
         out = space.get("averaged words", (block.size,), np.uint16)
-        return None if self.kernels.linear_bf16(words, average.weight, out) else out
+        bad = self.kernels.linear_bf16(words, average.weight, out)
+        return None if bad else words[0] if average.is_copy else out
 
     def _change(
         self, plan: TensorPlan, variant: int, block: InputBlock, changes: list[Change | Update], counts: Any, sums: Any,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .base import Arity, Block, Merged, Method, Parameter, Result, Task
+from .base import Arity, Average, Block, Merged, Method, Parameter, Result, Task
 
 
 class Passthrough(Method):
@@ -25,6 +25,8 @@ class Passthrough(Method):
 
     def merge(self, block: Block, task: Task, results: Mapping[str, Result]) -> Merged:
         """s·θ1."""
+        if not block.additive[0] and float(task.per_model["scale"][0]) == 1.0:
+            return Merged(Average(np.ones(1)))
         value = block.expert[0].astype(np.float64)
         if block.additive[0]:
             value = block.base.astype(np.float64) + value
