@@ -69,19 +69,30 @@ class WholeTensor(Whole):
             flat[block.start : block.start + block.size] = block.base
         return out
 
+    def expert(self, expert: int) -> NDArray[np.float64]:
+        """Block by block, so that no second array is needed."""
+        only = np.zeros(self._experts)
+        only[expert] = 1.0
+        return self._sum(only, based=True)
+
     def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
         """Patch by patch, in fp64."""
-        out = np.zeros(self.shape)
+        return self._sum(coefficients, based=False)
+
+    def _sum(self, coefficients: NDArray[np.float64], based: bool) -> NDArray[np.float64]:
+        """Σ c[i]·δi, on the base or by itself."""
+        out = np.empty(self.shape)
         flat = out.reshape(-1)
         for block in self._blocks():
             run = flat[block.start : block.start + block.size]
+            run[:] = block.base if based else 0.0
             lost = {k: block.lost(k) for k in np.flatnonzero(coefficients).tolist()}
             for patch in block.patches:
                 total = np.zeros(patch.where.size)
                 for row, k in enumerate(patch.experts.tolist()):
                     if coefficients[k] != 0.0:
                         total += coefficients[k] * _exact(patch.delta[row], lost[k], patch.where)
-                run[patch.where] = total
+                run[patch.where] += total
         return out
 
 

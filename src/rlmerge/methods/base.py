@@ -229,6 +229,10 @@ class Whole(ABC):
         """The base, fp64 in the tensor's shape; a new array."""
 
     @abstractmethod
+    def expert(self, expert: int) -> NDArray[np.float64]:
+        """The base and one expert's delta, fp64 in the tensor's shape; a new array."""
+
+    @abstractmethod
     def combine(self, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
         """Σ c[i]·δi, fp64 in the tensor's shape; a new array. Experts are added in their order, those of 0 left out."""
 

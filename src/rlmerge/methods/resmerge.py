@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
 from .base import Parameter, Task, Whole
 from .gram import F64, cosines_of, norms_of
-from .spectral import MATRIX, Spectral, decompose, embeddings, inner
+from .spectral import MATRIX, Spectral, embeddings, inner, noise
+from .svd import svd
 
 FAMILIES = ("attn", "attention", "mlp", "ffn", "feed_forward", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
             "up_proj", "down_proj")  # fmt: skip
@@ -40,11 +42,11 @@ class ResMerge(Spectral):
         MATRIX,
     )
     svds = (0, 1)
-    held = (2, 0)
+    held = 2
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """Σ a[i]·Ri + Σ h[i]·Hi, as Σ a[i]·δi and a correction of low rank."""
-        heads = [self._head(tensor, k, int(task.values["rank"])) for k in range(len(task.experts))]
+        heads = [self._head(tensor, k, task) for k in range(len(task.experts))]
         residuals = _gram_of_residuals(tensor, heads)
         some = np.array([left.shape[1] > 0 for left, _ in heads])
         shares = self._backbone(residuals, task)
@@ -59,10 +61,12 @@ class ResMerge(Spectral):
             out += ((more - own) * left) @ right
         return out
 
-    def _head(self, tensor: Whole, k: int, rank: int) -> Factors:
+    def _head(self, tensor: Whole, k: int, task: Task) -> Factors:
         """U·S fp64[m, rank] and Vᵀ of the leading part of one update."""
-        left, values, right = decompose(tensor.delta(k))
-        return left[:, :rank] * values[:rank], right[:rank].copy()
+        delta = partial(tensor.delta, k)
+        found = svd(delta, task.shape, noise(task.shape), int(task.values["rank"]))
+        left, values, right = found.triplets(delta)
+        return left * values, right.copy()
 
     def _backbone(self, gram: F64, task: Task) -> F64:
         """Shares fp64[K] of the residuals with this Gram matrix."""

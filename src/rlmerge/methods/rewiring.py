@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from .base import Arity, Parameter, Task, Whole
 from .gram import F64
-from .spectral import MATRIX, Spectral, decompose, embeddings
+from .spectral import MATRIX, Spectral, embeddings, noise
+from .svd import svd
 
 
 class SubspaceRewiring(Spectral):
@@ -31,20 +34,19 @@ class SubspaceRewiring(Spectral):
     )
     arity = Arity(1, 1)
     svds = (2, 0)
-    held = (3, 0)
+    held = 2
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """The cut and projected update."""
         keep = max(1, int(min(task.shape) * float(task.values["delta_rank_fraction"])))
-        left, values, right = decompose(tensor.delta(0))
-        left, right = left[:, :keep] * values[:keep], right[:keep].copy()
+        delta = partial(tensor.delta, 0)
+        left, values, right = svd(delta, task.shape, noise(task.shape), keep).triplets(delta)
+        left, right = left * values, right.copy()
         rank = min(int(task.values["base_rank"]), *task.shape)
         if rank < max(task.shape):
-            base = tensor.base()
-            if not np.isfinite(base).all():
+            if not np.isfinite(tensor.base()).all():
                 return np.full(task.shape, np.nan)
-            rows, _, columns = decompose(base)
-            rows, columns = rows[:, :rank], columns[:rank]
+            rows, _, columns = svd(tensor.base, task.shape, noise(task.shape), rank).triplets(tensor.base)
             if rank < task.shape[0]:
                 left = rows @ (rows.T @ left)
             if rank < task.shape[1]:

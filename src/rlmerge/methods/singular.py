@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from .base import Parameter, Task, Whole
 from .gram import F64
-from .spectral import FRAMES, MATRIX, SCALING, Spectral, decompose, embeddings, norm, polar
-
-Triplets = tuple[F64, F64, F64]
-"""U fp64[m, r], S fp64[r], Vᵀ fp64[r, n]."""
+from .spectral import FRAMES, MATRIX, SCALING, Spectral, embeddings, noise, norm, polar
+from .svd import ROWS, Make, svd
 
 
 class TsvMerge(Spectral):
@@ -26,17 +26,16 @@ class TsvMerge(Spectral):
     source = "Task Singular Vectors (arXiv 2412.00081)"
     parameters = (SCALING, embeddings(True), MATRIX)
     svds = (2, 1)
-    held = (3, 0)
+    held = 2
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """Triplets of all experts, orthogonalised."""
-        count = len(task.experts)
-        keep = max(1, min(task.shape) // count)
-        parts = [leading(tensor.delta(k), keep) for k in np.flatnonzero(tensor.changed).tolist()]
-        values = self.scale(task) * np.concatenate([value for _, value, _ in parts])
-        left, right = orthogonal(parts)
-        left *= values
-        return left @ right
+        keep = max(1, min(task.shape) // len(task.experts))
+        changed = np.flatnonzero(tensor.changed).tolist()
+        found = SideBySide(task.shape, keep * len(changed))
+        for k in changed:
+            found.add(partial(tensor.delta, k), keep)
+        return found.merged(self.scale(task) * found.values)
 
 
 class IsoC(Spectral):
@@ -52,12 +51,14 @@ class IsoC(Spectral):
     source = "No Task Left Behind (arXiv 2502.04959)"
     parameters = (SCALING, embeddings(True), MATRIX)
     svds = (1, 0)
-    held = (1, 0)
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """U·Vᵀ at the mean singular value."""
-        left, values, right = decompose(tensor.combine(np.ones(len(task.experts))))
-        return left @ (right * (self.scale(task) * float(np.sum(values)) / min(task.shape)))
+        total = partial(tensor.combine, np.ones(len(task.experts)))
+        found = svd(total, task.shape, noise(task.shape))
+        out = found.polar(total)
+        out *= self.scale(task) * float(np.sum(found.values)) / min(task.shape)
+        return out
 
 
 class IsoCts(Spectral):
@@ -81,23 +82,22 @@ class IsoCts(Spectral):
         MATRIX,
     )
     svds = (3, 1)
-    held = (3, 0)
+    held = 2
 
     def update(self, tensor: Whole, task: Task) -> F64:
         """Common and own directions, orthogonalised."""
         count, rank = len(task.experts), min(task.shape)
         own = own_directions(rank, count, float(task.values["common_space_fraction"]))
         common = rank - own * count
-        parts = [leading(tensor.combine(np.ones(count)), common)]
+        found = SideBySide(task.shape, rank)
+        found.add(partial(tensor.combine, np.ones(count)), common)
+        shared = found.lefts[: found.used]
         for k in np.flatnonzero(tensor.changed).tolist() if own else ():
-            rest = tensor.delta(k)
-            least = FRAMES * norm(rest)  # what the common directions leave of themselves is no more
-            rest -= parts[0][0] @ (parts[0][0].T @ rest)
-            parts.append(leading(rest, own, least))
-        size = self.scale(task) * float(np.sum(np.concatenate([value for _, value, _ in parts]))) / rank
-        left, right = orthogonal(parts)
-        left *= size
-        return left @ right
+            # what the common directions leave of themselves is no more
+            least = FRAMES * norm(tensor.delta(k))
+            found.add(partial(_outside, shared, partial(tensor.delta, k)), own, least)
+        size = self.scale(task) * float(np.sum(found.values)) / rank
+        return found.merged(np.full(found.used, size))
 
 
 def own_directions(rank: int, count: int, fraction: float) -> int:
@@ -107,20 +107,43 @@ def own_directions(rank: int, count: int, fraction: float) -> int:
     return min(round((rank - int(rank * fraction)) / count), rank // count)
 
 
-def leading(matrix: F64, count: int, least: float = 0.0) -> Triplets:
-    """Leading triplets of a matrix, at most so many, with values above `least`; copies: the rest is freed."""
-    left, values, right = decompose(matrix)
-    kept = min(count, int(np.count_nonzero(values > least)))
-    return left[:, :kept].copy(), values[:kept], right[:kept].copy()
+class SideBySide:
+    """Leading singular triplets of several matrices of a shape, at most r of them all.
+
+    lefts     fp64[r, m]: left vectors as rows, the first `used` of them
+    rights    fp64[r, n]
+    values    fp64[used]
+    """
+
+    def __init__(self, shape: tuple[int, ...], most: int) -> None:
+        self.shape = shape
+        self.lefts, self.rights = np.empty((most, shape[0])), np.empty((most, shape[1]))
+        self.values = np.empty(0)
+
+    @property
+    def used(self) -> int:
+        """How many there are."""
+        return len(self.values)
+
+    def add(self, make: Make, count: int, floor: float = 0.0) -> None:
+        """Leading triplets of a matrix, at most so many, with values above `floor`."""
+        found = svd(make, self.shape, noise(self.shape), count, floor)
+        left, values, right = found.triplets(make)
+        rows = slice(self.used, self.used + len(values))
+        self.lefts[rows], self.rights[rows] = left.T, right
+        self.values = np.append(self.values, values)
+
+    def merged(self, values: F64) -> F64:
+        """Both sets of vectors made orthonormal, in their own memory, with these values between them."""
+        left, right = polar(self.lefts[: self.used].T), polar(self.rights[: self.used])
+        left *= values
+        return left @ right
 
 
-def orthogonal(parts: list[Triplets]) -> tuple[F64, F64]:
-    """Left and right vectors side by side, both made orthonormal; empties the list, for its arrays are large."""
-    lefts, rights = [left for left, _, _ in parts], [right for _, _, right in parts]
-    parts.clear()
-    joined = np.hstack(lefts)
-    lefts.clear()
-    left = polar(joined)
-    joined = np.vstack(rights)
-    rights.clear()
-    return left, polar(joined)
+def _outside(rows: F64, make: Make) -> F64:
+    """A matrix less what lies along orthonormal left vectors, the rows of an array."""
+    matrix = make()
+    for start in range(0, matrix.shape[1], ROWS):
+        part = matrix[:, start : start + ROWS]
+        part -= rows.T @ (rows @ part)
+    return matrix

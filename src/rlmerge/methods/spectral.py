@@ -15,6 +15,7 @@ import numpy as np
 
 from .base import Block, Merged, Method, Parameter, Result, Task, Whole
 from .gram import F64, combine_deltas
+from .svd import ROUNDING, svd, work_bytes
 
 NOT_INNER = ("embed", "lm_head", "wte", "wpe")
 """Parts of the names of embeddings and heads."""
@@ -38,18 +39,20 @@ class Spectral(Method):
 
     svds: tuple[int, int] = (0, 0)
     """Decompositions of a matrix: so many, and so many for each expert."""
-    held: tuple[int, int] = (0, 0)
-    """Arrays of its size that are held beside what is decomposed: so many, and so many for each expert."""
+    held: int = 0
+    """Arrays of its size that are held beside a decomposition."""
 
     def whole_cost(
         self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any], experts: int, gram: int | None = None
     ) -> tuple[float, int]:
-        """As declared, and what LAPACK takes: a copy, the vectors and its work space (measured with NumPy's)."""
+        """As declared, beside what a decomposition takes."""
         if not self.decomposes(tensor, shape, values):
             return 0, 0
-        size, square = shape[0] * shape[1], min(shape) ** 2
-        held = 1 + self.held[0] + self.held[1] * experts
-        return self.svds[0] + self.svds[1] * experts, int(8 * (held * size + 3.6 * size + 4.5 * square))
+        return self.svds[0] + self.svds[1] * experts, self.beside(shape, experts) + work_bytes(shape)
+
+    def beside(self, shape: tuple[int, ...], experts: int) -> int:
+        """Bytes that are held beside a decomposition, at most."""
+        return 8 * self.held * shape[0] * shape[1]
 
     def decomposes(self, tensor: str, shape: tuple[int, ...], values: Mapping[str, Any]) -> bool:
         """Exactly two dimensions, not filtered, and no embedding unless asked for."""
@@ -80,22 +83,9 @@ class Spectral(Method):
         return combine_deltas(block, np.full(count, self.scale(task) / count))
 
 
-def decompose(matrix: F64) -> tuple[F64, F64, F64]:
-    """Thin U fp64[m, r], s fp64[r], Vᵀ fp64[r, n] of a matrix, without directions of noise: r is its numerical rank."""
-    left, values, right = thin(matrix)
-    rank = int(np.count_nonzero(values > noise(matrix) * values[0])) if values.size else 0
-    return left[:, :rank], values[:rank], right[:rank]
-
-
-def thin(matrix: F64) -> tuple[F64, F64, F64]:
-    """Thin U, s, Vᵀ with all min(m, n) directions."""
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
-
-
-def noise(matrix: F64) -> float:
+def noise(shape: tuple[int, ...]) -> float:
     """Singular values below this share of the largest are rounding (NumPy's rule for ranks)."""
-    return max(matrix.shape) * float(np.finfo(np.float64).eps)
+    return max(shape) * ROUNDING
 
 
 FRAMES = 2.0**-26
@@ -104,10 +94,11 @@ known to the rounding of fp64 times the largest singular value of its matrix ove
 
 
 def polar(frames: F64) -> F64:
-    """The nearest matrix to orthonormal sets of vectors side by side that is orthonormal itself, within their span."""
-    left, values, right = thin(frames)
-    rank = int(np.count_nonzero(values > FRAMES * values[0])) if values.size else 0
-    return left[:, :rank] @ right[:rank]
+    """The nearest matrix to orthonormal sets of vectors side by side that is orthonormal itself, within their span.
+
+    In the memory of the frames.
+    """
+    return svd(lambda: frames, frames.shape, FRAMES).polar(lambda: frames)
 
 
 def inner(one: F64, other: F64) -> float:
