@@ -123,8 +123,10 @@ SIZES = {
     "small": Size("small", hidden=384, layers=12, heads=6, kv_heads=2, intermediate=1536, vocab=16384),
     "tiny": Size("tiny", hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512, vocab=2048),
     "square": Size("square", hidden=1536, layers=1, heads=12, kv_heads=12, intermediate=256, vocab=256),
+    "oblong": Size("oblong", hidden=896, layers=1, heads=14, kv_heads=2, intermediate=4864, vocab=256),
 }
-"""135M has the shape of SmolLM2-135M; `square` has four square matrices, for methods that decompose."""
+"""135M has the shape of SmolLM2-135M; `square` has four square matrices and `oblong` three of a feed-forward layer, for
+methods that decompose."""
 
 Fill = Callable[[int, int, int, int], NDArray[Any]]
 """(tensor index, chunk index, flat start, coordinates) to the chunk's stored values."""

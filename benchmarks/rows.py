@@ -82,13 +82,20 @@ def memory(sizes: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-def spectral(size: str) -> list[Row]:
-    """Methods that decompose, on square matrices, beside a method that does not: the difference is the arrays."""
-    largest = max(prod(shape) for shape in models.SIZES[size].tensors().values())
-    label = (("matrix_bytes", 8 * largest),)
-    methods = (METHODS["task_arithmetic"], *SPECTRAL.values())
-    contenders = ("warm", "rlmerge", "floor")
-    return [Row("spectral", one.name, size, one, contenders, 1, threads=1, label=label) for one in methods]
+def spectral(sizes: tuple[str, ...]) -> list[Row]:
+    """Methods that decompose, beside a method that does not: the difference is the arrays. Rows are named after the
+    method, and but for the first size after the size, too.
+    """
+    rows = []
+    for size in sizes:
+        largest = max(models.SIZES[size].tensors().values(), key=prod)
+        shape = " × ".join(map(str, largest))
+        for one in (METHODS["task_arithmetic"], *SPECTRAL.values()):
+            label = (("matrix_bytes", 8 * prod(largest)), ("method", one.name), ("shape", shape))
+            method = one if size == sizes[0] else one.on(f"{one.name}-{size}", one.inputs)
+            contenders = ("warm", "rlmerge", "floor")
+            rows.append(Row("spectral", method.name, size, method, contenders, 1, threads=1, label=label))
+    return rows
 
 
 def nothing(size: str, runs: int) -> list[Row]:

@@ -59,7 +59,7 @@ class Bench:
             "nothing": rows.nothing(self.main, runs),
             "experts": rows.counts(tiny, runs),
             "memory": rows.memory(sizes),
-            "spectral": rows.spectral("tiny" if self.small else "square"),
+            "spectral": rows.spectral(("tiny",) if self.small else ("square", "oblong")),
             "methods": rows.against("methods", self.main, tuple(METHODS), runs, skip),
             "large": rows.against("large", large, rows.LARGE, runs, skip),
         }

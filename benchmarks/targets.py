@@ -124,15 +124,14 @@ def anonymous_memory(report: Report) -> Target:
 
 
 def arrays(report: Report) -> list[tuple[str, float]]:
-    """Per spectral method, the fp64 arrays of the largest matrix's size that it takes beyond a method that has none."""
+    """Per row of a spectral method, the fp64 arrays of its largest matrix's size beyond a method that has none."""
     rows = section(report, "spectral")
-    if "task_arithmetic" not in rows:
-        return []
-    rest = middle(rows["task_arithmetic"], "rlmerge", "anonymous") or 0.0
+    plain = {row["size"]: row for row in rows.values() if row["label"].get("method") == "task_arithmetic"}
     found = []
     for name, row in rows.items():
         most = middle(row, "rlmerge", "anonymous")
-        if name != "task_arithmetic" and most is not None:
+        rest = middle(plain[row["size"]], "rlmerge", "anonymous") if row["size"] in plain else None
+        if rest is not None and most is not None and row["label"]["method"] != "task_arithmetic":
             found.append((name, max(0.0, most - rest) * 1e6 / row["label"]["matrix_bytes"]))
     return found
 
@@ -144,7 +143,7 @@ def spectral_memory(report: Report) -> Target:
     if not found:
         return Target(what, "not measured", None)
     good = sum(value <= 6 for _, value in found)
-    why = "LAPACK's divide and conquer alone takes eight arrays of a square matrix"
+    why = "`iso_merger` holds the turns of all experts, a square matrix each, until it knows their factors"
     return Target(what, f"{good} of {len(found)}; {spread(found, ' arrays')}", good == len(found), why)
 
 

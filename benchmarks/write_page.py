@@ -46,8 +46,8 @@ hashes*: it also hashes all of it with xxh3-128, as rlmerge does for `rlmerge.js
 *MB*: anonymous memory at its peak; *peak*: all resident memory, mapped files included.
 """
 ARRAYS = """\
-Methods that decompose whole matrices, on a layer with four of 1536 × 1536, one thread. An array is such a matrix in
-fp64, beyond what `task_arithmetic` takes:
+Methods that decompose whole matrices, on a layer with four of 1536 × 1536, and on one with three of 4864 × 896, one
+thread. An array is the largest matrix in fp64, beyond what `task_arithmetic` takes:
 """
 AGREEMENT = """\
 ## Do both compute the same?
@@ -243,8 +243,9 @@ def memory_part(report: Report) -> list[str]:
     rows, table = section(report, "spectral"), []
     for name, value in arrays(report):
         most, took = middle(rows[name], "rlmerge", "anonymous"), middle(rows[name], "rlmerge")
-        table.append((f"`{name}`", number(most, 0), number(value), number(took)))
-    return [*text, ARRAYS, *grid(("method", ">MB", ">arrays", ">s"), table)] if table else text
+        label = rows[name]["label"]
+        table.append((f"`{label['method']}`", label["shape"], number(most, 0), number(value), number(took)))
+    return [*text, ARRAYS, *grid(("method", "matrix", ">MB", ">arrays", ">s"), table)] if table else text
 
 
 def profile_part(report: Report) -> list[str]:

@@ -118,7 +118,8 @@ Use it for RL experts of one base, whose training turns singular vectors and har
 authors' finding: 3 % of an update is in the spectrum). Updates of experts that do not meet are added, not averaged.
 
 Where singular values of the base nearly meet, a small update turns their vectors far. K experts take K + 3
-decompositions: look at the time and memory that `rlmerge check` foresees.
+decompositions, and memory grows by a matrix in fp64 with each (two if it is not square), for what an expert's share is
+follows from all: look at what `rlmerge check` foresees.
 """,
     "karcher": """
 Use it for models that were trained apart and differ much: it averages directions and lengths separately, so that the
@@ -341,9 +342,9 @@ LAWS = {
 
 MATRICES = [
     "2-D tensors are decomposed whole, in fp64, with one thread of BLAS each; directions of rounding noise are "
-    "dropped. A decomposition of m×n takes about 4e-10 s·m·n·min(m, n), and a square matrix 9 to 20 times its size in "
-    "fp64, one much longer than wide 5 to 10 times. `rlmerge check` foresees both; `--memory` bounds the threads by "
-    "it. BLAS libraries round differently, so the same bytes are promised for one machine only.",
+    "dropped. A decomposition of m×n takes about 4e-10 s·m·n·min(m, n), and a merge of three models 2 to 7 times a "
+    "matrix in fp64. `rlmerge check` foresees both, the memory for the worst of spectra; `--memory` bounds the threads "
+    "by it. BLAS libraries round differently, so the same bytes are promised for one machine only.",
     "",
 ]
 
