@@ -70,7 +70,7 @@ class WholeTensor(Whole):
         return out
 
     def expert(self, expert: int) -> NDArray[np.float64]:
-        """Block by block, so that no second array is needed."""
+        """Block by block: no second array is needed."""
         only = np.zeros(self._experts)
         only[expert] = 1.0
         return self._sum(only, based=True)
