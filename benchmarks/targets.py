@@ -193,8 +193,23 @@ def small_model(report: Report) -> Target:
     value = ratio(row, "rlmerge", "floor") if row else None
     if row is None or value is None:
         return Target(what, "not measured", None)
-    return Target(
-        what, f"{value:.1f} × ({middle(row, 'rlmerge'):.2f} s against {middle(row, 'floor'):.2f} s)", value <= 5
+    floor = middle(row, "floor") or 0.0
+    measured = f"{value:.1f} × ({middle(row, 'rlmerge'):.2f} s against {floor:.2f} s)"
+    return Target(what, measured, value <= 5, small_reason(report, floor) if floor else "")
+
+
+def small_reason(report: Report, floor: float) -> str:
+    """What a small merge cannot do without, in floors: start-up, and kernels, from the profile of a larger model."""
+    one, row = section(report, "profile").get("ties"), section(report, "methods").get("ties")
+    if one is None or row is None:
+        return ""
+    seconds, share = one["seconds"], section(report, "small")["ties"]["input_mb"] / row["input_mb"]
+    start = (seconds["start"] + seconds["kernel_loading"]) / floor
+    kernels = share * (seconds["decoding"] + seconds["arithmetic"] + seconds["encoding"]) / 2 / floor
+    disk = share * (seconds["reading"] + seconds["writing"]) / 2 / floor
+    return (
+        f"from the profile of one thread: starting takes {start:.1f} floors; shared by two threads, compiled "
+        f"kernels alone take {kernels:.1f}, reading twice and writing {disk:.1f}"
     )
 
 
