@@ -140,7 +140,7 @@ def _figure(figure: Figure) -> str:
 
 def _table(figure: Figure) -> str:
     header, *rows = figure.table
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
+    head = "".join(f'<th scope="col">{_text(cell or "measure")}</th>' for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows[:MAX_ROWS])
     left = len(rows) - MAX_ROWS
     more = f"<p>{left} more rows are in the numbers of this page.</p>" if left > 0 else ""
