@@ -114,9 +114,11 @@ def bars(
         + ([alt.Tooltip("null:Q", format=text, title="null model")] if marks else []),
     )
     x = alt.X("value:Q", title=title or None, axis=alt.Axis(format=text))
+    marks = marks and any(row.get("null") is not None for row in rows)
     layers = [base.mark_bar().encode(x=x, color=alt.Color(f"{series}:N", legend=None, sort=names))]
     if marks:
-        layers.append(base.mark_tick(thickness=3, size=18, color="#d62728").encode(x="null:Q"))
+        tick = base.mark_tick(thickness=3, size=18, color="#d62728", aria=False)  # the table says it
+        layers.append(tick.encode(x="null:Q").transform_filter("isValid(datum.null)"))
     chart = alt.layer(*layers).properties(width=400, height=alt.Step(20))
     facets = list(dict.fromkeys(row[category] for row in rows))
     row = alt.Row(f"{category}:N", title=None, sort=facets, header=alt.Header(labelAngle=0, labelAlign="left"))

@@ -170,7 +170,7 @@ def _steps(document: Document, names: Mapping[str, str]) -> Figure:
             if value is not None:
                 label = str(least) if least == 1 else f"{least} to {2 * least - 1}"
                 rows.append({"expert": names[key], "steps": label, "value": value})
-        ones[names[key]] = steps["share"][0] if steps["share"] else None
+        ones[names[key]] = dict(zip(steps["at_least"], steps["share"])).get(1)
     known = {name: value for name, value in ones.items() if value is not None}
     most = max(known, key=lambda name: known[name]) if known else "no expert"
     return Figure(

@@ -115,7 +115,7 @@ def _map(spectra: Spectra, names: Mapping[str, str]) -> Figure | None:
         {"measure": label, "expert": names[key], "layer": layer, "module": module, "value": value}
         for label, path in MAPS.items()
         for tensor in spectra["tensors"]
-        for layer, module in [place_of(tensor["tensor"])]
+        for layer, module in [place_of(tensor["name"])]
         for key, one in tensor["experts"].items()
         if (value := _at(one, *path)) is not None
     ]
