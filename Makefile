@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval,demo,ray]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[model,lab,eval,demo,ray,report]" --group dev
 	test -d .venv/smollm2 || $(BIN)/rlmerge lab fetch -o .venv/smollm2 --keep .venv/smollm2.gguf
 	touch $(STAMP)
 

@@ -48,6 +48,7 @@ _HOMES = {
     "recipe_schema": "schema",
     "unpack": "packs.restore",
     "verify": "verification",
+    "write_report": "report.outputs",
 }
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "recipe_schema",
     "unpack",
     "verify",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from .preflight import check, explain
     from .recipe import Recipe, load_recipe, parse_recipe
     from .recipe_flags import recipe_from_parts
+    from .report.outputs import write_report
     from .schema import recipe_schema
     from .stages import Stages, load_stages
     from .verification import verify

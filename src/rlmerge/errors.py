@@ -11,6 +11,7 @@ RlmergeError                    the user's mistake: one message, no traceback, e
 ├── FisherError                 a Fisher folder that is missing, wrong, empty or negative
 ├── GramError                   Gram matrices that are missing, of another model, or none
 ├── GeometryError               measures of geometry that cannot be taken as asked
+├── ReportError                 a report that cannot be read, or reports that cannot be compared
 ├── PluginError                 a merge method of the user's own: its file, its definition, an error in its code
 ├── NonFiniteError              NaN or infinity in an input or in a result
 ├── ClusterError                    machines that are not there, lack memory or files, or keep dying
@@ -91,6 +92,10 @@ class GramError(RlmergeError):
 
 class GeometryError(RlmergeError):
     """A measure of what training did that cannot be taken as asked."""
+
+
+class ReportError(RlmergeError):
+    """A report that cannot be read, or reports that cannot be compared."""
 
 
 class PluginError(RlmergeError):

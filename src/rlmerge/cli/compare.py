@@ -1,4 +1,4 @@
-"""`rlmerge compare`: which model is better, by how much, and is that more than chance?"""
+"""`rlmerge compare`: which model is better, by how much, and is that more than chance? Or: reports side by side."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .options import Parser, declare_output
+from rlmerge.errors import RlmergeError
+
+from .options import Parser, declare_output, declare_report
 from .show import warn
 
 if TYPE_CHECKING:
     from rlmerge.evaluate.compare import Interval, Model, Retention, TaskComparison
 
-USAGE = "[OPTIONS] RESULTS..."
-DESCRIPTION = "Compare models on the same problems: accuracy, differences, retention of the experts' gains, flips."
+USAGE = "[OPTIONS] FILE..."
+DESCRIPTION = """\
+Compare models on the same problems, from results files of 'rlmerge eval':
+accuracy, differences, retention of the experts' gains, flips.
+
+Or see reports of 'rlmerge inspect' side by side. --html makes a page of one
+report or of several, or of a merge's rlmerge.json."""
 WIDTH = 100
 """Columns of a terminal that tables fit; names give way."""
 
 
 def declare(parser: Parser) -> None:
     """Its arguments."""
-    parser.add_argument("results", metavar="RESULTS", nargs="+", help="results files, of one or several tasks")
+    parser.add_argument("results", metavar="FILE", nargs="+", help="results of one or several tasks, or reports")
     which = "results file or name of the"
     parser.add_argument("--base", metavar="R", help=f"{which} base model; default: as its header says")
     parser.add_argument("--expert", metavar="R", action="append", help=f"{which} expert; once for each; default: same")
@@ -32,15 +39,33 @@ def declare(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="compare although settings differ or runs are unfinished")
     parser.add_argument("--csv", action="store_true", help="print one line a model and task as CSV")
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+    declare_report(parser)
     declare_output(parser)
 
 
 def run(given: Namespace) -> None:
     """Compares and prints."""
-    from rlmerge.evaluate.compare import compare
+    from rlmerge.report.documents import read_documents
 
     if given.json + given.csv + given.markdown > 1:
         Parser("compare", USAGE, DESCRIPTION).error("--json, --csv and --markdown: give one of them")
+    kind, documents = read_documents(given.results)
+    if kind == "results":
+        _results(given)
+    else:
+        from .reports import show_reports
+
+        show_reports(given, kind, documents)
+
+
+def _results(given: Namespace) -> None:
+    from rlmerge.evaluate.compare import compare
+
+    if given.html is not None or given.figures is not None:
+        raise RlmergeError(
+            "--html and --figures are for reports of 'rlmerge inspect' and for a merge's rlmerge.json; these files are "
+            "results of evaluations. Print them with --markdown, --csv or --json."
+        )
     found = compare(given.results, given.base, given.expert or (), given.reference, given.force)
     if given.json:
         json.dump(found.as_dict(), sys.stdout)

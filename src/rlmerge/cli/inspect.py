@@ -12,7 +12,7 @@ from rlmerge import kernels
 from rlmerge.errors import MissingExtraError, OutputError, RecipeError
 from rlmerge.figures import as_text, short_names
 
-from .options import Parser, at_least, declare_download, declare_output, parse_bytes
+from .options import Parser, at_least, declare_download, declare_output, declare_report, parse_bytes
 from .show import ReadingLine, warn
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ much, what experts share and where they conflict, beside a null model, and what
 storing a merge would keep; a verdict and a recipe.
 
 One reading for all coordinate-wise measures, and three for TIES and SAR in
-bf16. -o writes all of it as JSON: per tensor, layer, kind of module, total."""
+bf16. -o writes all of it as JSON: per tensor, layer, kind of module, total;
+--html as one page to look at."""
 
 
 def declare(parser: Parser) -> None:
@@ -36,6 +37,7 @@ def declare(parser: Parser) -> None:
     add("experts", metavar="EXPERT", nargs="+", help="model folder, delta pack, LoRA folder, or model+lora")
     add("--name", metavar="NAME", action="append", default=[], help="what an expert is called; once for each")
     add("-o", "--out", metavar="FILE", type=Path, help="write the whole document (.json)")
+    declare_report(parser)
     add("--recipe", metavar="FILE", type=Path, help="write the recommended recipe (.yml)")
     add("--trajectory", action="store_true", help="the experts are checkpoints of one run, in their order")
     add("--no-null", action="store_true", help="leave out the null model")
@@ -60,9 +62,11 @@ def run(given: Namespace) -> None:
     """Measures, writes, and prints a summary."""
     from rlmerge.execute.memory import hold_memory
     from rlmerge.geometry.inspect import inspect
+    from rlmerge.report.outputs import check_places, write_outputs
 
     if given.out is not None:
         _check_out(given.out)
+    check_places(given.html, given.figures)
     hold_memory()
     kernels.skip_blas = not (given.spectra or given.data)
     line = ReadingLine(given.quiet)
@@ -77,12 +81,20 @@ def run(given: Namespace) -> None:
         line.close()
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    if given.html is not None or given.figures is not None:
+        from rlmerge.report.geometry_page import geometry_page
+
+        write_outputs(geometry_page(found), given.html, given.figures)
     if given.json:
         json.dump(found, sys.stdout, allow_nan=False)
         print()
     elif not given.quiet:
         _show(found)
-        for path, what in ((given.out, "the whole document"), (given.recipe, "the recommended recipe")):
+        written = (
+            (given.out, "the whole document"), (given.html, "the page"), (given.figures, "its figures"),
+            (given.recipe, "the recommended recipe"),
+        )  # fmt: skip
+        for path, what in written:
             if path is not None:
                 print(f"\n{path}: {what}")
 

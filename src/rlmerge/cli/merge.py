@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmerge import kernels
@@ -18,6 +19,7 @@ from .options import (
     declare_executor,
     declare_output,
     declare_parts,
+    declare_report,
     declare_run,
     make_recipe,
     parse_bytes,
@@ -57,6 +59,7 @@ def declare(parser: Parser) -> None:
     add("--dry-run", action="store_true", help="check and stop before any weight moves")
     add("--fsync", action="store_true", help="sync files to disk, against power loss")
     add("--sha256", action="store_true", help="add the hub's hash of every input file")
+    declare_report(parser)
     declare_output(parser)
 
 
@@ -81,6 +84,7 @@ def run(given: Namespace) -> None:
         "download": given.download,
         "shard_bytes": parse_bytes(given.shard_size, "--shard-size") or 0,
     }
+    _check_report(given, sweep)
     if given.dry_run:
         from rlmerge.preflight import check
         from rlmerge.settings import check_executor
@@ -104,11 +108,33 @@ def run(given: Namespace) -> None:
         raise KeyboardInterrupt(f"The same command continues {out}.") from None
     finally:
         line.close()
+    if given.html is not None or given.figures is not None:
+        _report(given, out)
     if given.json:
         json.dump(_as_json(out, outcome), sys.stdout)
         print()
     elif not given.quiet:
         _show(recipe, out, outcome)
+
+
+def _check_report(given: Namespace, sweep: list[dict[str, Any]]) -> None:
+    """Raises, before any weight moves, where a page cannot be made of this merge or written there."""
+    from rlmerge.report.outputs import check_places
+
+    check_places(given.html, given.figures)
+    if sweep and (given.html is not None or given.figures is not None):
+        raise RecipeError(
+            "--html: a sweep makes several merges, and a page shows one. Make the pages of those you want afterwards: "
+            "rlmerge compare OUT/NAME/rlmerge.json --html page.html."
+        )
+
+
+def _report(given: Namespace, out: str) -> None:
+    from rlmerge.report.merge_page import merge_page
+    from rlmerge.report.outputs import write_outputs
+
+    provenance = json.loads((Path(out) / "rlmerge.json").read_text(encoding="utf-8"))
+    write_outputs(merge_page(provenance, f"What the merge did: {Path(out).name}"), given.html, given.figures)
 
 
 def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:

@@ -101,6 +101,12 @@ def declare_executor(parser: Parser) -> None:
     parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; default: one of our own, here")
 
 
+def declare_report(parser: Parser) -> None:
+    """Where a report goes."""
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at (extra 'report')")
+    parser.add_argument("--figures", metavar="DIR", type=Path, help="write its figures as SVG and PNG (extra 'report')")
+
+
 def declare_output(parser: Parser) -> None:
     """What every command takes."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -16,6 +16,9 @@ Row = Mapping[str, Any]
 
 SEQUENTIAL, DIVERGING = "viridis", "blueorange"
 """Colour schemes that differ in lightness, so that they work in print and for the colour-blind."""
+SERIES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#bab0ac")
+"""Colours of series: without a red, which is the null model's."""
+NULL = "#d62728"
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,19 @@ def altair() -> ModuleType:
 
 
 def heat_map(
-    rows: Sequence[Row], description: str, *, x: str = "layer", y: str = "module", choices: Mapping[str, str],
-    diverging: bool = False, percent: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[Row],
+    description: str,
+    *,
+    x: str = "layer",
+    y: str = "module",
+    choices: Mapping[str, str],
+    diverging: bool = False,
+    percent: bool = True,
+) -> dict[str, Any]:
     """A heat map of `value` over two columns; for each of `choices` (column: label) a menu picks one of its values."""
     alt = altair()
     columns, kinds = (list(map(str, _ordered(row[axis] for row in rows))) for axis in (x, y))
-    rows = [{**row, x: str(row[x]), y: str(row[y])} for row in rows]  # a sort order has values of one type
+    rows = [{**row, x: str(row[x]), y: str(row[y])} for row in _short(rows)]  # a sort order has values of one type
     text = ".1%" if percent else ".3~g"
     scale = alt.Scale(scheme=DIVERGING, domainMid=0) if diverging else alt.Scale(scheme=SEQUENTIAL)
     chart = alt.Chart(alt.Data(values=rows), width="container", height=18 * len(kinds), description=description)
@@ -101,43 +110,79 @@ def heat_map(
 
 
 def bars(
-    rows: Sequence[Row], description: str, *, category: str, series: str, percent: bool = True, title: str = "",
+    rows: Sequence[Row],
+    description: str,
+    *,
+    category: str,
+    series: str,
+    percent: bool = True,
+    title: str = "",
     marks: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Grouped horizontal bars of `value`; with `marks` a tick at `null`, what chance would give."""
+    choices: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Horizontal bars of `value`, grouped by category; with `marks` a tick at `null`, what chance would give.
+
+    A category that is one of `choices` (column: label) is picked from a menu, which gives each a scale of its own.
+    """
     alt = altair()
-    text = ".1%" if percent else ".3~g"
+    text, rows, choices = ".1%" if percent else ".3~g", _short(rows), choices or {}
     names = list(dict.fromkeys(row[series] for row in rows))
-    base = alt.Chart().encode(
-        y=alt.Y(f"{series}:N", title=None, sort=names, axis=alt.Axis(labelLimit=240)),
-        tooltip=[*_words(category, series), alt.Tooltip("value:Q", format=text)]
-        + ([alt.Tooltip("null:Q", format=text, title="null model")] if marks else []),
-    )
-    x = alt.X("value:Q", title=title or None, axis=alt.Axis(format=text))
-    marks = marks and any(row.get("null") is not None for row in rows)
-    layers = [base.mark_bar().encode(x=x, color=alt.Color(f"{series}:N", legend=None, sort=names))]
-    if marks:
-        tick = base.mark_tick(thickness=3, size=18, color="#d62728", aria=False)  # the table says it
+    groups = [] if category in choices else list(dict.fromkeys(row[category] for row in rows))
+    shown = _words(category, series)
+    nulls = marks and any(row.get("null") is not None for row in rows)
+    tooltip = [*shown, alt.Tooltip("value:Q", format=text)]
+    tooltip += [alt.Tooltip("null:Q", format=text, title="null model")] if nulls else []
+    chart = alt.Chart(alt.Data(values=rows)).encode(tooltip=tooltip)
+    axis = alt.Axis(labelLimit=170)
+    if len(groups) > 1:
+        offset = alt.YOffset(f"{series}:N", sort=names)
+        chart = chart.encode(y=alt.Y(f"{category}:N", title=None, sort=groups, axis=axis), yOffset=offset)
+    else:
+        chart = chart.encode(y=alt.Y(f"{series}:N", title=None, sort=names, axis=axis))
+    step = {"step": max(8, 22 - 2 * len(names)), "for": "offset"} if len(groups) > 1 else {"step": 20}
+    colours = _colours(series, names, legend=len(groups) > 1)
+    x = alt.X("value:Q", title=title or None, axis=alt.Axis(format=text, labelOverlap=True))
+    layers = [chart.mark_bar().encode(x=x, color=colours)]
+    if nulls:
+        tick = chart.mark_tick(thickness=3, size=step["step"], color=NULL, aria=False)  # the table says it
         layers.append(tick.encode(x="null:Q").transform_filter("isValid(datum.null)"))
-    chart = alt.layer(*layers).properties(width=400, height=alt.Step(20))
-    facets = list(dict.fromkeys(row[category] for row in rows))
-    row = alt.Row(f"{category}:N", title=None, sort=facets, header=alt.Header(labelAngle=0, labelAlign="left"))
-    whole = chart.facet(row=row, data=alt.Data(values=list(rows)), spacing=8).resolve_scale(x="shared")
-    return whole.properties(description=description).to_dict()
+    whole = alt.layer(*layers).properties(width="container", height=step, description=description)
+    return _with_menus(whole, rows, choices).to_dict()
+
+
+def _colours(series: str, names: Sequence[str], legend: bool) -> Any:
+    """A colour a series; the legend stands below, in columns that fit on a phone."""
+    alt = altair()
+    columns = 2 if max(map(len, names), default=0) < 18 else 1
+    below = alt.Legend(orient="bottom", columns=columns, labelLimit=260, symbolLimit=0) if legend else None
+    return alt.Color(f"{series}:N", title=None, sort=names, scale=alt.Scale(range=SERIES), legend=below)
 
 
 def lines(
-    rows: Sequence[Row], description: str, *, x: str, series: str, y_title: str, choices: Mapping[str, str] | None = None,
-    log_x: bool = False, log_y: bool = False, percent: bool = False, zero: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[Row],
+    description: str,
+    *,
+    x: str,
+    series: str,
+    y_title: str,
+    choices: Mapping[str, str] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    percent: bool = False,
+    zero: bool = False,
+) -> dict[str, Any]:
     """Lines of `value` over the numbers x, one a series, with `low` and `high` as a band where rows have them."""
     alt = altair()
-    text = ".1%" if percent else ".4~g"
+    text, rows = ".1%" if percent else ".4~g", _short(rows)
     names = list(dict.fromkeys(row[series] for row in rows))
-    along = alt.X(f"{x}:Q", title=x, scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False))
+    whole_numbers = all(isinstance(row[x], int) for row in rows)
+    axis = alt.Axis(labelOverlap=True, **({"tickMinStep": 1, "format": "d"} if whole_numbers else {"format": "~g"}))
+    if log_x:
+        axis = alt.Axis(labelOverlap=True, format="~g", values=sorted({row[x] for row in rows}))
+    along = alt.X(f"{x}:Q", title=x, axis=axis, scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False))
     up = alt.Scale(type="log") if log_y else alt.Scale(zero=zero)
     chart = alt.Chart(alt.Data(values=list(rows)), width="container", height=260, description=description)
-    colour = alt.Color(f"{series}:N", title=None, sort=names, legend=alt.Legend(orient="bottom", labelLimit=260))
+    colour = _colours(series, names, legend=True)
     line = chart.mark_line(point=True).encode(
         x=along,
         y=alt.Y("value:Q", title=y_title, scale=up, axis=alt.Axis(format=text)),
@@ -152,6 +197,14 @@ def lines(
     return _with_menus(whole, rows, choices or {}).to_dict()
 
 
+def _short(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Six digits are more than a chart can show; all of them are in the document."""
+    return [
+        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows
+    ]
+
+
 def _with_menus(chart: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> Any:
     """The chart with a menu for each column of which only the rows of one value are shown; one value needs no menu."""
     alt = altair()
@@ -159,7 +212,9 @@ def _with_menus(chart: Any, rows: Sequence[Row], choices: Mapping[str, str]) -> 
         options = list(dict.fromkeys(row[column] for row in rows))
         if len(options) < 2:
             continue
-        menu = alt.param(f"chosen_{column}", value=options[0], bind=alt.binding_select(options=options, name=f"{label} "))
+        menu = alt.param(
+            f"chosen_{column}", value=options[0], bind=alt.binding_select(options=options, name=f"{label} ")
+        )
         chart = chart.add_params(menu).transform_filter(alt.datum[column] == menu)
     return chart
 
@@ -179,6 +234,11 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
 def share(value: float | None) -> str:
     """'12.3 %', '–' for what is undefined."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """'0.0123', three digits; '–' for what is undefined."""
+    return "–" if value is None else f"{value:.3g}"
 
 
 def rows_of_table(rows: Sequence[Row], columns: Sequence[str], percent: bool = True) -> list[list[str]]:

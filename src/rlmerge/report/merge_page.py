@@ -7,7 +7,7 @@ from typing import Any
 
 from rlmerge.figures import short_names, statistics_table
 from rlmerge.report.figure import Figure, Page, Section, bars, heat_map, rows_of_table, share
-from rlmerge.report.names import place_of
+from rlmerge.report.names import cells, place_of, spot
 
 MEASURES = {
     "changed by any expert": "changed",
@@ -83,22 +83,23 @@ def _summary(total: Mapping[str, Any], recipe: Mapping[str, Any], names: Mapping
 
 def _table(total: Mapping[str, Any]) -> Figure:
     return Figure(
-        "statistics", "What became of the updates",
+        "statistics",
+        "What became of the updates",
         "Shares of the whole model, then of each expert; 'of' names what a share is of.",
         "Low survival: store in float32, or use a method that does not average. Many draws: give the experts Fishers.",
-        None, statistics_table(dict(total)),
-    )  # fmt: skip
+        None,
+        statistics_table(dict(total)),
+    )
 
 
 def _rows(tensors: Mapping[str, Any], measures: Mapping[str, str]) -> list[dict[str, Any]]:
-    rows = []
-    for label, key in measures.items():
-        for name, found in tensors.items():
-            value = _share(found, key)
-            if value is not None:
-                layer, module = place_of(name)
-                rows.append({"measure": label, "layer": layer, "module": module, "value": value})
-    return rows
+    return cells(
+        {"measure": label, "layer": layer, "module": module, "value": value}
+        for label, key in measures.items()
+        for name, found in tensors.items()
+        for layer, module in [place_of(name)]
+        if (value := _share(found, key)) is not None
+    )
 
 
 def _whole_maps(tensors: Mapping[str, Any], total: Mapping[str, Any]) -> Figure:
@@ -106,40 +107,42 @@ def _whole_maps(tensors: Mapping[str, Any], total: Mapping[str, Any]) -> Figure:
     shares = [row for row in rows if row["measure"] == "changed by any expert"]
     most, least = (pick(shares, key=lambda row: row["value"]) for pick in (max, min))
     return Figure(
-        "where", "Layer by module",
-        f"Every cell is a tensor. Most is changed in {_spot(most)} ({share(most['value'])}), least in "
-        f"{_spot(least)} ({share(least['value'])}).",
+        "where",
+        "Layer by module",
+        f"Most is changed in {spot(most)} ({share(most['value'])}), least in {spot(least)} ({share(least['value'])}).",
         "Use filters in the recipe where single modules behave unlike the rest.",
         heat_map(rows, "Heat map of shares by layer and module", choices={"measure": "Show"}),
         rows_of_table(rows, ["measure", "layer", "module", "value"]),
-    )  # fmt: skip
+    )
 
 
 def _expert_maps(tensors: Mapping[str, Any], total: Mapping[str, Any], names: Mapping[str, str]) -> list[Figure]:
-    rows = []
-    for label, key in EACH.items():
-        for expert, short in names.items() if key in total else ():
-            for name, found in tensors.items():
-                value = _share(found, key, expert)
-                if value is not None:
-                    layer, module = place_of(name)
-                    rows.append(
-                        {"measure": label, "expert": short, "layer": layer, "module": module, "value": value}
-                    )
+    rows = cells(
+        {"measure": label, "expert": short, "layer": layer, "module": module, "value": value}
+        for label, key in EACH.items()
+        for expert, short in names.items()
+        for name, found in tensors.items()
+        for layer, module in [place_of(name)]
+        if key in total and (value := _share(found, key, expert)) is not None
+    )
     if not rows:
         return []
     supports = {short: _share(total, "support", expert) or 0.0 for expert, short in names.items()}
     most = max(supports, key=lambda name: supports[name])
     return [
         Figure(
-            "experts", "Each expert, layer by module",
+            "experts",
+            "Each expert, layer by module",
             f"{most} changes most of the experts: {share(supports[most])} of the weights.",
             "An expert that changes far more than the others outvotes them: lower its weight, or give it less density.",
-            heat_map(rows, "Heat map of one expert's shares by layer and module",
-                     choices={"measure": "Show", "expert": "Expert"}),
+            heat_map(
+                rows,
+                "Heat map of one expert's shares by layer and module",
+                choices={"measure": "Show", "expert": "Expert"},
+            ),
             rows_of_table(rows, ["measure", "expert", "layer", "module", "value"]),
         )
-    ]  # fmt: skip
+    ]
 
 
 def _wins(tensors: Mapping[str, Any], names: Mapping[str, str], total: Mapping[str, Any]) -> Figure:
@@ -161,13 +164,10 @@ def _wins(tensors: Mapping[str, Any], names: Mapping[str, str], total: Mapping[s
     shares = {names[expert]: won["share"] for expert, won in total["wins"].items()}
     most = max(shares, key=lambda name: shares[name] or 0.0)
     return Figure(
-        "wins", "Who wins the conflicts, by module",
+        "wins",
+        "Who wins the conflicts, by module",
         f"{most} wins most conflicts: {share(shares[most])} of all. What is left of 100 % was drawn.",
         "If one expert wins nearly everywhere although both matter, compare their Fishers: rlmerge fisher-stats.",
         bars(rows, "Bars of wins by module and expert", category="module", series="expert", title="of conflicts"),
         rows_of_table(rows, ["module", "expert", "value"]),
-    )  # fmt: skip
-
-
-def _spot(row: Mapping[str, Any]) -> str:
-    return row["module"] if row["layer"] == "–" else f"{row['module']} of layer {row['layer']}"
+    )

@@ -1,14 +1,33 @@
-"""Where a tensor stands in a picture: its layer, and what is left of its name."""
+"""Where a tensor stands in a picture: its layer, and what is left of its name; several in one place are one cell."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-_LAYER = re.compile(r"^(?:.*?\.)?(?:layers|h|blocks|block|layer)\.(\d+)\.(.+?)$")
+from rlmerge.geometry import scopes
+
+OUTSIDE = "–"
+"""The layer of what is in no layer."""
 
 
 def place_of(name: str) -> tuple[int | str, str]:
-    """Layer ('–' outside of the layers) and module: 'model.layers.3.mlp.up_proj.weight' → 3, 'mlp.up_proj'."""
-    found = _LAYER.match(name)
-    layer, module = (int(found[1]), found[2]) if found else ("–", name.removeprefix("model."))
-    return layer, module.removesuffix(".weight")
+    """Layer and module: 'model.layers.3.mlp.up_proj.weight' → 3, 'mlp.up_proj'; OUTSIDE is the layer of the others."""
+    layer, kind = scopes.place_of(name)
+    return OUTSIDE if layer is None else layer, kind.removesuffix(".weight")
+
+
+def spot(row: Mapping[str, Any]) -> str:
+    """'mlp.up_proj of layer 3'."""
+    return row["module"] if row["layer"] == OUTSIDE else f"{row['module']} of layer {row['layer']}"
+
+
+def cells(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row a cell: of rows that differ in nothing but `value`, as those of the experts of a mixture do, the mean."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(value for name, value in row.items() if name != "value")
+        found.setdefault(key, []).append(row["value"])
+        kept.setdefault(key, dict(row))
+    return [row | {"value": sum(found[key]) / len(found[key])} for key, row in kept.items()]
