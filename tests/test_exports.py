@@ -11,7 +11,7 @@ import pytest
 
 import rlmerge
 
-HEAVY = ("numba", "torch", "numpy", "transformers", "peft", "safetensors")
+HEAVY = ("numba", "torch", "numpy", "transformers", "peft", "safetensors", "altair", "vl_convert")
 
 
 def test_exports_are_alphabetical_and_complete():

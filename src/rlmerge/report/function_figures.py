@@ -44,7 +44,7 @@ def _paths(function: Function, names: Mapping[str, str]) -> Figure:
     for path in function["paths"]:
         name = f"{_name(path['start'], names)} → {_name(path['end'], names)}"
         for curve in path["curves"]:
-            label = MEASURES.get(curve["measure"], curve["measure"])
+            label = MEASURES[curve["measure"]]
             for alpha, value in zip(path["alphas"], curve["values"]):
                 row = {"path": name, "measure": label, "α": alpha, "on": curve["set"], "value": value["value"]}
                 band = {end: value[end] for end in ("low", "high") if value[end] is not None}
