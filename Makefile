@@ -1,10 +1,11 @@
 # Every target works from nothing: it makes .venv, installs what it needs, and starts in seconds the next time.
 
 PYTHON ?= python3
+export CHROMIUM
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-long fuzz check bench bench-kernels docs clean
+.PHONY: install demo test test-browser test-long fuzz check bench bench-kernels docs clean
 
 install: $(STAMP)
 
@@ -32,6 +33,15 @@ demo: .venv/.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The report's pages in a real browser: CHROMIUM, or that of the system, or else Debian's, which is installed.
+# Screenshots are left in build/screenshots.
+test-browser: $(STAMP)
+	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || \
+	  { echo "No chromium is here: installing Debian's."; \
+	    { apt-get -qq update && apt-get -qq install --yes chromium; } >/dev/null 2>&1; } || \
+	  { echo "It could not be installed. Run 'sudo apt-get install chromium', or: make test-browser CHROMIUM=/path/to/it"; exit 1; }
+	$(BIN)/python -m pytest -p no:cacheprovider tests_browser
 
 # The long suite: 200 kills instead of 20, a fault at every call, more examples for every law.
 test-long: $(STAMP)

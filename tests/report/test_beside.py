@@ -35,15 +35,16 @@ def test_numbers_are_those_of_the_reports(two):
 def test_spectra_and_divergence_come_with_their_experts():
     document = small(spectra=True)
     document["function"] = {
+        "sets": [{"name": "s", "experts": ["a"]}, {"name": "t", "experts": ["b"]}],
         "divergence": [
             {"expert": "b", "set": "s", "kl_expert_base": {"value": 0.25}},
             {"expert": "b", "set": "t", "kl_expert_base": {"value": 0.5}},
-        ]
+        ],
     }
     found = compare_reports([("r", document)])["experts"]
     shifts = document["spectra"]["total"]["experts"]
     assert [one["measures"]["nss"] for one in found] == [shifts[key]["shift"]["nss"] for key in ("a", "b")]
-    assert [one["measures"]["kl"] for one in found] == [None, 0.25]
+    assert [one["measures"]["kl"] for one in found] == [None, 0.5]
 
 
 def test_notes_name_what_differs(two):

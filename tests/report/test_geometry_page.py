@@ -6,6 +6,7 @@ import html
 import re
 
 import pytest
+from tests.geometry.geometry_models import document, make_base, train, write
 from tests.report.report_documents import large, small
 
 pytest.importorskip("altair")
@@ -129,6 +130,17 @@ def test_one_expert_has_no_pairs():
     page = geometry_page(small(("a",)))
     assert page.title == "What training did to a"
     assert "Between experts" not in [section.title for section in page.sections]
+
+
+def test_an_expert_that_changed_nothing_has_a_page(tmp_path):
+    base = make_base()
+    found = document(write(tmp_path, base, {"same": base, "other": train(base, 1)}))
+    page = geometry_page(found)
+    assert "same changed 0.0 % of the weights" in " ".join(page.summary)
+    assert "0.0 %" in figure(page, "support").says
+    alone = geometry_page(document(write(tmp_path / "alone", base, {"same": base})))
+    assert figure(alone, "storage").says == "No expert changed anything."
+    assert render(alone)
 
 
 def test_a_large_model_fits():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from rlmerge.figures import as_text, short_names
+from rlmerge.figures import as_text
+from rlmerge.report.names import called
 from rlmerge.version import VERSION
 
 COMPARISON = "rlmerge.geometry-comparison/1"
@@ -74,7 +75,7 @@ EXPERT = {
     "unique": "unique to it",
     "nss": "spectral shift (NSS)",
     "stable_rank": "stable rank",
-    "kl": "KL from the base",
+    "kl": "KL from the base, on its own set",
 }
 """Measures of an expert, and what they are called."""
 PAIR = {
@@ -144,8 +145,7 @@ def compare_reports(reports: Sequence[tuple[str, Document]]) -> Comparison:
 
 def names_of(document: Document) -> dict[str, str]:
     """What the experts of a report are called, by key."""
-    keys = [expert["key"] for expert in document["experts"]]
-    return dict(zip(keys, short_names(keys)))
+    return called([expert["key"] for expert in document["experts"]])
 
 
 def expert_name(entry: Mapping[str, Any]) -> str:
@@ -185,8 +185,10 @@ def _expert(label: str, document: Document, key: str, name: str) -> ExpertSeen:
     shuffled = spectra.get("null", {}).get("experts", {}).get(key, {}).get("shift") or {}
     if shuffled.get("nss") is not None:
         null["nss"] = shuffled["nss"]
-    for divergence in document.get("function", {}).get("divergence", ()):
-        if divergence["expert"] == key and measures["kl"] is None:  # the expert's own set comes first
+    function = document.get("function", {})
+    own = {one["name"] for one in function.get("sets", ()) if key in one["experts"]}
+    for divergence in function.get("divergence", ()):
+        if divergence["expert"] == key and divergence["set"] in own:
             measures["kl"] = divergence["kl_expert_base"]["value"]
     judged = document.get("verdict", {}).get("experts", {}).get(key, {})
     return {"report": label, "expert": name, "looks": judged.get("looks"), "measures": measures, "null": null}

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlmerge.report.beside import EXPERT, PAIR, SHARES, STORED, Comparison, expert_name, pair_name, shown, tables
 from rlmerge.report.figure import Figure, Page, Section, bars, lines, rows_of_table
+from rlmerge.report.geometry_page import STORE_ADVICE
 
 LAYERS = {"support": "weights changed", "relative_norm": "‖δ‖/‖θ0‖", "energy_share": "share of the expert's ‖δ‖²"}
 GROUPS = {
@@ -59,7 +60,7 @@ def _extremes(key: str, entries: Sequence[Any], name: Any) -> list[str]:
     low, high = (pick(known, key=lambda entry: entry["measures"][key]) for pick in (min, max))
     label = {**EXPERT, **PAIR}[key]
     values = [shown(key, entry["measures"][key]) for entry in (low, high)]
-    return [f"{label.capitalize()}: from {values[0]} ({name(low)}) to {values[1]} ({name(high)})."]
+    return [f"{label[0].upper()}{label[1:]}: from {values[0]} ({name(low)}) to {values[1]} ({name(high)})."]
 
 
 def _facts(found: Comparison) -> list[tuple[str, str]]:
@@ -183,13 +184,18 @@ def _storage(found: Comparison) -> Figure:
         if (value := entry["measures"][key]) is not None
     ]
     survivals = [row for row in rows if row["measure"] == STORED["survival"]]
-    low, high = (pick(survivals, key=lambda row: row["value"]) for pick in (min, max))
+    low, high = (pick(survivals, key=lambda row: row["value"], default=None) for pick in (min, max))
+    if low is None or high is None:
+        return Figure("storage", "Predicted survival in bf16", "No expert changed anything.", "", None)
+    least, most = (shown("survival", row["value"]) for row in (low, high))
     return Figure(
         "storage",
         "Predicted survival in bf16",
-        f"Least is kept of {low['of']} by {low['merge']} ({shown('survival', low['value'])}), most of {high['of']} by "
-        f"{high['merge']} ({shown('survival', high['value'])}).",
-        "Choose a method near 100 %, or write out_dtype: float32.",
+        f"Every merge keeps {least} of its updates."
+        if least == most
+        else f"Least is kept of {low['of']} by {low['merge']} ({least}), most of {high['of']} by {high['merge']} "
+        f"({most}).",
+        STORE_ADVICE if low["value"] < 0.99 else "Any of these merges can be stored.",
         bars(survivals, "Bars of survival of merges", category="merge", series="of"),
         rows_of_table(rows, ["measure", "merge", "of", "value"], percent=False),
     )

@@ -132,9 +132,9 @@ def _steps(document: Document, names: Names) -> Figure:
         "steps",
         "Size of changes in units in the last place",
         f"Of what {most} changed, {share(known.get(most))} moved by a single unit in the last place of its dtype.",
-        "Halving a single unit may round it away: averages of such experts do not fit in bf16."
+        "Halving a single unit can round it away: averages of such experts lose updates in bf16."
         if (known.get(most) or 0.0) > 0.5
-        else "Most changes are longer than one unit, so half of them would still be stored.",
+        else "Most changes are longer than one unit, and half of such a change can be stored.",
         bars(rows, "Bars of the sizes of changes", category="steps", series="expert", title="of changed weights"),
         rows_of_table(rows, ["expert", "steps", "value"]),
     )

@@ -16,7 +16,10 @@ Row = Mapping[str, Any]
 
 SEQUENTIAL, DIVERGING = "viridis", "blueorange"
 """Colour schemes that differ in lightness, so that they work in print and for the colour-blind."""
-SERIES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#bab0ac")
+SERIES = (
+    *("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#bab0ac"),
+    *("#9ecae9", "#ffbf79", "#88d27a", "#d6a5c9", "#b79a20", "#439894", "#d8b5a5", "#79706e"),
+)
 """Colours of series: without a red, which is the null model's."""
 NULL = "#d62728"
 
@@ -139,14 +142,15 @@ def bars(
         chart = chart.encode(y=alt.Y(f"{category}:N", title=None, sort=groups, axis=axis), yOffset=offset)
     else:
         chart = chart.encode(y=alt.Y(f"{series}:N", title=None, sort=names, axis=axis))
-    step = {"step": max(8, 22 - 2 * len(names)), "for": "offset"} if len(groups) > 1 else {"step": 20}
+    step = max(8, 22 - 2 * len(names)) if len(groups) > 1 else 20
+    height = step * len(names) * (1.25 * len(groups) if len(groups) > 1 else 1)
     colours = _colours(series, names, legend=len(groups) > 1)
     x = alt.X("value:Q", title=title or None, axis=alt.Axis(format=text, labelOverlap=True))
     layers = [chart.mark_bar().encode(x=x, color=colours)]
     if nulls:
-        tick = chart.mark_tick(thickness=3, size=step["step"], color=NULL, aria=False)  # the table says it
+        tick = chart.mark_tick(thickness=3, size=step, color=NULL, aria=False)  # the table says it
         layers.append(tick.encode(x="null:Q").transform_filter("isValid(datum.null)"))
-    whole = alt.layer(*layers).properties(width="container", height=step, description=description)
+    whole = alt.layer(*layers).properties(width="container", height=height, description=description)
     return _with_menus(whole, rows, choices).to_dict()
 
 

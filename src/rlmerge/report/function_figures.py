@@ -55,14 +55,17 @@ def _paths(function: Function, names: Mapping[str, str]) -> Figure:
                 worst = barrier["value"], f"{name} on {curve['set']} ({label})", barrier
     assert worst is not None
     sure = worst[2].get("low") is not None and worst[2]["low"] > 0
+    said = f"The highest barrier is {_interval(worst[2])}, {worst[1]}" + (
+        "." if sure else ": not distinguishable from none."
+    )
+    if worst[0] <= 0:
+        said = "No path has a barrier: none rises above the straight line between its ends."
     return Figure(
         "paths",
         "Straight from model to model",
-        f"The highest barrier is {_interval(worst[2])}, {worst[1]}"
-        + ("." if sure else ": not distinguishable from none."),
+        said,
         "A barrier is how far a path rises above the straight line between its ends: without one, an average loses "
-        "nothing "
-        "but the way to the middle.",
+        "nothing but the way to the middle.",
         lines(
             rows,
             "Lines of loss along straight paths",

@@ -56,6 +56,9 @@ NULL_TEXT = (
 )
 
 
+STORE_ADVICE = "Choose a method near 100 %, or write out_dtype: float32."
+
+
 def summary(document: Document, names: Names) -> list[str]:
     """What kind of experts these are, what they share, what happens when they are merged; a sentence each."""
     said = []
@@ -97,13 +100,17 @@ def _storage(storage: Mapping[str, Any]) -> Figure:
             if merge[key] is not None:
                 rows.append({"measure": label, "merge": name, "value": merge[key]})
     survivals = [row for row in rows if row["measure"] == "survival"]
-    worst, best = (pick(survivals, key=lambda row: row["value"]) for pick in (min, max))
+    worst, best = (pick(survivals, key=lambda row: row["value"], default=None) for pick in (min, max))
+    if worst is None or best is None:
+        return Figure("storage", f"Predicted survival in {storage['dtype']}", "No expert changed anything.", "", None)
+    said = f"{worst['merge']} keeps {share(worst['value'])} of its updates, {best['merge']} {share(best['value'])}"
+    if share(worst["value"]) == share(best["value"]):
+        said = f"every merge keeps {share(worst['value'])} of its updates"
     return Figure(
         "storage",
         f"Predicted survival in {storage['dtype']}",
-        f"Stored in {storage['dtype']}, {worst['merge']} keeps {share(worst['value'])} of its updates, {best['merge']} "
-        f"{share(best['value'])}; nothing was written to find out.",
-        "Choose a method near 100 %, or write out_dtype: float32.",
+        f"Stored in {storage['dtype']}, {said}; nothing was written to find out.",
+        STORE_ADVICE if worst["value"] < 0.99 else "Any of these merges can be stored.",
         bars(rows, "Bars of survival of merges", category="measure", series="merge", percent=False),
         rows_of_table(rows, ["measure", "merge", "value"], percent=False),
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlmerge.figures import short_names, statistics_table
+from rlmerge.figures import statistics_table
 from rlmerge.report.figure import Figure, Page, Section, bars, heat_map, rows_of_table, share
-from rlmerge.report.names import cells, place_of, spot
+from rlmerge.report.names import called, cells, place_of, spot
 
 MEASURES = {
     "changed by any expert": "changed",
@@ -25,9 +25,9 @@ def merge_page(provenance: Mapping[str, Any], title: str) -> Page:
     """The page of a merge, from its `rlmerge.json`. Needs the extra `report`."""
     statistics = provenance["statistics"]
     total, tensors = statistics["total"], statistics["tensors"]
-    names = dict(zip(total.get("support", {}), short_names(list(total.get("support", {})))))
+    names = called(list(total.get("support", {})))
     recipe = provenance["recipe"]
-    sections = [Section("The whole model", [_table(total)])]
+    sections = [Section("The whole model", [_table(total, names)])]
     if "support" in total:
         sections.append(Section("Where", [_whole_maps(tensors, total), *_expert_maps(tensors, total, names)]))
     if "wins" in total:
@@ -81,14 +81,15 @@ def _summary(total: Mapping[str, Any], recipe: Mapping[str, Any], names: Mapping
     return said or [f"Merged by {recipe['merge_method']}, a method that keeps no statistics of updates."]
 
 
-def _table(total: Mapping[str, Any]) -> Figure:
+def _table(total: Mapping[str, Any], names: Mapping[str, str]) -> Figure:
+    _, *rows = statistics_table(dict(total))
     return Figure(
         "statistics",
         "What became of the updates",
         "Shares of the whole model, then of each expert; 'of' names what a share is of.",
         "Low survival: store in float32, or use a method that does not average. Many draws: give the experts Fishers.",
         None,
-        statistics_table(dict(total)),
+        [["", "all", *names.values()], *rows],
     )
 
 

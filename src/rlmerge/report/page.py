@@ -33,7 +33,7 @@ def write_page(page: Page, path: Path, library: str | None = None) -> None:
 
 
 def render(page: Page, library: str | None = None) -> str:
-    """The page as HTML; with `library`, the name of a file beside it that holds what `library_code` returns."""
+    """The page as HTML; with `library`, the name of a file beside it that holds what `library_file` returns."""
     asset = resources.files("rlmerge.report") / "assets"
     style, script = ((asset / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     sections = [_summary(page), *(_section(number, section) for number, section in enumerate(page.sections, 1))]
@@ -86,6 +86,12 @@ def library_code() -> str:
     return _converter().javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
+def library_file() -> str:
+    """The same as a script for pages that share it: compressed, put where a page of one file has it."""
+    element = "Object.assign(document.createElement('script'), {type: 'text/plain', id: 'library', textContent: data})"
+    return f'{{const data = "{_compressed(library_code())}"; document.head.append({element});}}\n'
+
+
 def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     """Writes every chart as SVG and PNG, the first of its menus' choices chosen. Returns the files."""
     converter = _converter()
@@ -131,8 +137,11 @@ def _json(data: object) -> str:
 
 def _packed(name: str, text: str) -> str:
     """Text in a script element: compressed, as letters and digits, among which no tag can hide."""
-    data = base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
-    return f'<script type="text/plain" id="{name}">{data}</script>'
+    return f'<script type="text/plain" id="{name}">{_compressed(text)}</script>'
+
+
+def _compressed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def _summary(page: Page) -> str:

@@ -75,7 +75,7 @@ def _energy(spectra: Spectra, names: Mapping[str, str]) -> Figure | None:
         "energy-of-k",
         "Energy of an update in its largest directions",
         f"Share of ‖δ‖² in the k largest singular directions, mean over matrices; stable rank: {said}.",
-        "Little energy in few directions: low-rank compression of the update would lose it.",
+        "Where few directions hold little of it, low-rank compression of the update would lose the rest.",
         lines(
             rows,
             "Lines of energy over the number of directions",
@@ -136,7 +136,7 @@ def _map(spectra: Spectra, names: Mapping[str, str]) -> Figure | None:
         "spectra-map",
         "Spectra, layer by module",
         f"The largest {most['measure']} is {number(most['value'])}, in {spot(most)} of {most['expert']}.",
-        "Single matrices that stick out are where a merge is most likely to break something.",
+        "Single matrices that stick out deserve a look: a filter can give them weights or a method of their own.",
         heat_map(
             rows,
             "Heat map of spectral measures by layer and module",

@@ -34,11 +34,9 @@
   async function start() {
     dress();
     figures = JSON.parse(await unpack("figures"));
-    if (!window.vegaEmbed) {
-      const script = document.createElement("script");
-      script.textContent = `(() => {${await unpack("library")}})();`;
-      document.head.append(script);
-    }
+    const script = document.createElement("script");
+    script.textContent = `(() => {${await unpack("library")}})();`;
+    document.head.append(script);
     await draw();
   }
   const failed = () => { document.getElementById("failed").hidden = false; };
