@@ -37,7 +37,7 @@ test: $(STAMP)
 # The report's pages in a real browser: CHROMIUM, or that of the system, or else Debian's, which is installed.
 # Screenshots are left in build/screenshots.
 test-browser: $(STAMP)
-	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || \
+	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  { echo "No chromium is here: installing Debian's."; \
 	    { apt-get -qq update && apt-get -qq install --yes chromium; } >/dev/null 2>&1; } || \
 	  { echo "It could not be installed. Run 'sudo apt-get install chromium', or: make test-browser CHROMIUM=/path/to/it"; exit 1; }

@@ -37,8 +37,8 @@ def test_spectra_and_divergence_come_with_their_experts():
     document["function"] = {
         "sets": [{"name": "s", "experts": ["a"]}, {"name": "t", "experts": ["b"]}],
         "divergence": [
-            {"expert": "b", "set": "s", "kl_expert_base": {"value": 0.25}},
             {"expert": "b", "set": "t", "kl_expert_base": {"value": 0.5}},
+            {"expert": "b", "set": "s", "kl_expert_base": {"value": 0.25}},
         ],
     }
     found = compare_reports([("r", document)])["experts"]

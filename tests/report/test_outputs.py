@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import struct
 from pathlib import Path
@@ -33,6 +34,13 @@ def test_places_that_cannot_be(tmp_path, monkeypatch, html, figures, message):
     Path("file").touch()
     with pytest.raises(OutputError, match=message):
         check_places(html and Path(html), figures and Path(figures))
+
+
+def test_a_folder_that_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    for places in ((tmp_path / "r.html", None), (None, tmp_path / "figures"), (None, tmp_path)):
+        with pytest.raises(OutputError, match="cannot be written to"):
+            check_places(*places)
 
 
 def test_without_the_extra(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ COMMANDS = {
     "methods": "List the merge methods, or describe one.",
     "schema": "Print the JSON schema of a recipe, for editors.",
     "convert": "Convert pickled weights to safetensors.",
-    "compare": "Compare models on the same problems, from results files.",
+    "compare": "Compare models by their results, or reports of inspect.",
     "eval": "Evaluate a model on tasks with verifiable answers.",
     "demo": "Merge and measure the RL-trained experts that come with rlmerge.",
     "fisher": "Estimate which parameters a model's answers rest on.",

@@ -120,13 +120,13 @@ def _steps(document: Document, names: Names) -> Figure:
     for key, one in document["coordinates"]["total"]["experts"].items():
         steps = one["steps"]
         for least, value in zip(steps["at_least"], steps["share"]):
-            if value is not None and (least or value):  # of an adapter, 0 is what storing it would lose
+            if value is not None:
                 label = str(least) if least < 2 else f"{least} to {2 * least - 1}"
                 rows.append({"expert": names[key], "steps": label, "value": value})
         ones[names[key]] = dict(zip(steps["at_least"], steps["share"])).get(1)
     known = {name: value for name, value in ones.items() if value is not None}
     most = max(known, key=lambda name: known[name]) if known else "no expert"
-    found = {row["steps"] for row in rows if row["value"]}
+    found = {row["steps"] for row in rows if row["value"]}  # 0 is there where storing an adapter would lose changes
     rows = [row for row in rows if row["steps"] in found]
     return Figure(
         "steps",
