@@ -97,6 +97,16 @@ def test_pairs_have_the_null_beside_them(found, page):
     assert [row["null"] for row in rows] == [pytest.approx(null, rel=1e-5)]
 
 
+def test_the_matrix_of_experts_is_symmetric():
+    found = small(("a", "b", "c"))
+    chart = figure(geometry_page(found), "matrix").chart
+    assert chart["encoding"]["x"]["sort"] == chart["encoding"]["y"]["sort"] == ["a", "b", "c"]
+    cosines = {(row["expert"], row["other"]): row["value"] for row in rows_of(chart) if row["measure"] == "cosine"}
+    assert len(cosines) == 6
+    for pair in found["coordinates"]["total"]["pairs"]:
+        assert cosines[pair["a"], pair["b"]] == cosines[pair["b"], pair["a"]] == pytest.approx(pair["cosine"], rel=1e-5)
+
+
 def test_steps_begin_with_one_and_end_with_the_longest(found, page):
     """What storing an adapter would lose has 0 steps; of stored experts there is no such thing."""
     labels = [row[1] for row in figure(page, "steps").table[1:]]

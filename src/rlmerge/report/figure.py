@@ -93,12 +93,16 @@ def heat_map(
     x: str = "layer",
     y: str = "module",
     choices: Mapping[str, str],
+    order: Iterable[str] = (),
     diverging: bool = False,
     percent: bool = True,
 ) -> dict[str, Any]:
-    """A heat map of `value` over two columns; for each of `choices` (column: label) a menu picks one of its values."""
+    """A heat map of `value` over two columns; for each of `choices` (column: label) a menu picks one of its values.
+
+    order   of both axes; without it numbers by size, then words as they come
+    """
     alt = altair()
-    columns, kinds = (list(map(str, _ordered(row[axis] for row in rows))) for axis in (x, y))
+    columns, kinds = (list(map(str, order or _ordered(row[axis] for row in rows))) for axis in (x, y))
     rows = [{**row, x: str(row[x]), y: str(row[y])} for row in _short(rows)]  # a sort order has values of one type
     text = ".1%" if percent else ".3~g"
     scale = alt.Scale(scheme=DIVERGING, domainMid=0) if diverging else alt.Scale(scheme=SEQUENTIAL)
@@ -158,7 +162,9 @@ def _colours(series: str, names: Sequence[str], legend: bool) -> Any:
     """A colour a series; the legend stands below, in columns that fit on a phone."""
     alt = altair()
     columns = 2 if max(map(len, names), default=0) < 18 else 1
-    below = alt.Legend(orient="bottom", columns=columns, labelLimit=260, symbolLimit=0) if legend else None
+    below = (
+        alt.Legend(orient="bottom", columns=columns, labelLimit=260, symbolLimit=0, symbolOpacity=1) if legend else None
+    )
     return alt.Color(f"{series}:N", title=None, sort=names, scale=alt.Scale(range=SERIES), legend=below)
 
 

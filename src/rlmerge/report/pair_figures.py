@@ -75,12 +75,14 @@ def _relation(cosine: float | None) -> str:
 
 
 def _matrix(document: Document, names: Names) -> Figure:
-    rows = []
-    for label, key in (("cosine", "cosine"), ("conflict (of overlap)", "conflict_overlap"), ("Jaccard", "jaccard")):
-        for pair in document["coordinates"]["total"]["pairs"]:
-            for a, b in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
-                if pair[key] is not None:
-                    rows.append({"measure": label, "expert": names[a], "other": names[b], "value": pair[key]})
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in document["coordinates"]["total"]["pairs"]}
+    rows = [
+        {"measure": label, "expert": names[a], "other": names[b], "value": pair[key]}
+        for label, key in (("cosine", "cosine"), ("conflict (of overlap)", "conflict_overlap"), ("Jaccard", "jaccard"))
+        for a in names
+        for b in names
+        if (pair := pairs.get(frozenset((a, b)))) is not None and pair[key] is not None
+    ]
     cosines = [row for row in rows if row["measure"] == "cosine"]
     near = max(cosines, key=lambda row: row["value"]) if cosines else None
     said = (
@@ -94,7 +96,15 @@ def _matrix(document: Document, names: Names) -> Figure:
         said,
         "Experts far closer to each other than to the rest repeat each other: merged first, they do not outvote the "
         "others.",
-        heat_map(rows, "Matrix of experts", x="other", y="expert", choices={"measure": "Show"}, percent=False),
+        heat_map(
+            rows,
+            "Matrix of experts",
+            x="other",
+            y="expert",
+            choices={"measure": "Show"},
+            order=list(names.values()),
+            percent=False,
+        ),
         rows_of_table(rows, ["measure", "expert", "other", "value"], percent=False),
     )
 
