@@ -93,7 +93,7 @@ def heat_map(
     x: str = "layer",
     y: str = "module",
     choices: Mapping[str, str],
-    order: Iterable[str] = (),
+    order: Sequence[str] = (),
     diverging: bool = False,
     percent: bool = True,
 ) -> dict[str, Any]:
