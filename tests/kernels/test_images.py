@@ -90,10 +90,33 @@ def test_arrays_must_be_contiguous(arguments):
         images.task_arithmetic(*arguments)
 
 
-@pytest.mark.parametrize("wrong", [np.ones(6, ">f8"), np.ones(6, np.complex128), np.ones(6, np.float16)])
+class Special(np.ndarray):
+    """As NumPy's memory maps and matrices are."""
+
+
+@pytest.mark.parametrize("out", [np.frombuffer(bytes(48)), np.zeros(6)])
+def test_what_may_only_be_read_is_not_written(arguments, out):
+    """numba itself finds, when it compiles, that the kernel writes there."""
+    arguments[0] = np.frombuffer(np.ones(6).tobytes())
+    images.task_arithmetic(*arguments)
+    assert arguments[4].tolist() == [3.0] * 6
+    out.flags.writeable = False
+    arguments[4] = out
+    with pytest.raises(Exception, match=r"(?i)read.?only|Cannot modify"):
+        images.task_arithmetic(*arguments)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.ones(6, ">f8"), np.ones(6, np.complex128), np.ones(6, np.float16), np.array(1.0), np.ones(6).view(Special),
+        np.ones(6, np.float32).view(Special),
+    ],
+)  # fmt: skip
 def test_arrays_must_hold_what_kernels_know(arguments, wrong):
     arguments[0] = wrong
-    with pytest.raises(TypeError, match="kernels take no array of"):
+    with pytest.raises(TypeError, match="kernels take no"):
         images.task_arithmetic(*arguments)
 
 
@@ -116,6 +139,48 @@ def test_there_is_no_kernel_of_another_name():
     with pytest.raises(AttributeError):
         _ = images._private
     assert images.__all__ == PLAIN.__all__
+
+
+def test_a_kernel_that_raises_says_so():
+    words = np.zeros((2, 8), np.uint16)
+    words[1] = 1
+    places, alone, several = np.zeros((2, 8), np.int32), np.zeros((1, 8)), np.zeros(8)
+    with pytest.raises((RuntimeError, IndexError, ValueError), match="patches_bf16"):
+        images.patches_bf16(words, places, np.zeros(3, np.int64), alone, several)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_does_not_wait_for_a_thread_that_it_has_not():
+    """The parent holds the lock in another thread while it forks."""
+    started, end = threading.Event(), threading.Event()
+
+    def hold():
+        with images._lock:
+            started.set()
+            end.wait(5)
+
+    threading.Thread(target=hold).start()
+    started.wait()
+    threading.Timer(0.3, end.set).start()
+    child = os.fork()
+    if not child:
+        os._exit(0 if images._lock.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("home", ["", "~", "relative"])
+def test_without_a_home_nothing_is_left_here(tmp_path, home):
+    """Nor loaded from here: it would be code that somebody else put there."""
+    code = "from rlmerge.kernels import cache_folder; print(cache_folder())"
+    unset = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
+    env = {key: value for key, value in os.environ.items() if key not in unset} | {"XDG_CACHE_HOME": home, "HOME": "~"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    folder = Path(found.stdout.strip())
+    assert folder.is_absolute()
+    assert tmp_path not in folder.parents
+    assert not list(tmp_path.iterdir())
+    assert not folder.exists(), "it was for that process only"
 
 
 def test_kernels_let_go_of_the_interpreter():

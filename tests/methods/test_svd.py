@@ -182,3 +182,12 @@ def test_arrays_that_methods_hold(method, square, tall, shape):
     # blocks of rows, which are small beside real matrices
     assert peak <= foreseen + 4 * 128 * 8 * shape[1]
     assert foreseen >= work_bytes(shape)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_no_number_is_no_empty_set_of_directions(value):
+    matrix = np.eye(5)
+    matrix[2, 3] = value
+    with pytest.raises(np.linalg.LinAlgError):
+        svd(matrix.copy, (5, 5), 0.0)

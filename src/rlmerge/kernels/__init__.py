@@ -6,9 +6,11 @@ not depend on which of them made it. A method finds the one in use as `block.ker
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -52,19 +54,28 @@ def cache_folder() -> Path:
     be read-only.
     """
     state = xxhash.xxh3_64()
-    for path in sorted((Path(__file__).parent / "compiled").glob("*.py")):
+    here = Path(__file__).parent
+    for path in (*sorted((here / "compiled").glob("*.py")), here / "images.py"):
         state.update(path.read_bytes())
     home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
     root = Path(home) if home else Path(os.path.expanduser("~")) / ".cache"
-    folder = root / "rlmerge" / f"kernels-{state.hexdigest()}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+    if root.is_absolute():  # without a home, or with a wrong one, it would be a folder that happens to be here
+        folder = root / "rlmerge" / f"kernels-{state.hexdigest()}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) or is_filled(folder):
             return folder
     # no home to write to: compile for this run only (a shared folder would let others put code there)
-    return Path(tempfile.mkdtemp(prefix="rlmerge-"))
+    folder = Path(tempfile.mkdtemp(prefix="rlmerge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether compiled kernels are kept there."""
+    return next(folder.glob("*.kernel"), None) is not None
 
 
 def is_compiled() -> bool:
     """Whether an earlier run left compiled kernels in the cache (a first run takes some seconds to compile)."""
-    return next(cache_folder().glob("*.kernel"), None) is not None
+    return is_filled(cache_folder())

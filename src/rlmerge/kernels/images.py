@@ -12,6 +12,7 @@ itemsize, data, shape, strides). Source: numba, "Notes on Numba's architecture" 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -20,7 +21,6 @@ import json
 import os
 import struct
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
@@ -56,6 +56,8 @@ DONE, NONE, REFUSED = 0, -2, 100
 SOUND = 0x101
 """NumPy's flags of a C-contiguous, aligned array."""
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not find it held by a thread that it has not
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 Key = tuple[object, ...]
 
@@ -72,7 +74,7 @@ class Kernel:
         self._loaded: dict[Key, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        key = tuple([(a.dtype, a.ndim) if type(a) is np.ndarray else type(a) for a in arguments])
+        key = tuple([(a.dtype, a.ndim, a.flags.writeable) if type(a) is np.ndarray else type(a) for a in arguments])
         found = self._loaded.get(key)
         return (found or self._load(key, arguments))(*arguments)
 
@@ -84,15 +86,16 @@ class Kernel:
 
 
 def kind_of(argument: object) -> str:
-    """An argument's type as a word: `f8:2` is an array of float64 with two dimensions, `int64` a number.
+    """An argument's type as a word: `f8:2` is an array of float64 with two dimensions, `f8:-2` one that may only be
+    read, `int64` a number.
 
     Raises TypeError for what kernels do not take.
     """
-    if isinstance(argument, np.ndarray):
+    if type(argument) is np.ndarray:
         held = argument.dtype.str[1:]
-        if held not in ARRAYS or not argument.dtype.isnative:
-            raise TypeError(f"kernels take no array of {argument.dtype}")
-        return f"{held}:{argument.ndim}"
+        if held not in ARRAYS or not argument.dtype.isnative or not argument.ndim:
+            raise TypeError(f"kernels take no array of {argument.dtype} with {argument.ndim} dimensions")
+        return f"{held}:{argument.ndim if argument.flags.writeable else -argument.ndim}"
     if type(argument) not in PYTHON:
         raise TypeError(f"kernels take no {type(argument).__name__}")
     return PYTHON[type(argument)]
@@ -115,10 +118,13 @@ def _numba_folder() -> Path:
 @functools.cache
 def _machine() -> str:
     """What compiled code depends on, besides the kernels' source: versions, processor, how Python lays out objects."""
-    version = os.stat(_numba_folder() / "_version.py")  # loading its text costs as much as a kernel
+    # reading numba's version costs as much as a kernel: the names of folders beside it have it, too
+    installed = sorted(path.name for path in _numba_folder().parent.glob("numba-*"))
+    version = os.stat(_numba_folder() / "_version.py")
     processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), llvm.get_process_triple())
-    made_by = (version.st_size, version.st_mtime_ns, llvmlite.__version__, np.__version__, sys.version)
-    return repr((processor, made_by, object.__basicsize__, os.environ.get("NUMBA_OPT"), MAGIC))
+    made_by = (installed, version.st_size, version.st_mtime_ns, llvmlite.__version__, np.__version__, sys.version)
+    asked = sorted((key, value) for key, value in os.environ.items() if key.startswith("NUMBA_") and "DIR" not in key)
+    return repr((processor, made_by, object.__basicsize__, asked, MAGIC))
 
 
 def _state(kinds: tuple[str, ...]) -> str:
@@ -136,7 +142,8 @@ def _read(path: Path) -> Image | None:
     except OSError:
         return None
     head = len(MAGIC) + 16
-    if data[: len(MAGIC)] != MAGIC or data[len(MAGIC) : head] != xxhash.xxh3_128_digest(data[head:]):
+    sound = len(data) > head + 8 and data[: len(MAGIC)] == MAGIC
+    if not sound or data[len(MAGIC) : head] != xxhash.xxh3_128_digest(data[head:]):
         return None
     (length,) = struct.unpack_from("<Q", data, head)
     fields = json.loads(data[head + 8 : head + 8 + length])
@@ -152,12 +159,13 @@ def _keep(path: Path, image: Image) -> Image:
     result, objects = image
     fields = json.dumps({"result": result, "objects": [len(code) for code in objects]}).encode()
     body = struct.pack("<Q", len(fields)) + fields + b"".join(objects)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, delete=False) as file:
-            file.write(MAGIC + xxhash.xxh3_128_digest(body) + body)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # no room: the next run compiles again
+        part.write_bytes(MAGIC + xxhash.xxh3_128_digest(body) + body)
+        os.replace(part, path)
+    except OSError:  # no room, or nobody may write here: the next run compiles again
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return image
 
 
@@ -174,12 +182,14 @@ def _compile(name: str, kinds: tuple[str, ...]) -> Image:
         held, _, dimensions = kind.partition(":")
         word = np.dtype(held).name if dimensions else kind
         scalar = types.boolean if word == "bool" else getattr(types, word)
-        return types.Array(scalar, int(dimensions), "C") if dimensions else scalar
+        if not dimensions:
+            return scalar
+        return types.Array(scalar, abs(int(dimensions)), "C", readonly=int(dimensions) < 0)
 
     flags: Any = compiler.Flags()
     flags.nrt = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
-    function = getattr(module, name).py_func
+    function = getattr(getattr(module, name), "py_func", getattr(module, name))
     contexts = cpu_target.typing_context, cpu_target.target_context
     made = compiler.compile_extra(*contexts, function, tuple(map(numba_type, kinds)), None, flags, {})
     result = str(made.signature.return_type)
@@ -223,12 +233,12 @@ def _caller(symbol: str, kinds: tuple[str, ...]) -> str:
 
         def read(base: Any, place: int, what: Any) -> Any:
             at = build.gep(build.bitcast(base, pointer), [ir.Constant(word, place)])
-            return build.load(build.bitcast(at, what.as_pointer()), typ=what)
+            return build.load(build.bitcast(at, what.as_pointer()))
 
-        head, size = object.__basicsize__, ir.Constant(word, 1)
+        head, size, count = object.__basicsize__, ir.Constant(word, 1), abs(int(dimensions))
         sound = build.and_(sound, read(argument, head + 48, status))
         shape, strides = (
-            [read(read(argument, head + at, pointer), 8 * d, word) for d in range(int(dimensions))] for at in (16, 24)
+            [read(read(argument, head + at, pointer), 8 * d, word) for d in range(count)] for at in (16, 24)
         )
         for length in shape:
             size = build.mul(size, length)
@@ -249,8 +259,8 @@ def _assemble(source: str) -> bytes:
         return _target().emit_object(module)
 
 
-@functools.cache
 def _target() -> Any:
+    """A new one each time: an engine takes its own along when it ends."""
     llvm.initialize_native_target()
     return llvm.Target.from_default_triple().create_target_machine(opt=2, jit=True)
 
@@ -305,7 +315,7 @@ def _callable(name: str, kinds: tuple[str, ...], image: Image) -> Callable[..., 
 def _error(name: str, status: int) -> Exception:
     if status == REFUSED:
         return TypeError(f"kernel '{name}' takes C-contiguous, aligned arrays only")
-    return MemoryError(f"kernel '{name}' found no memory for its scratch arrays")
+    return RuntimeError(f"kernel '{name}' failed (status {status}): arguments that do not fit together, or no memory")
 
 
 def __getattr__(name: str) -> Any:

@@ -85,9 +85,14 @@ def svd(make: Make, shape: tuple[int, ...], least: float, count: int | None = No
     """The directions whose values are above `least` times the largest, and above `floor`; at most the leading `count`.
 
     With `least` and `floor` 0, min(m, n) of them: those of a value of 0 are any that are orthonormal to the others.
+    Values must lie between 1e-150 and 1e150, for their squares are formed. What `triplets` gives are views of what
+    `polar` overwrites.
+    Raises numpy.linalg.LinAlgError for a matrix that holds NaN or infinity.
     """
     wide, wanted = shape[0] < shape[1], min(shape) if count is None else min(count, *shape)
     squares, near = eigenvectors(lambda: _negative_gram(_upright(make(), wide)))
+    if not np.isfinite(squares).all():
+        raise np.linalg.LinAlgError("the matrix holds NaN, infinity, or values beyond 1e150")
     values = np.sqrt(np.maximum(-squares, 0.0))
     top = float(values[0])
     whole, bound = least == floor == 0.0, max(least * top, floor)
