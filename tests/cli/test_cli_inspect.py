@@ -11,6 +11,8 @@ from tests.geometry.geometry_models import make_base, train, write
 
 import rlmerge
 from rlmerge.demo.assets import DATA
+from rlmerge.errors import RecipeError
+from rlmerge.geometry.matrix_figures import SpectraSettings
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_parts_can_be_left_out(models):
     done = run("inspect", "base", "a", "b", "--no-storage", "--trajectory")
     assert "trajectory: never" in done.out
     assert run("inspect", "base", "a", "--no-storage", "-q").out == ""
+
+
+def test_spectra_as_asked(models):
+    """Settings of spectra ask for them; a bound on memory is theirs, too, and is looked at first."""
+    done = run("inspect", "base", "a", "--no-storage", "--spectra-null", "all", "--spectra-exact", "--json")
+    found = json.loads(done.out)
+    jsonschema.Draft202012Validator(rlmerge.geometry_schema()).validate(found)
+    assert found["spectra"]["settings"]["null"] == "all"
+    assert found["spectra"]["settings"]["exact"]
+    assert "shift" in found["spectra"]["total"]["null"]["experts"]["a"]
+    assert "spectra" not in json.loads(run("inspect", "base", "a", "--no-storage", "--json").out)
+    with pytest.raises(RecipeError, match="MB of memory for matrices"):
+        rlmerge.inspect("base", "a", spectra=SpectraSettings(memory=100), progress=lambda step: pytest.fail(str(step)))
 
 
 def test_function_space_of_trained_experts(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
@@ -14,6 +15,7 @@ from tests.methods.small_models import small_blocks
 
 from rlmerge.errors import RecipeError
 from rlmerge.execute.inputs import Inputs
+from rlmerge.geometry.document import geometry_schema
 from rlmerge.geometry.matrices import Matrix, MatrixReader, matrices_of
 from rlmerge.geometry.matrix_figures import SpectraSettings
 from rlmerge.geometry.spectra import mean_of, measure_spectra, spectra_cost
@@ -305,3 +307,26 @@ def test_a_matrix_of_a_stack_is_read_whole(models: Path) -> None:
         assert np.array_equal(reader.base(second, "F16"), base[UP][1].astype(np.float16).astype(np.float32))
     finally:
         inputs.close()
+
+
+@pytest.mark.parametrize("null", ["none", "masks", "all"])
+def test_the_section_keeps_to_the_schema(models, null):
+    """Of a stack, of a sketch, of an expert that changed nothing; and of no matrix at all."""
+    schema = geometry_schema()
+    validator = jsonschema.Draft202012Validator({**schema["$defs"]["Spectra"], "$defs": schema["$defs"]})
+    settings = SpectraSettings(energies=(1, 4, 64), angles=6, principal_rank=4, null=null, limit=30_000.0)
+    found = measure_spectra(plan_of(models, "a", "base"), settings)
+    validator.validate(json.loads(json.dumps(found, allow_nan=False)))
+    assert {tensor["by"] for tensor in found["tensors"]} == {"exact", "sketch"}
+    assert ("shift" in found["total"]["null"]["experts"].get("a", {})) == (null == "all")
+    del found["total"]["experts"]["a"]["shift"]["nss"]
+    assert not validator.is_valid(found)
+
+
+def test_without_matrices_there_is_an_empty_section(tmp_path):
+    for name in ("base", "a"):
+        write_model(tmp_path / name, {"model.norm.weight": np.ones(8, np.float32)}, dtype="BF16")
+    schema = geometry_schema()
+    found = measure_spectra(plan_of(tmp_path, "a"), SETTINGS)
+    jsonschema.Draft202012Validator({**schema["$defs"]["Spectra"], "$defs": schema["$defs"]}).validate(found)
+    assert found["total"]["matrices"] == 0

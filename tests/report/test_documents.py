@@ -67,7 +67,7 @@ def test_kinds_are_not_mixed(files):
             "total.pairs[0].cosine is str, not number",
         ),
         (lambda d: d["coordinates"]["total"]["experts"]["a"].pop("steps"), "experts.a has no 'steps'"),
-        (lambda d: d.update(spectra={}), "spectra: has no"),
+        (lambda d: d.update(spectra={}), "spectra has no 'settings'"),
         (lambda d: d["verdict"].update(looks="fine"), "looks is 'fine', not one of"),
         (lambda d: d["base"].update(coordinates=True), "coordinates is bool, not integer"),
     ],

@@ -18,7 +18,9 @@ from .show import ReadingLine, warn
 if TYPE_CHECKING:
     from rlmerge.geometry.document import Document, Evidence, Number, Scope
     from rlmerge.geometry.function import FunctionSettings
+    from rlmerge.geometry.matrix_figures import SpectraSettings
 
+NULLS = ("none", "masks", "all")
 USAGE = "[OPTIONS] BASE EXPERT [EXPERT ...]"
 DESCRIPTION = """\
 See what training did to make experts of a base: how much changed and by how
@@ -43,6 +45,8 @@ def declare(parser: Parser) -> None:
     add("--no-null", action="store_true", help="leave out the null model")
     add("--no-storage", action="store_true", help="leave out what average, sum, TIES and SAR would keep in bf16")
     add("--spectra", action="store_true", help="decompose every matrix, too: minutes to hours")
+    add("--spectra-null", metavar="WHAT", choices=NULLS, help="of shuffled updates: none, masks (default), all")
+    add("--spectra-exact", action="store_true", help="never by a random sketch, however large the matrix")
     add("--data", metavar="[NAME=]FILE", action="append", default=[], help="measure loss and KL, too (extra 'model')")
     add("--source", metavar="S", default="own", help="with --data: own (default) right answers, gold or sampled")
     add("--sequences", metavar="N", type=at_least(1), help="with --data: sequences of each set; default 64")
@@ -68,12 +72,12 @@ def run(given: Namespace) -> None:
         _check_out(given.out)
     check_places(given.html, given.figures)
     hold_memory()
-    kernels.skip_blas = not (given.spectra or given.data)
+    kernels.skip_blas = not (_asks_spectra(given) or given.data)
     line = ReadingLine(given.quiet)
     try:
         found = inspect(
             given.base, given.experts, names=given.name, null=not given.no_null, storage=not given.no_storage,
-            trajectory=given.trajectory, spectra=given.spectra, data=_data(given.data), function=_function(given),
+            trajectory=given.trajectory, spectra=_spectra(given), data=_data(given.data), function=_function(given),
             recipe=given.recipe, seed=given.seed, threads=given.threads, memory=parse_bytes(given.memory, "--memory"),
             kernels=given.kernels, download=given.download, progress=line,
         )  # fmt: skip
@@ -104,6 +108,20 @@ def _check_out(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise OutputError(f"--out {path}: {what}. Write the name of a file, such as report.json.")
+
+
+def _asks_spectra(given: Namespace) -> bool:
+    """Settings of spectra ask for them, too."""
+    return given.spectra or given.spectra_exact or given.spectra_null is not None
+
+
+def _spectra(given: Namespace) -> SpectraSettings | bool:
+    """How matrices are measured, if they are."""
+    if not _asks_spectra(given):
+        return False
+    from rlmerge.geometry.matrix_figures import SpectraSettings
+
+    return SpectraSettings(null=given.spectra_null or "masks", exact=given.spectra_exact, seed=given.seed)
 
 
 def _data(given: list[str]) -> str | dict[str, str] | None:

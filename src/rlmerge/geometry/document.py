@@ -12,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, Union, get_args, get_or
 from rlmerge.in_json import Schema, items, mapping
 
 from .function_types import Function
+from .spectra_types import Spectra
 
 SCHEMA = "rlmerge.geometry/1"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -264,7 +265,7 @@ class Document(TypedDict):
     settings: Settings
     coordinates: NotRequired[Coordinates]
     storage: NotRequired[Storage]
-    spectra: NotRequired[dict[str, Any]]
+    spectra: NotRequired[Spectra]
     function: NotRequired[Function]
     verdict: NotRequired[Verdict]
 

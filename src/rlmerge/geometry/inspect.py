@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from rlmerge.version import VERSION
 
 from .coordinates import CoordinateSettings, Reading, dtypes_of, measure_coordinates, measured_tensors, piece_bytes
 from .document import SCHEMA, Document
+from .matrix_figures import SpectraSettings
+from .spectra import SpectraStep, check_spectra, measure_spectra
+from .spectra_types import Spectra
 from .storage import predict_survival
 from .verdict import judge
 
@@ -43,7 +47,7 @@ def inspect(
     null: bool = True,
     storage: bool = True,
     trajectory: bool = False,
-    spectra: bool = False,
+    spectra: SpectraSettings | bool = False,
     data: Path | str | Mapping[str, Path | str] | None = None,
     function: FunctionSettings | None = None,
     recipe: Path | str | None = None,
@@ -61,7 +65,7 @@ def inspect(
     null        with the null model, which takes a quarter of the time
     storage     predicts what average, sum, TIES and SAR would keep in bf16; the last two take readings of their own
     trajectory  the experts are checkpoints of one run, in their order
-    spectra     decomposes every matrix: minutes to hours
+    spectra     decomposes every matrix, as set or as usual (True): minutes to hours
     data        sequences for measures of function space (extra `model`): a .jsonl or a task, or one by expert
     function    how closely function space is measured
     recipe      where the recommended recipe is written
@@ -79,6 +83,7 @@ def inspect(
     if recipe is not None:
         _check_out(Path(recipe))
     threads = _limit(threads or default_threads(), memory, plan)
+    matrices = _spectra_settings(spectra, memory, plan)
     # first, as only its first step knows what of the data the models cannot take
     function_space = measure() if measure is not None else None
     settings = CoordinateSettings(null, storage, seed, order=order)
@@ -90,8 +95,8 @@ def inspect(
                 lambda method, chosen: _fetched(make(method, chosen), opened), threads, memory, kernels, progress
             )
         found["storage"] = stored
-    if spectra:
-        found["spectra"] = _measure_spectra(plan, threads, kernels, progress)
+    if matrices is not None:
+        found["spectra"] = _measure_spectra(plan, matrices, threads, kernels, progress)
     if function_space is not None:
         found["function"] = function_space
     folder = Path(recipe).parent if recipe is not None else None
@@ -186,15 +191,24 @@ def _heading(plan: Plan, settings: CoordinateSettings) -> Document:
 # -- what others measure -----------------------------------------------------------------------------------------------
 
 
-def _measure_spectra(plan: Plan, threads: int, kernels: Backend, progress: Callable[[Reading], None]) -> dict[str, Any]:
-    from .spectra import measure_spectra
+def _spectra_settings(asked: SpectraSettings | bool, memory: int | None, plan: Plan) -> SpectraSettings | None:
+    """Settings as far as matrices are measured at all; looked at before any weight is read."""
+    if asked is False:
+        return None
+    settings = SpectraSettings() if asked is True else asked
+    if memory is not None and settings.memory is None:
+        settings = replace(settings, memory=memory - FIXED)
+    check_spectra(plan, settings)
+    return settings
 
-    return measure_spectra(
-        plan,
-        threads=threads,
-        progress=lambda step: progress(Reading(step.done, step.total, step.message, "matrices")),
-        kernels=kernels,
-    )
+
+def _measure_spectra(
+    plan: Plan, settings: SpectraSettings, threads: int, kernels: Backend, progress: Callable[[Reading], None]
+) -> Spectra:
+    def tell(step: SpectraStep) -> None:
+        progress(Reading(step.done, step.total, step.message, "matrices"))
+
+    return measure_spectra(plan, settings, threads, tell, kernels)
 
 
 def _function(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from rlmerge.settings import default_threads
 from .matrices import Matrix, MatrixReader, matrices_of
 from .matrix_figures import SpectraSettings, Tree, measure_matrix
 from .scopes import place_of
+from .spectra_types import Spectra
 
 LEAST_MEMORY = 2 * 2**30
 """Bytes for matrices in work that nobody has to ask for."""
@@ -57,7 +58,7 @@ def measure_spectra(
     threads: int | None = None,
     progress: Callable[[SpectraStep], None] = lambda step: None,
     kernels: Backend = "auto",
-) -> dict[str, Any]:
+) -> Spectra:
     """The `spectra` section of a geometry document: `settings`, `total`, `layers`, `kinds`, `tensors`, `left_out`,
     `warnings`.
 
@@ -79,12 +80,18 @@ def measure_spectra(
         cost = spectra_cost(models, settings, threads)
         progress(SpectraStep(0, len(matrices), 0.0, _announce(cost, threads)))
         found = _measure_all(models, matrices, settings, threads, budget, progress, kernels)
-    return {
+    said = {
         "settings": settings.to_dict(),
         **_scopes(models, matrices, found, settings),
         "left_out": left,
         "warnings": _warnings(matrices, found),
     }
+    return cast(Spectra, said)  # a test holds it against the schema
+
+
+def check_spectra(models: Plan, settings: SpectraSettings) -> None:
+    """Raises RecipeError where not even one matrix fits in the memory that the settings allow."""
+    _budget(models, matrices_of(models)[0], settings)
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
@@ -141,9 +148,9 @@ def _budget(models: Plan, matrices: Sequence[Matrix], settings: SpectraSettings)
         return max(needed, LEAST_MEMORY)
     if largest and needed > settings.memory:
         raise RecipeError(
-            f"memory {settings.memory / 1e6:.0f} MB is less than {models.tensors[largest.tensor].name!r} needs: its "
-            f"{largest.rows}x{largest.columns} values take {needed / 1e6:.0f} MB while they are decomposed. Give as "
-            "much, or leave the tensor out (`exclude:`)."
+            f"{settings.memory / 1e6:.0f} MB of memory for matrices are less than "
+            f"{models.tensors[largest.tensor].name!r} needs: its {largest.rows}x{largest.columns} values take "
+            f"{needed / 1e6:.0f} MB while they are decomposed. Give as much, or leave spectra out."
         )
     return settings.memory
 
@@ -274,7 +281,7 @@ def _scope(trees: Sequence[Tree], experts: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "matrices": len(trees),
-        "base": mean.get("base", {}),
+        **({"base": mean["base"]} if trees else {}),
         "experts": {key: {"changed": changed[key], **mean["experts"][key]} for key in experts if trees},
         "pairs": pairs,
         "null": {"experts": mean.get("null", {})},

@@ -117,9 +117,6 @@ def _check(name: str, document: Mapping[str, Any]) -> None:
             )
         schema = geometry_schema()
         problem = mismatch(document, schema, schema["$defs"])
-        spectra = document.get("spectra")
-        if not problem and spectra is not None and not {"total", "tensors", "warnings"} <= spectra.keys():
-            problem = "spectra: has no 'total', 'tensors' or 'warnings'"
     elif kind == "merge":
         problem = mismatch(document, MERGE, {})
     else:
