@@ -10,6 +10,7 @@ from rlmerge.figures import (
     ORDER,
     as_markdown,
     as_text,
+    gathered,
     percent,
     short_names,
     statistics_rows,
@@ -70,3 +71,9 @@ def test_short_names(keys, short):
 
 def test_percent():
     assert [percent(share) for share in ({"share": 0.1234}, {"count": 0}, {}, None)] == ["12.3 %", "-", "-", "-"]
+
+
+def test_what_is_said_of_several_is_said_once():
+    lines = ["a: small", "the base is odd", "b: small", "a: large", "b: small: but why"]
+    assert gathered(lines) == ["a, b: small", "the base is odd", "a: large", "b: small: but why"]
+    assert gathered([]) == []

@@ -82,6 +82,15 @@ def short_names(keys: list[str]) -> list[str]:
     return last if len(set(last)) == len(keys) and all(last) else keys
 
 
+def gathered(lines: Sequence[str]) -> list[str]:
+    """Lines 'NAME: the same' as one, 'NAME, NAME: the same', in the place of the first."""
+    names_by_text: dict[str, list[str]] = {}
+    for line in lines:
+        name, colon, text = line.partition(": ")
+        names_by_text.setdefault(text if colon else line, []).extend([name] * bool(colon))
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in names_by_text.items()]
+
+
 def as_text(table: Sequence[Sequence[str]]) -> str:
     """A table for the terminal: the first row is its header, the first column stands to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlmerge import kernels
 from rlmerge.errors import MissingExtraError, OutputError, RecipeError
-from rlmerge.figures import as_text, short_names
+from rlmerge.figures import as_text, gathered, short_names
 
 from .options import Parser, at_least, declare_download, declare_output, declare_report, parse_bytes
 from .show import ReadingLine, warn
@@ -214,7 +214,7 @@ def _show_verdict(found: Document) -> None:
         print(f" {reason}")
     print("\n" + verdict["recommended"]["recipe"].rstrip())
     sys.stdout.flush()
-    for text in verdict["warnings"]:
+    for text in gathered(verdict["warnings"]):
         warn(text)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlmerge.figures import gathered
 from rlmerge.report.beside import merge_name, names_of
 from rlmerge.report.expert_figures import expert_figures
 from rlmerge.report.figure import Figure, Page, Section, bars, number, rows_of_table, share
@@ -41,7 +42,7 @@ def geometry_page(document: Document, title: str = "") -> Page:
         _facts(document, names),
         sections,
         document,
-        tuple(document.get("verdict", {}).get("warnings", ())),
+        tuple(gathered(document.get("verdict", {}).get("warnings", ()))),
     )
 
 
