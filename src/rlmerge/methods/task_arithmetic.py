@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Block, Change, Merged, Method, Parameter, Result, Task, weights_cancel
+from .base import Block, Change, Merged, Method, Parameter, Result, Task, Update, weights_cancel
 
 WEIGHT = Parameter("weight", "number", None, "factor of this model's delta; 0 removes it", per_model=True)
 LAMBDA = Parameter("lambda", "number", 1.0, "factor of the merged delta", late=True)
@@ -41,6 +41,9 @@ class TaskArithmetic(Method):
             scale /= float(np.sum(weight))
         changes = []
         for patch in block.patches:
+            if patch.alone:
+                changes.append(Update(patch.where, patch.delta[0], float(weight[patch.experts[0]]), scale))
+                continue
             old, out = block.base_at(patch.where), np.empty(patch.where.size)
             block.kernels.task_arithmetic(old, patch.delta, weight[patch.experts], scale, out)
             changes.append(Change(patch.where, old, out))

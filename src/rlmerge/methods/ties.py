@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage, Task
+from .base import Block, Change, Merged, Method, Parameter, Patch, Result, Stage, Task, Update
 from .sparsified import Left, Norms, rescale
 from .task_arithmetic import LAMBDA, WEIGHT
 from .topk import Ranked, Scorer, cut, top_k
@@ -115,11 +115,16 @@ class Ties(Method):
             if "norms" in results:
                 deltas = deltas * np.array(results["norms"]["factor"])[part.experts, None]
             stats["kept"][part.experts] += part.kept
+            weight = task.per_model["weight"][part.experts]
+            if weight.tolist() == [1.0]:  # nobody else votes, and there is nothing to divide by
+                changes.append(Update(where, deltas[0], 1.0, float(task.values["lambda"])))
+                stats["counts"][0] += where.size
+                continue
             old, out = block.base_at(where), np.empty(where.size)
             block.kernels.ties(
                 old,
                 deltas,
-                task.per_model["weight"][part.experts],
+                weight,
                 float(task.values["lambda"]),
                 bool(task.values["normalize"]),
                 int(task.values["cancelled"] == "positive"),
