@@ -67,6 +67,7 @@ class Doubled(TaskArithmetic):
 
     def merge(self, block, task, results):
         merged = super().merge(block, task, results)
+        merged.values = [change.applied(block) for change in merged.values]
         for change in merged.values:
             change.values = change.values + (change.values - change.old)
         return merged
@@ -290,7 +291,7 @@ def test_an_error_in_its_code_is_named_with_file_and_line(good, tmp_path):
     parts = ["--base", good / "base", "--expert", good / "e0", "--method", "doubled", "--set", "weight=1"]
     done = rlmerge("merge", tmp_path / "class-out", *parts, "--plugin", broken, "--kernels", "numpy", "--json")
     message = refused(done)
-    assert f"{broken}:12: AttributeError" in message
+    assert f"{broken}:13: AttributeError" in message
     assert "change.values = change.values + (change.values - change.odl)" in message
     assert done.json["error"] == "PluginError"
 

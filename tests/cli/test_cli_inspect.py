@@ -29,7 +29,7 @@ def test_summary_document_and_recipe(models):
     for text in ("support of bf16 casts", "x, y", "(null model)", "ties density 0.2", "RLVR", "merge_method: sar"):
         assert text in done.out, text
     assert "report.json: the whole document" in done.out
-    assert "warning: x: only" in done.err
+    assert "warning: x, y: only" in done.err
     found = json.loads((models / "report.json").read_text())
     assert found["schema"] == "rlmerge.geometry/1"
     again = run("inspect", "base", "a", "b", "--name", "x", "--name", "y", "--json")

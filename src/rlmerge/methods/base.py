@@ -258,6 +258,10 @@ class Change:
     old: NDArray[np.float64]
     values: NDArray[np.float64]
 
+    def applied(self, block: Block) -> Change:
+        """Itself; an `Update` makes one of these, for methods that go on with what another method has made."""
+        return self
+
 
 @dataclass(slots=True)
 class Update:
