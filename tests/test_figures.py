@@ -63,7 +63,15 @@ def test_the_same_table_in_text_and_markdown():
 
 @pytest.mark.parametrize(
     ("keys", "short"),
-    [(["m/a", "m/b/"], ["a", "b"]), (["x/a", "y/a"], ["x/a", "y/a"]), (["/", "a"], ["/", "a"]), ([], [])],
+    [
+        (["m/a", "m/b/"], ["a", "b"]),
+        (["x/a", "y/a"], ["x", "y"]),
+        (["runs/x/bf16", "runs/y/z/bf16"], ["x", "y/z"]),
+        (["x/a", "x/a/"], ["x/a", "x/a/"]),
+        (["/", "a"], ["/", "a"]),
+        (["only/bf16"], ["bf16"]),
+        ([], []),
+    ],
 )
 def test_short_names(keys, short):
     assert short_names(keys) == short
@@ -75,5 +83,7 @@ def test_percent():
 
 def test_what_is_said_of_several_is_said_once():
     lines = ["a: small", "the base is odd", "b: small", "a: large", "b: small: but why"]
-    assert gathered(lines) == ["a, b: small", "the base is odd", "a: large", "b: small: but why"]
-    assert gathered([]) == []
+    assert gathered(lines, {}) == ["a, b: small", "the base is odd", "a: large", "b: small: but why"]
+    lines = ["r/x/bf16: small", "r/y/bf16: small", "r/x/bf16 and r/y/bf16: alike"]
+    assert gathered(lines, {"r/x/bf16": "x", "r/y/bf16": "y"}) == ["x, y: small", "x and y: alike"]
+    assert gathered([], {}) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +76,31 @@ def percent(share: dict[str, Any] | None) -> str:
     return f"{100 * share['share']:.1f} %" if share and "share" in share else "-"
 
 
-def short_names(keys: list[str]) -> list[str]:
-    """The last component of each path, where that tells them apart."""
+def short_names(keys: Sequence[str]) -> list[str]:
+    """The last component of each path; where that does not tell them apart, what is left without the components that
+    all share at both ends: 'runs/math/bf16' and 'runs/code/bf16' are 'math' and 'code'.
+    """
     last = [key.rstrip("/").rsplit("/", 1)[-1] for key in keys]
-    return last if len(set(last)) == len(keys) and all(last) else keys
+    if len(set(last)) == len(keys) and all(last):
+        return last
+    parts = [key.strip("/").split("/") for key in keys]
+    while len(keys) > 1 and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
+        parts = [part[1:] for part in parts]
+    while len(keys) > 1 and all(len(part) > 1 and part[-1] == parts[0][-1] for part in parts):
+        parts = [part[:-1] for part in parts]
+    short = ["/".join(part) for part in parts]
+    return short if len(set(short)) == len(keys) and all(short) else list(keys)
 
 
-def gathered(lines: Sequence[str]) -> list[str]:
-    """Lines 'NAME: the same' as one, 'NAME, NAME: the same', in the place of the first."""
-    names_by_text: dict[str, list[str]] = {}
+def gathered(lines: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Lines 'KEY: the same' as one, 'NAME, NAME: the same', in the place of the first; keys by what they are called."""
+    of_text: dict[str, list[str]] = {}
     for line in lines:
+        for key in sorted(names, key=len, reverse=True):
+            line = line.replace(key, names[key])
         name, colon, text = line.partition(": ")
-        names_by_text.setdefault(text if colon else line, []).extend([name] * bool(colon))
-    return [f"{', '.join(names)}: {text}" if names else text for text, names in names_by_text.items()]
+        of_text.setdefault(text if colon else line, []).extend([name] * bool(colon))
+    return [f"{', '.join(named)}: {text}" if named else text for text, named in of_text.items()]
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:

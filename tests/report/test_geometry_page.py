@@ -89,7 +89,7 @@ def test_sentences_quote_the_document(found, page):
     survivals = [one["survival"] for one in found["storage"]["merges"]]
     assert f"{100 * min(survivals):.1f} %" in figure(page, "storage").says
     assert found["verdict"]["recommended"]["recipe"] == figure(page, "recipe").code
-    assert page.warnings == tuple(gathered(found["verdict"]["warnings"]))
+    assert page.warnings == tuple(gathered(found["verdict"]["warnings"], {}))
 
 
 def test_pairs_have_the_null_beside_them(found, page):

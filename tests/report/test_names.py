@@ -12,9 +12,7 @@ from rlmerge.report.names import called, place_of
     [
         (["runs/math", "runs/code"], ["math", "code"]),
         (["/a/rlvr-math/bf16", "/a/rlvr-code/bf16"], ["rlvr-math", "rlvr-code"]),
-        (["x/bf16", "y/z/bf16"], ["x", "y/z"]),
         (["a", "a/b/a"], ["a", "a/b/a"]),
-        (["only/bf16"], ["bf16"]),
     ],
 )
 def test_experts(keys, names):

@@ -98,9 +98,8 @@ def run(given: Namespace) -> None:
             (given.out, "the whole document"), (given.html, "the page"), (given.figures, "its figures"),
             (given.recipe, "the recommended recipe"),
         )  # fmt: skip
-        for path, what in written:
-            if path is not None:
-                print(f"\n{path}: {what}")
+        lines = [f"{path}: {what}" for path, what in written if path is not None]
+        print("\n".join(["", *lines]) if lines else "", end="\n" if lines else "")
 
 
 def _check_out(path: Path) -> None:
@@ -207,14 +206,16 @@ def _show_verdict(found: Document) -> None:
     if "verdict" not in found:
         return
     verdict = found["verdict"]
+    keys = [expert["key"] for expert in found["experts"]]
+    names = dict(zip(keys, short_names(keys), strict=True))
     print(f"\n{verdict['looks']}")
     for key, one in verdict["experts"].items():
-        print(f" {key}: {one['looks']}; {'; '.join(map(_evidence, one['evidence']))}")
+        print(f" {names[key]}: {one['looks']}; {'; '.join(map(_evidence, one['evidence']))}")
     for reason in verdict["recommended"]["reasons"]:
         print(f" {reason}")
     print("\n" + verdict["recommended"]["recipe"].rstrip())
     sys.stdout.flush()
-    for text in gathered(verdict["warnings"]):
+    for text in gathered(verdict["warnings"], names):
         warn(text)
 
 

@@ -189,7 +189,7 @@ def _warn_pairs(total: Scope) -> list[str]:
         if ours and chance and abs(ours / chance - 1.0) < LIKE_NULL:
             found.append(
                 f"{pair['a']} and {pair['b']}: overlap as in the null model (Jaccard {ours:.3f} and {chance:.3f}): "
-                "small weights change more easily, and nothing else is shared."
+                "small weights change more easily, and that is all that where they meet says."
             )
     return found
 

@@ -42,7 +42,7 @@ def geometry_page(document: Document, title: str = "") -> Page:
         _facts(document, names),
         sections,
         document,
-        tuple(gathered(document.get("verdict", {}).get("warnings", ()))),
+        tuple(gathered(document.get("verdict", {}).get("warnings", ()), names)),
     )
 
 

@@ -13,16 +13,8 @@ OUTSIDE = "–"
 
 
 def called(keys: Sequence[str]) -> dict[str, str]:
-    """What experts are called on a page, by key: the last part of a path, or what tells paths apart."""
-    short = short_names(list(keys))
-    if short == list(keys) and len(keys) > 1:
-        parts = [key.strip("/").split("/") for key in keys]
-        while all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
-            parts = [part[1:] for part in parts]
-        while all(len(part) > 1 and part[-1] == parts[0][-1] for part in parts):
-            parts = [part[:-1] for part in parts]
-        short = ["/".join(part) for part in parts]
-    return dict(zip(keys, short if len(set(short)) == len(keys) else keys))
+    """What experts are called on a page, by key."""
+    return dict(zip(keys, short_names(keys), strict=True))
 
 
 def place_of(name: str) -> tuple[int | str, str]:
