@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import floor
@@ -32,13 +32,10 @@ def read(files: list[Path], threads: int) -> None:
     def work(index: int) -> None:
         buffer = memoryview(bytearray(floor.CHUNK))
         for file, size in opened:
-            floor.read_range(file, buffer, *floor.pieces(size, threads, index))
+            floor.read_range(file, buffer, *floor.pieces(size, threads, index), lambda _: None)
 
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))  # raises what a thread raised
 
 
 def main() -> None:
