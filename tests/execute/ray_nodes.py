@@ -49,7 +49,10 @@ def begin_together(marks: Path, count: int = 3, patience: float = 60.0) -> None:
     """In a worker: says which process it is, and waits until so many nodes have one, so that each has work."""
     import ray
 
-    (marks / ray.get_runtime_context().get_node_id()).write_text(str(os.getpid()))
+    node = ray.get_runtime_context().get_node_id()
+    part = marks.with_name(f"{marks.name}-{node}")  # beside, so that a mark is there with its number or not at all
+    part.write_text(str(os.getpid()))
+    part.replace(marks / node)
     deadline = time.monotonic() + patience
     while len(os.listdir(marks)) < count and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -22,7 +22,7 @@ from tests.methods.small_models import (
 from tests.reference.sar import sar
 
 import rlmerge
-from rlmerge.execute.work import hash_key
+from rlmerge.execute.storing import hash_key
 from rlmerge.kernels.plain.hash import hash64
 from rlmerge.kernels.plain.sar import ARBITRATION
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rlmerge.execute.blocks import InputBlock, reads_words, reference_of
 from rlmerge.execute.inputs import Inputs, cast
 from rlmerge.execute.memory import Space
-from rlmerge.execute.work import hash_key
+from rlmerge.execute.storing import hash_key
 from rlmerge.methods.base import Patch
 from rlmerge.plan import TensorPlan
 
