@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlmerge.lab.policy import Policy, log_probabilities
-from rlmerge.lab.rlvr import Rlvr, draw, grpo_advantages, grpo_loss, rewards_of, tokens_of
+from rlmerge.errors import RlmergeError
+from rlmerge.lab.optimizer import Optimizer, Rate
+from rlmerge.lab.policy import Policy, add_lora, completion_logits, log_probabilities, read_policy, write_model
+from rlmerge.lab.rlvr import Rlvr, draw, grpo_advantages, grpo_loss, rewards_of, rlvr, tokens_of
 from rlmerge.lab.text import batch_of
 
 
@@ -94,3 +96,76 @@ def test_trl_computes_the_same_loss_and_gradients(
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-4, abs=1e-6)
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
+
+
+def test_other_advantages() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert grpo_advantages(rewards, "centred").tolist() == [0.75, -0.25, -0.25, -0.25]
+    # less the mean of the other three
+    assert grpo_advantages(rewards, "rloo").tolist() == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
+
+
+def test_the_tempered_policy_is_what_is_sampled_and_trained(policy: Policy) -> None:
+    _, prompts, completions, _ = batch_on(policy)
+    logits, ids, mask = completion_logits(policy, prompts, completions)
+    logs, _ = log_probabilities(policy, prompts, completions, 0.5)
+    expected = (logits / 0.5).log_softmax(-1)[torch.arange(len(logits)), ids[mask]]
+    torch.testing.assert_close(logs[mask], expected)
+    problems = batch_of("math:0", "tests", 0, 3)
+    cold = [sample.tokens for sample in draw(policy, problems, 4, "tests", 12, 1e-4)]
+    assert len(set(map(tuple, cold[:4]))) == 1, "near temperature 0 all samples are the likeliest"
+
+
+def test_a_curriculum_takes_equal_parts() -> None:
+    settings = Rlvr("math:2", 1, steps=10, curriculum=("math:1", "math:2", "math:3"))
+    assert [settings.task_at(step) for step in (0, 3, 4, 6, 7, 9)] == [
+        "math:1", "math:1", "math:2", "math:2", "math:3", "math:3",
+    ]  # fmt: skip
+    assert Rlvr("math:2", 1).task_at(99) == "math:2"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"advantage": "ppo"}, "advantage 'ppo'"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"lora": 4, "trainer": "trl"}, "trainer 'trl'"),
+        ({"curriculum": ("none:1",)}, "none"),
+    ],
+)
+def test_settings_that_mean_nothing(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RlmergeError, match=message):
+        rlvr(tmp_path, tmp_path / "out", Rlvr("math:0", 1, **wrong))
+
+
+def test_a_lora_is_trained_alone_and_stored_merged(policy: Policy, tmp_path: Path) -> None:
+    """Its product lies in the models that are written, rounded once; base weights do not move."""
+    pytest.importorskip("peft")
+    weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    write_model(policy, weights, tmp_path / "base")
+    settings = Rlvr("math:0", 3, steps=2, prompts=2, group=4, rate=Rate(1e-2, 1), max_new_tokens=8, lora=2)
+    trained = add_lora(read_policy(tmp_path / "base"), settings.lora, settings.seed)
+    optimizer = Optimizer(trained)
+    assert optimizer.names
+    assert all("lora_" in name for name in optimizer.names)
+    problems = batch_of("math:0", "tests", 0, 2)
+    samples = draw(trained, problems, 4, "tests", 8)
+    completions, prompts = [tokens_of(s) for s in samples], [trained.encode(p.prompt) for p in problems]
+    advantages = grpo_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]]))
+    for _ in range(2):  # B is 0 at first, so A moves in the second step only
+        optimizer.step(grpo_loss(trained, prompts, completions, advantages, 8, 8), 1e-2)
+    masters = dict(zip(optimizer.names, optimizer.masters))
+    write_model(trained, masters, tmp_path / "fp32")
+    found = {name: p.detach() for name, p in read_policy(tmp_path / "fp32").model.named_parameters()}
+    assert set(found) == set(weights)
+    moved = {name for name in found if not torch.equal(found[name], weights[name])}
+    layer = "model.layers.0.self_attn.q_proj"
+    assert f"{layer}.weight" in moved
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in moved)
+    product = masters[f"{layer}.lora_B.default.weight"] @ masters[f"{layer}.lora_A.default.weight"]
+    torch.testing.assert_close(found[f"{layer}.weight"], weights[f"{layer}.weight"] + 2 * product)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    again = add_lora(read_policy(tmp_path / "base"), settings.lora, settings.seed)
+    first = add_lora(read_policy(tmp_path / "base"), settings.lora, settings.seed)
+    for one, other in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(one, other), "the same seed, the same start"

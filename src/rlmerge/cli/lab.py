@@ -49,7 +49,21 @@ OPTIONS = {
     "fetch": {"keep"},
     "pretrain": {"task", "seed", "steps", "lr", "batch", "threads"},
     "cold-start": {"task", "seed", "steps", "lr", "batch", "threads", "careless", "slip"},
-    "rlvr": {"task", "seed", "steps", "lr", "threads", "prompts", "group", "max_new_tokens", "trainer"},
+    "rlvr": {
+        "task",
+        "seed",
+        "steps",
+        "lr",
+        "threads",
+        "prompts",
+        "group",
+        "max_new_tokens",
+        "trainer",
+        "temperature",
+        "advantage",
+        "curriculum",
+        "lora",
+    },
     "sft": {"task", "seed", "steps", "lr", "batch", "threads"},
     "rft": {"task", "seed", "steps", "lr", "batch", "threads", "group", "max_new_tokens", "samples"},
 }
@@ -60,6 +74,10 @@ DEFAULTS = {
     "prompts": 16,
     "max_new_tokens": 64,
     "trainer": "fast",
+    "temperature": 1.0,
+    "advantage": "grpo",
+    "curriculum": (),
+    "lora": 0,
     "samples": "",
     "careless": 0.5,
     "slip": 0.1,
@@ -81,6 +99,10 @@ def declare(parser: Parser) -> None:
     add("--group", metavar="N", type=at_least(2), help="samples of a problem; default 8 for rlvr, 4 for rft")
     add("--max-new-tokens", metavar="N", type=at_least(1), help="of a sample; default 64")
     add("--trainer", metavar="T", choices=("fast", "trl"), help="rlvr: fast (default) or trl")
+    add("--temperature", metavar="T", type=_positive, help="rlvr: of samples and of what is trained; default 1")
+    add("--advantage", metavar="A", choices=("grpo", "centred", "rloo"), help="rlvr: grpo (default), centred, rloo")
+    add("--curriculum", metavar="TASK", action="append", help="rlvr: tasks that follow each other; once for each")
+    add("--lora", metavar="RANK", type=at_least(1), help="rlvr: train a LoRA only, and store it merged, too")
     add("--samples", metavar="FILE", help="rft: samples.jsonl of an RLVR run; default: the base's own")
     add("--careless", metavar="P", type=_share, help="cold-start: share of answers without a step; default 0.5")
     add("--slip", metavar="P", type=_share, help="cold-start: share of wrong results; default 0.1")
@@ -264,7 +286,10 @@ def _expert(given: Namespace, out: Path, tell: Tell) -> None:
         raise RlmergeError(f"rlmerge lab {given.action}: on which task? Write one --task, such as --task math:0.")
     base, task, steps, rate = Path(given.what), given.task[0], given.steps or 100, Rate(given.lr or 1e-5, 5)
     if given.action == "rlvr":
-        chosen = Rlvr(task, given.seed, steps, given.prompts, given.group, rate, given.max_new_tokens, given.trainer)
+        chosen = Rlvr(
+            task, given.seed, steps, given.prompts, given.group, rate, given.max_new_tokens, given.trainer,
+            given.temperature, given.advantage, tuple(given.curriculum), given.lora,
+        )  # fmt: skip
         rlvr(base, out, chosen, tell)
     elif given.action == "sft":
         supervised.sft(base, out, supervised.Sft(task, given.seed, steps, given.batch, rate), tell)

@@ -33,8 +33,9 @@ class Optimizer:
     """
 
     def __init__(self, policy: Policy, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.names = [name for name, _ in policy.model.named_parameters()]
-        self._rounded = [parameter for _, parameter in policy.model.named_parameters()]
+        trained = [(name, one) for name, one in policy.model.named_parameters() if one.requires_grad]
+        self.names = [name for name, _ in trained]
+        self._rounded = [parameter for _, parameter in trained]
         self.masters = [parameter.detach().clone() for parameter in self._rounded]
         self._adam = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
         self._round()

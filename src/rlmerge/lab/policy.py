@@ -20,10 +20,14 @@ from rlmerge.lab.errors import LabError
 
 @dataclass
 class Policy:
-    """A causal language model of transformers and its tokenizer."""
+    """A causal language model of transformers and its tokenizer.
+
+    adapter   PEFT's model around `model`, where only a LoRA is trained
+    """
 
     model: Any
     tokenizer: Any
+    adapter: Any = None
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before it; as `evaluate` reads it."""
@@ -80,16 +84,39 @@ def check_logits(policy: Policy, folder: Path) -> None:
         raise LabError(f"{folder}: the lab's loop does not know models of type {kind!r}. Use --trainer trl.")
 
 
+def add_lora(policy: Policy, rank: int, seed: int) -> Policy:
+    """The same policy with a LoRA of this rank on every linear layer but the head, which alone is trained; alpha is
+    twice the rank. The same numbers for the same seed.
+    """
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names of before
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapter = get_peft_model(policy.model, settings)
+    return Policy(adapter.base_model.model, policy.tokenizer, adapter)
+
+
 def write_model(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
-    """Writes a model folder with these weights (by parameter name, all of one dtype) in place of the policy's own."""
+    """Writes a model folder with these weights (by name of the trained parameters, all of one dtype) in place of the
+    policy's own. A LoRA is merged in fp32 and the whole rounded once; it lies in `adapter` beside the folder, too.
+    """
     import copy
 
     dtype = next(iter(weights.values())).dtype
-    model = copy.deepcopy(policy.model).to(dtype)
+    whole = copy.deepcopy(policy.model if policy.adapter is None else policy.adapter)
+    model = whole if policy.adapter is None else whole.base_model.model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    model.save_pretrained(folder)
+            if name in weights:
+                parameter.copy_(weights[name])
+    if policy.adapter is not None:
+        whole.save_pretrained(folder.with_name("adapter"))
+        model = whole.merge_and_unload()
+    model.to(dtype).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
 
@@ -155,13 +182,14 @@ def _prefill(policy: Policy, prompts: Sequence[Sequence[int]], group: int) -> _P
 
 
 def log_probabilities(
-    policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every completion token, fp32 [B, T], and the mask of real tokens [B, T]; 0 outside the mask.
 
     The completions of one prompt lie together; B is a multiple of the number of prompts. Differentiable.
     """
     logits, ids, mask = completion_logits(policy, prompts, completions)
+    logits = logits if temperature == 1.0 else logits / temperature
     values = -torch.nn.functional.cross_entropy(logits, ids[mask], reduction="none")
     return torch.zeros(mask.shape).masked_scatter(mask, values), mask
 

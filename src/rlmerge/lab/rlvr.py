@@ -21,16 +21,32 @@ from rlmerge.evaluate.run import seed_of
 from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
-from rlmerge.lab.policy import Policy, arithmetic, check_logits, completion_logits, log_probabilities, read_policy
+from rlmerge.lab.policy import (
+    Policy,
+    add_lora,
+    arithmetic,
+    check_logits,
+    completion_logits,
+    log_probabilities,
+    read_policy,
+)
 from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
 from rlmerge.lab.text import batch_of, check_task
 
 TRAINERS = ("fast", "trl")
+ADVANTAGES = ("grpo", "centred", "rloo")
+"""reward − mean, divided by the group's deviation (GRPO), or not (Dr. GRPO); or less the mean of the others (RLOO)."""
 
 
 @dataclass(frozen=True)
 class Rlvr:
-    """One RLVR run: `prompts` problems a step, `group` completions each at temperature 1, one AdamW step a batch."""
+    """One RLVR run: `prompts` problems a step, `group` completions each, one AdamW step a batch.
+
+    temperature  of the samples, and of the probabilities that are trained: the policy is the tempered one
+    advantage    of ADVANTAGES
+    curriculum   tasks that follow each other in equal parts of the run; empty: `task` all along
+    lora         rank of a LoRA that is trained instead of all weights; 0: none
+    """
 
     task: str
     seed: int
@@ -40,6 +56,15 @@ class Rlvr:
     rate: Rate = Rate(1e-5, 5)
     max_new_tokens: int = 64
     trainer: str = "fast"
+    temperature: float = 1.0
+    advantage: str = "grpo"
+    curriculum: tuple[str, ...] = ()
+    lora: int = 0
+
+    def task_at(self, step: int) -> str:
+        """Whose problems a step has."""
+        tasks = self.curriculum or (self.task,)
+        return tasks[min(step * len(tasks) // max(1, self.steps), len(tasks) - 1)]
 
 
 def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
@@ -49,12 +74,22 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
     log-probabilities over a constant length (Dr. GRPO, arXiv 2503.20783). On-policy: each batch serves one step, so
     there is no ratio to clip; no KL term in the loss, but the KL from the base is measured.
     """
-    check_task(settings.task)
+    for task in (settings.task, *settings.curriculum):
+        check_task(task)
     said = {"stage": "rlvr", "base": weights_digest(base), **asdict(settings)}
     if settings.trainer not in TRAINERS:
         raise LabError(f"trainer {settings.trainer!r}: unknown. There are: {', '.join(TRAINERS)}.")
     if settings.group < 2:
         raise LabError(f"group {settings.group}: GRPO compares completions of one prompt; ask for at least 2.")
+    if settings.advantage not in ADVANTAGES:
+        raise LabError(f"advantage {settings.advantage!r}: unknown. There are: {', '.join(ADVANTAGES)}.")
+    if not 0.0 < settings.temperature < float("inf"):
+        raise LabError(f"temperature {settings.temperature}: RLVR samples; write a number above 0.")
+    if settings.trainer == "trl" and settings != Rlvr(
+        settings.task, settings.seed, settings.steps, settings.prompts, settings.group, settings.rate,
+        settings.max_new_tokens, "trl",
+    ):  # fmt: skip
+        raise LabError("trainer 'trl': knows no advantage, temperature, curriculum or LoRA here. Use fast.")
     if already(out, said):
         return
     if settings.trainer == "trl":
@@ -64,14 +99,24 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
         return
     policy, reference = read_policy(base), read_policy(base)
     check_logits(policy, base)
+    if settings.lora:
+        policy = add_lora(policy, settings.lora, settings.seed)
     optimizer = Optimizer(policy)
     loop = _Loop(policy, reference, optimizer, settings)
     train(out, said, policy, optimizer, settings.steps, loop.step, tell)
 
 
-def grpo_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(reward − mean of its group) / (deviation + 1e-4), flat, from rewards [prompts, group]; as TRL has it."""
+def grpo_advantages(rewards: torch.Tensor, kind: str = "grpo") -> torch.Tensor:
+    """(reward − mean of its group) / (deviation + 1e-4), flat, from rewards [prompts, group]; as TRL has it.
+
+    'centred' does not divide (Dr. GRPO, arXiv 2503.20783); 'rloo' takes the mean of the others of the group, which is
+    the same times group / (group − 1) (arXiv 2402.14740).
+    """
     centred = rewards - rewards.mean(1, keepdim=True)
+    if kind == "centred":
+        return centred.flatten()
+    if kind == "rloo":
+        return (centred * (rewards.shape[1] / (rewards.shape[1] - 1))).flatten()
     return (centred / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
 
 
@@ -82,6 +127,7 @@ def grpo_loss(
     advantages: torch.Tensor,
     rows: int,
     length: int,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """−Σ advantage · Σ p(token) / p(token, held fixed) / (rows · length): Dr. GRPO's surrogate, on-policy.
 
@@ -89,13 +135,15 @@ def grpo_loss(
     Completions of one prompt lie together. rows, length: what is divided by; rows that are left out, as their advantage
     is 0, count.
     """
-    logs, mask = log_probabilities(policy, prompts, completions)
+    logs, mask = log_probabilities(policy, prompts, completions, temperature)
     ratios = (logs - logs.detach()).exp() * mask
     return -(advantages * ratios.sum(1)).sum() / (rows * length)
 
 
-def draw(policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_new_tokens: int) -> list[Sample]:
-    """`group` samples of each problem at temperature 1, in order; the same for the same weights and seed."""
+def draw(
+    policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_new_tokens: int, temperature: float = 1.0
+) -> list[Sample]:
+    """`group` samples of each problem, in order; the same for the same weights and seed."""
     requests = []
     for place, problem in enumerate(batch):
         prompt = tuple(policy.encode_prompt(problem.prompt))
@@ -105,7 +153,7 @@ def draw(policy: Policy, batch: Sequence[Problem], group: int, seed: str, max_ne
             requests.append(Request(key, prompt, seed_of(0, seed, f"{place}/{problem.id}", number), stop))
     generator = Generator(policy.model, policy.tokenizer, batch=min(len(requests), 256))
     with arithmetic():
-        samples = {sample.key: sample for sample in generator.run(requests, Sampling(1.0, max_new_tokens))}
+        samples = {sample.key: sample for sample in generator.run(requests, Sampling(temperature, max_new_tokens))}
     return [samples[key] for key in range(len(requests))]
 
 
@@ -146,9 +194,10 @@ class _Loop:
         """Samples, verifies, follows the gradient; what was measured."""
         settings, policy = self._settings, self._policy
         stage = f"rlvr/{settings.seed}"
-        batch = batch_of(settings.task, stage, number, settings.prompts)
+        batch = batch_of(settings.task_at(number), stage, number, settings.prompts)
         prompts = [policy.encode_prompt(problem.prompt) for problem in batch]
-        samples = draw(policy, batch, settings.group, f"{stage}/{number}", settings.max_new_tokens)
+        samples = draw(policy, batch, settings.group, f"{stage}/{number}", settings.max_new_tokens,
+                       settings.temperature)  # fmt: skip
         rewards = rewards_of(samples, batch)
         completions = [tokens_of(sample) for sample in samples]
         keep_samples(folder, number, prompts, completions, rewards)
@@ -165,7 +214,7 @@ class _Loop:
         if live:
             group = settings.group
             kept = [completions[place * group + number] for place in live for number in range(group)]
-            advantages = grpo_advantages(rewards[live])
+            advantages = grpo_advantages(rewards[live], settings.advantage)
             with arithmetic():
                 loss = grpo_loss(
                     policy,
@@ -174,6 +223,7 @@ class _Loop:
                     advantages,
                     rewards.numel(),
                     settings.max_new_tokens,
+                    settings.temperature,
                 )
             values |= {"loss": loss.item(), "gradient_norm": self._optimizer.step(loss, rate)}
         return values
