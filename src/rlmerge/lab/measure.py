@@ -1,0 +1,101 @@
+"""What a model can do on a task, with as little noise as there can be: greedy answers, samples with common random
+numbers, and the likelihood of right solutions.
+
+A sample's random numbers depend on the problem and its number alone, so that two models draw with the same ones; the
+log-likelihood of verified traces needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from rlmerge.evaluate.backend import Asked, Sampling
+from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
+from rlmerge.evaluate.tasks import Task
+from rlmerge.evaluate.verifiers import completed, verify
+from rlmerge.lab.policy import Policy, arithmetic, log_probabilities
+
+
+class Measured(TypedDict):
+    """Problem by problem, in the order of the task.
+
+    problems   digest of the problems: what may be compared
+    greedy     '1' for a right answer, '0' for a wrong one
+    right      right ones of `samples` at temperature 1
+    trace      mean log-probability of a token of the right solution that the problem comes with, in nats
+    tokens     mean length of the greedy answers
+    """
+
+    problems: str
+    samples: int
+    greedy: str
+    right: list[int]
+    trace: list[float]
+    tokens: float
+
+
+def measure(policy: Policy, task: Task, samples: int, max_new_tokens: int, batch: int = 64) -> Measured:
+    """Greedy answers, `samples` at temperature 1 (0: none), and the likelihood of solutions; in the lab's arithmetic.
+
+    The task's problems have a solution each (the project's own domains).
+    """
+    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, max_new_tokens), batch)
+    right = np.zeros(len(task.problems), np.int64)
+    if samples:
+        drawn, _ = _answers(policy, task, samples, Sampling(1.0, max_new_tokens), batch)
+        right = drawn.reshape(len(task.problems), samples).sum(1)
+    return {
+        "problems": str(task.settings["problems"]),
+        "samples": samples,
+        "greedy": "".join(str(int(verdict)) for verdict in greedy),
+        "right": right.tolist(),
+        "trace": [round(value, 5) for value in trace_likelihood(policy, task, batch)],
+        "tokens": round(float(np.mean(lengths)), 2),
+    }
+
+
+def _answers(policy: Policy, task: Task, samples: int, sampling: Sampling, batch: int) -> tuple[Any, list[int]]:
+    """Verdicts bool[problems · samples], the samples of a problem together, and the lengths of the answers."""
+    asked = [
+        Asked((place, number), problem, seed_of(0, task.name, problem.id, number), stops_of(problem))
+        for place, problem in enumerate(task.problems)
+        for number in range(samples)
+    ]
+    with arithmetic():
+        made = {one.key: one for one in TransformersBackend(policy.model, policy.tokenizer, batch).run(asked, sampling)}
+    ordered = [made[one.key] for one in asked]
+    problems = [one.problem for one in asked]
+    texts = [completed(one.text, one.finish, problem) for one, problem in zip(ordered, problems, strict=True)]
+    verdicts = np.array([verdict.correct for verdict in verify(texts, problems)], bool)
+    return verdicts, [one.tokens for one in ordered]
+
+
+def trace_likelihood(policy: Policy, task: Task, batch: int = 64) -> list[float]:
+    """Mean log-probability of a token of each problem's own solution, its end included, by teacher forcing."""
+    found: list[float] = []
+    for start in range(0, len(task.problems), batch):
+        some = task.problems[start : start + batch]
+        prompts = [policy.encode_prompt(problem.prompt) for problem in some]
+        completions = [policy.encode(_solution(problem.completion)) for problem in some]
+        with torch.no_grad(), arithmetic():
+            logs, mask = log_probabilities(policy, prompts, completions)
+        found += (logs.sum(1) / mask.sum(1)).tolist()
+    return found
+
+
+def _solution(completion: str | None) -> str:
+    assert completion is not None, "problems of the project's own domains have a solution"
+    return completion
+
+
+def scores_of(measured: Sequence[Measured], metric: str) -> np.ndarray:
+    """A table [models, problems] of one metric: 'greedy', 'sampled' (share of right samples) or 'trace'."""
+    if metric == "greedy":
+        return np.array([[float(letter) for letter in one["greedy"]] for one in measured])
+    if metric == "sampled":
+        return np.array([one["right"] for one in measured]) / np.array([[one["samples"]] for one in measured])
+    return np.array([one["trace"] for one in measured])

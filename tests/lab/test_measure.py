@@ -1,0 +1,69 @@
+"""Measuring a model: against what evaluation says, and the likelihood against the definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlmerge.demo.assets import DATA
+from rlmerge.evaluate.backend import Sampling
+from rlmerge.evaluate.results import scores
+from rlmerge.evaluate.run import TransformersBackend, evaluate
+from rlmerge.evaluate.tasks import load_task
+from rlmerge.lab.measure import Measured, measure, scores_of, trace_likelihood
+from rlmerge.lab.policy import Policy, arithmetic, read_policy
+
+
+@pytest.fixture(scope="module")
+def base() -> Policy:
+    """The demo's base, which gets about half of the problems right."""
+    return read_policy(DATA / "models" / "base" / "bf16")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_task("math:0", "test", 40)
+
+
+@pytest.fixture(scope="module")
+def found(base: Policy, task) -> Measured:
+    return measure(base, task, 3, 48, batch=60)
+
+
+def test_it_is_what_evaluation_says(base: Policy, task, found: Measured, tmp_path: Path) -> None:
+    backend = TransformersBackend(base.model, base.tokenizer, batch=60)
+    with arithmetic():
+        greedy = scores(evaluate(backend, task, tmp_path / "g.jsonl", label="base", sampling=Sampling(0.0, 48)))
+        sampled = scores(
+            evaluate(backend, task, tmp_path / "s.jsonl", label="base", samples=3, sampling=Sampling(1.0, 48))
+        )
+    by_id = {name: (one, several) for name, one, several in zip(greedy.ids, greedy.c, sampled.c, strict=True)}
+    own = zip(map(int, found["greedy"]), found["right"], strict=True)
+    assert list(own) == [by_id[problem.id] for problem in task.problems]
+    assert 0 < found["greedy"].count("1") < 40
+    assert 5 < found["tokens"] < 48
+
+
+def test_likelihood_by_definition(base: Policy, task, found: Measured) -> None:
+    problem = task.problems[7]
+    prompt, completion = base.encode_prompt(problem.prompt), base.encode(problem.completion)
+    with torch.no_grad(), arithmetic():
+        logits = base.model(torch.tensor([prompt + completion])).logits[0].float().log_softmax(-1)
+    own = [logits[len(prompt) - 1 + place, token].item() for place, token in enumerate(completion)]
+    assert found["trace"][7] == pytest.approx(np.mean(own), abs=0.02)  # batches pad, and bf16 products round
+    whole = trace_likelihood(base, task, batch=7)
+    assert whole == pytest.approx(found["trace"], abs=0.02)
+
+
+def test_the_same_again(base: Policy, task, found: Measured) -> None:
+    assert measure(base, task, 3, 48, batch=60) == found
+    assert measure(base, task, 0, 48, batch=60)["right"] == [0] * 40
+
+
+def test_tables(found: Measured) -> None:
+    assert scores_of([found, found], "greedy").shape == (2, 40)
+    assert scores_of([found], "sampled")[0].tolist() == [count / 3 for count in found["right"]]
+    assert scores_of([found], "trace")[0].tolist() == found["trace"]
