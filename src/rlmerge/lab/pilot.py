@@ -1,0 +1,239 @@
+"""G0, the exploratory part of the study: regimes in which averaging RLVR experts might cost what they learned.
+
+A regime is a handful of experts of one base and the sets of them that are merged; all is done as cells. Experts are
+trained once, however many regimes share them. Every set is merged in memory by the same few methods, in fp32 and stored
+in bf16, and measured on the tasks of its experts; its geometry is measured beside the null model. `pilot_page` makes
+the page, `regimes` lists what is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlmerge.lab.cells import Cell, input_of, lab_work, model_of, opened_root
+from rlmerge.lab.contenders import Contender, write_recipe
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.presets import Preset
+from rlmerge.lab.schedule import Step, run
+
+MERGES = (
+    Contender("sum", "task_arithmetic", {"weight": 1.0}),
+    Contender("mean", "task_arithmetic", {"weight": 1.0, "normalize": True}),
+    Contender("ties", "ties", {"weight": 1.0, "density": 0.2}),
+    Contender("ties-all", "ties", {"weight": 1.0, "density": 1.0}),
+    Contender("ram", "ram"),
+    Contender("sar", "sar", inputs=("fisher",)),
+    Contender("sar-delta2", "sar", {"sensitivity": "delta2"}),
+)
+"""What every set is merged by."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One RLVR run from the common base; what is None is the preset's. `task` is also what it is measured on."""
+
+    name: str
+    task: str
+    seed: int
+    steps: int | None = None
+    lr: float | None = None
+    temperature: float = 1.0
+    advantage: str = "grpo"
+    curriculum: tuple[str, ...] = ()
+    lora: int = 0
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Experts that differ in a certain way, and the sets of them that are merged, by name."""
+
+    name: str
+    why: str
+    experts: tuple[Expert, ...]
+    sets: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class PilotPreset(Preset):
+    """Sizes of the pilot.
+
+    regimes   in the order in which they are tried
+    samples   of a problem at temperature 1
+    """
+
+    regimes: tuple[Regime, ...] = ()
+    samples: int = 8
+    merges: tuple[Contender, ...] = field(default=MERGES)
+
+
+def experts_of(preset: PilotPreset) -> dict[str, Expert]:
+    """All experts by name. LabError where two regimes mean different runs by one name."""
+    found: dict[str, Expert] = {}
+    for regime in preset.regimes:
+        for expert in regime.experts:
+            if found.setdefault(expert.name, expert) != expert:
+                raise LabError(f"expert {expert.name!r}: is two different runs. Give them two names.")
+    return found
+
+
+def sets_of(preset: PilotPreset) -> dict[str, tuple[str, ...]]:
+    """The experts of every set, by REGIME.SET. LabError for a set of experts that its regime does not have."""
+    found = {}
+    for regime in preset.regimes:
+        known = {expert.name for expert in regime.experts}
+        for name, members in regime.sets:
+            if not set(members) <= known or len(members) < 2:
+                raise LabError(f"set {regime.name}.{name}: merges {members}, of which {regime.name} has {known}.")
+            found[f"{regime.name}.{name}"] = members
+    return found
+
+
+def tasks_of(preset: PilotPreset, members: tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks of some experts, each once."""
+    experts = experts_of(preset)
+    return tuple(dict.fromkeys(experts[name].task for name in members))
+
+
+def pilot_cells(preset: PilotPreset) -> list[Cell]:
+    """All cells, each after those it needs: what a regime needs comes before what the next one does."""
+    experts_of(preset)
+    sets_of(preset)
+    found = {cell.name: cell for cell in (Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",)))}
+    found["measure-base"] = Cell("measure-base", "measure", ("base",))
+    for regime in preset.regimes:
+        for expert in regime.experts:
+            for cell in (
+                Cell(expert.name, "rlvr", ("base",)),
+                Cell(f"fisher-{expert.name}", "fisher", (expert.name,)),
+                Cell(f"measure-{expert.name}", "measure", (expert.name,)),
+            ):
+                found[cell.name] = cell
+        for name, members in regime.sets:
+            whole = f"{regime.name}.{name}"
+            found[f"geometry-{whole}"] = Cell(f"geometry-{whole}", "geometry", members)
+            for contender in preset.merges:
+                needs = members if not contender.inputs else tuple(f"fisher-{member}" for member in members)
+                for dtype in DTYPES:
+                    cell = f"merge-{whole}-{dtype}-{contender.label}"
+                    found[cell] = Cell(cell, "merge", needs)
+    return list(found.values())
+
+
+def run_pilot(
+    out: Path,
+    preset: PilotPreset,
+    workers: int,
+    tell: Callable[[Step], None] = lambda step: None,
+    only: tuple[str, ...] = (),
+) -> None:
+    """Does all cells in `out`, or those of some regimes; what is there already is not done again."""
+    chosen = tuple(regime for regime in preset.regimes if not only or regime.name in only)
+    if len(chosen) < len(only):
+        raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
+    wanted = pilot_cells(PilotPreset(**{**vars(preset), "regimes": chosen}))
+    stable = PilotPreset(**{**vars(preset), "regimes": (), "merges": ()})  # a regime more is no other pilot
+    with opened_root(out, stable):
+        run(out, preset, workers, tell, wanted, pilot_work)
+
+
+def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    """Does a cell of the pilot; yields what it measured."""
+    assert isinstance(preset, PilotPreset)
+    if cell.kind == "rlvr":
+        yield from _trained(root, preset, experts_of(preset)[cell.name])
+    elif cell.kind == "fisher":
+        _estimated(root, preset, experts_of(preset)[cell.name.removeprefix("fisher-")])
+    elif cell.kind == "measure":
+        name = cell.name.removeprefix("measure-")
+        every = tuple(dict.fromkeys(expert.task for expert in experts_of(preset).values()))
+        yield from _measured(model_of(root, name), preset, every)
+    elif cell.kind == "geometry":
+        yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
+    elif cell.kind == "merge":
+        yield from _merged(root, preset, cell)
+    else:
+        yield from lab_work(root, preset, cell)
+
+
+def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[str, Any]]:
+    import json
+
+    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.rlvr import Rlvr, rlvr
+
+    out = root / "models" / expert.name
+    settings = Rlvr(
+        expert.task, expert.seed, expert.steps or preset.steps, preset.prompts, preset.group,
+        Rate(expert.lr or preset.lr, 5), preset.max_new_tokens, "fast", expert.temperature, expert.advantage,
+        expert.curriculum, expert.lora,
+    )  # fmt: skip
+    rlvr(model_of(root, "base"), out, settings)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    keys = ("reward", "entropy", "kl", "length", "live_groups")
+    yield "curve", [{"step": line["step"], **{key: round(line[key], 4) for key in keys}} for line in _every(log)]
+    yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
+
+
+def _every(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means of ten steps each: single steps are noise."""
+    found = []
+    for start in range(0, len(log), 10):
+        some = log[start : start + 10]
+        means = {key: sum(line[key] for line in some) / len(some) for key in some[0] if key != "step"}
+        found.append({"step": some[-1]["step"] + 1, **means})
+    return found
+
+
+def _estimated(root: Path, preset: PilotPreset, expert: Expert) -> None:
+    from rlmerge.fisher.data import SequenceChoice
+    from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
+
+    out = input_of(root, "fisher", expert.name)
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+        estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice))
+
+
+def _measured(model: Path, preset: PilotPreset, tasks: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Of a folder, or of a recipe's merge in memory."""
+    from rlmerge.evaluate.run import load_model
+    from rlmerge.evaluate.tasks import load_task
+    from rlmerge.lab.measure import measure
+    from rlmerge.lab.policy import Policy
+
+    policy = Policy(*load_model(model))
+    policy.model.eval()
+    found = {}
+    for name in tasks:
+        task = load_task(name, "validation", preset.problems)
+        found[name] = measure(policy, task, preset.samples, preset.max_new_tokens, preset.eval_batch)
+    yield "tasks", found
+
+
+def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    from rlmerge.geometry.inspect import inspect
+
+    folders = [model_of(root, name) for name in members]
+    found = inspect(model_of(root, "base"), folders, names=members, threads=1)
+    assert "coordinates" in found
+    yield "coordinates", found["coordinates"]["total"]
+    yield "storage", found.get("storage", {})
+
+
+def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    whole, dtype, label = cell.name.removeprefix("merge-").split("-", 2)
+    members = sets_of(preset)[whole]
+    contender = next(one for one in preset.merges if one.label == label)
+    stored = Contender(label, contender.method, contender.settings, contender.inputs)
+    recipe = root / "recipes" / f"{whole}-{dtype}-{label}.yml"
+    models = {name: model_of(root, name).with_name(dtype) for name in members}
+    inputs = {"fisher": {name: input_of(root, "fisher", name) for name in members}}
+    write_recipe(stored, model_of(root, "base"), models, inputs, recipe)
+    with recipe.open("a") as file:
+        file.write(f"dtype: {DTYPES[dtype]}\n")
+    yield from _measured(recipe, preset, tasks_of(preset, members))

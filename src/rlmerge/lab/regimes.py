@@ -1,0 +1,89 @@
+"""What the pilot tries: the regimes of G0, from SmolLM2-135M, in the order in which they are run.
+
+Each says why averaging might fail there. `plumbing` is the same shape on a tiny model, in minutes, and no evidence.
+"""
+
+from __future__ import annotations
+
+from rlmerge.lab.pilot import Expert, PilotPreset, Regime
+from rlmerge.lab.presets import SMALL, TINY
+
+MATH, CODE, WRITE = "math:1", "code:trace:1", "code:write:1"
+
+
+def _seeds(letter: str, task: str, seeds: range, **settings: object) -> tuple[Expert, ...]:
+    return tuple(Expert(f"{letter}{seed}", task, seed, **settings) for seed in seeds)  # type: ignore[arg-type]
+
+
+REGIMES = (
+    Regime(
+        "seeds",
+        "the pilot of before, where answers have steps: seeds of two domains at 1e-5, two to six experts",
+        _seeds("m", MATH, range(1, 4)) + _seeds("c", CODE, range(1, 4)),
+        (
+            ("fusion", ("m1", "c1")),
+            ("math", ("m1", "m2", "m3")),
+            ("code", ("c1", "c2", "c3")),
+            ("four", ("m1", "m2", "c1", "c2")),
+            ("six", ("m1", "m2", "m3", "c1", "c2", "c3")),
+        ),
+    ),
+    Regime(
+        "hot",
+        "three times the learning rate: larger updates that fight where they overlap",
+        _seeds("mh", MATH, range(1, 3), lr=3e-5) + _seeds("ch", CODE, range(1, 3), lr=3e-5),
+        (
+            ("fusion", ("mh1", "ch1")),
+            ("math", ("mh1", "mh2")),
+            ("four", ("mh1", "mh2", "ch1", "ch2")),
+        ),
+    ),
+    Regime(
+        "mixed",
+        "experts of one task that differ by more than a seed: temperature, advantage, curriculum",
+        (
+            Expert("m1", MATH, 1),
+            Expert("mt", MATH, 4, temperature=0.7),
+            Expert("mr", MATH, 5, advantage="rloo"),
+            Expert("mc", MATH, 6, curriculum=("math:0", MATH)),
+        ),
+        (("math", ("m1", "mt", "mr", "mc")),),
+    ),
+    Regime(
+        "far",
+        "a third domain, whose answers are programs",
+        (Expert("m1", MATH, 1), Expert("c1", CODE, 1), Expert("w1", WRITE, 1)),
+        (("three", ("m1", "c1", "w1")),),
+    ),
+    Regime(
+        "long",
+        "three times the steps, until entropy falls",
+        (Expert("ml1", MATH, 1, steps=300), Expert("cl1", CODE, 1, steps=300)),
+        (("fusion", ("ml1", "cl1")),),
+    ),
+    Regime(
+        "lora",
+        "LoRAs of rank 16 at twenty times the rate",
+        (Expert("ma1", MATH, 1, lr=2e-4, lora=16), Expert("ca1", CODE, 1, lr=2e-4, lora=16)),
+        (("fusion", ("ma1", "ca1")),),
+    ),
+)
+
+PILOT = PilotPreset(**{**vars(SMALL), "name": "pilot", "problems": 300}, regimes=REGIMES)
+
+PLUMBING = PilotPreset(
+    **{**vars(TINY), "name": "plumbing", "problems": 200},
+    regimes=(
+        Regime(
+            "seeds",
+            "that the parts work together",
+            (
+                Expert("m1", "math:0", 1),
+                Expert("m2", "math:0", 2),
+                Expert("c1", "code:0", 1),
+                Expert("c2", "code:0", 2),
+            ),
+            (("fusion", ("m1", "c1")), ("four", ("m1", "m2", "c1", "c2"))),
+        ),
+    ),
+)

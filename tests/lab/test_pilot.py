@@ -1,0 +1,82 @@
+"""The pilot's cells on a tiny model: what they need, what they leave, how they are continued and extended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlmerge.lab.cells import read_cell
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.pilot import Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
+from rlmerge.lab.presets import TINY
+
+PAIR = Regime(
+    "pair", "two domains",
+    (Expert("m1", "math:0", 1), Expert("c1", "code:0", 1)), (("fusion", ("m1", "c1")),),
+)  # fmt: skip
+SEEDS = Regime(
+    "seeds", "two runs that differ by more than a seed",
+    (Expert("m1", "math:0", 1), Expert("m2", "math:0", 2, temperature=0.8, advantage="rloo", lora=2)),
+    (("both", ("m1", "m2")),),
+)  # fmt: skip
+SMALL = PilotPreset(
+    **{
+        **vars(TINY), "name": "pilot-test", "steps": 2, "prompts": 2, "group": 2, "problems": 4, "fisher": 4,
+        "batch": 4, "pretraining_steps": 2, "cold_steps": 2, "max_new_tokens": 8, "eval_batch": 8,
+    },
+    regimes=(PAIR,), samples=2,
+)  # fmt: skip
+
+
+def test_cells_come_after_what_they_need():
+    both = replace(SMALL, regimes=(PAIR, SEEDS))
+    seen: set[str] = set()
+    for cell in pilot_cells(both):
+        assert set(cell.needs) <= seen, cell
+        assert cell.name not in seen
+        seen.add(cell.name)
+    assert {"m1", "m2", "c1", "fisher-m2", "measure-base", "geometry-pair.fusion", "merge-seeds.both-bf16-sar"} <= seen
+    assert tasks_of(both, ("m1", "m2")) == ("math:0",)
+
+
+@pytest.mark.parametrize(
+    ("regime", "message"),
+    [
+        (replace(SEEDS, experts=(Expert("m1", "math:0", 9), Expert("m2", "math:0", 2))), "two different runs"),
+        (replace(SEEDS, sets=(("both", ("m1", "c1")),)), "seeds has"),
+        (replace(SEEDS, sets=(("one", ("m1",)),)), "merges"),
+    ],
+)
+def test_regimes_that_contradict_themselves(regime, message):
+    with pytest.raises(LabError, match=message):
+        pilot_cells(replace(SMALL, regimes=(PAIR, regime)))
+
+
+def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
+    pytest.importorskip("peft")
+    root = tmp_path / "pilot"
+    run_pilot(root, SMALL, 1)
+    merged = {name: read_cell(root, f"merge-pair.fusion-{name}") for name in ("fp32-mean", "bf16-mean", "bf16-sar")}
+    assert set(merged["bf16-mean"]["tasks"]) == {"math:0", "code:0"}
+    assert merged["fp32-mean"]["tasks"] != read_cell(root, "measure-m1")["tasks"]
+    one = read_cell(root, "measure-m1")["tasks"]["math:0"]
+    assert len(one["greedy"]) == len(one["right"]) == len(one["trace"]) == 4
+    assert np.isfinite(one["trace"]).all()
+    assert one["problems"] == merged["bf16-sar"]["tasks"]["math:0"]["problems"]
+    geometry = read_cell(root, "geometry-pair.fusion")
+    assert geometry["coordinates"]["pairs"][0]["a"] == "c1"
+    assert read_cell(root, "m1")["curve"][-1]["step"] == 2
+    before = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
+    run_pilot(root, replace(SMALL, regimes=(PAIR, SEEDS)), 1, only=("seeds",))
+    after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
+    assert before.items() <= after.items()
+    assert "merge-seeds.both-fp32-ram.json" in after
+    assert json.loads((root / "models" / "m2" / "run.json").read_text())["lora"] == 2
+    with pytest.raises(LabError, match="there are pair"):
+        run_pilot(root, SMALL, 1, only=("others",))
+    with pytest.raises(LabError, match="another samples"):
+        run_pilot(root, replace(SMALL, samples=3), 1)
