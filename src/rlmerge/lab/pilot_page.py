@@ -165,8 +165,9 @@ def outcome(found: dict[str, Any]) -> str:
 
 def _about(preset: PilotPreset) -> str:
     return (
-        f"Exploratory: {preset.problems} validation problems a task, greedy and {preset.samples} samples at temperature "
-        "1 (the same random numbers for all models), and the mean log-probability of a token of a right solution. "
+        f"Exploratory: {preset.problems} validation problems a task, greedy and {preset.samples} samples at "
+        "temperature 1 (the same random numbers for all models), and the mean log-probability of a token of a right "
+        "solution. "
         "Points of accuracy with 95 % intervals over problems. *Loss*: single experts on their own tasks less the "
         "merge. *Retained*: share of their gain. The null model is that of `rlmerge inspect`."
     )

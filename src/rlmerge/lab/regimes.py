@@ -69,10 +69,20 @@ REGIMES = (
     ),
 )
 
-PILOT = PilotPreset(**{**vars(SMALL), "name": "pilot", "problems": 300}, regimes=REGIMES)
+MORE_SECONDS = {"measure": 600, "geometry": 30}
+"""What cells of the pilot alone take, estimated."""
+PILOT = PilotPreset(
+    **{**vars(SMALL), "name": "pilot", "problems": 300, "seconds": {**SMALL.seconds, **MORE_SECONDS, "merge": 600}},
+    regimes=REGIMES,
+)
 
 PLUMBING = PilotPreset(
-    **{**vars(TINY), "name": "plumbing", "problems": 200},
+    **{
+        **vars(TINY),
+        "name": "plumbing",
+        "problems": 200,
+        "seconds": {**TINY.seconds, "measure": 15, "geometry": 2, "merge": 15},
+    },
     regimes=(
         Regime(
             "seeds",
