@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rlmerge.evaluate.backend import Sampling
 from rlmerge.evaluate.results import scores
 from rlmerge.evaluate.run import TransformersBackend, evaluate
 from rlmerge.evaluate.tasks import load_task
-from rlmerge.lab.measure import Measured, measure, scores_of, trace_likelihood
+from rlmerge.lab.measure import Measured, Measuring, half_of, measure, measured, scores_of, trace_likelihood
 from rlmerge.lab.policy import Policy, arithmetic, read_policy
 
 
@@ -28,9 +29,12 @@ def task():
     return load_task("math:0", "test", 40)
 
 
+HOW = Measuring("test", 40, samples=3, max_new_tokens=48, batch=60)
+
+
 @pytest.fixture(scope="module")
 def found(base: Policy, task) -> Measured:
-    return measure(base, task, 3, 48, batch=60)
+    return measure(base, task, HOW)
 
 
 def test_it_is_what_evaluation_says(base: Policy, task, found: Measured, tmp_path: Path) -> None:
@@ -59,8 +63,25 @@ def test_likelihood_by_definition(base: Policy, task, found: Measured) -> None:
 
 
 def test_the_same_again(base: Policy, task, found: Measured) -> None:
-    assert measure(base, task, 3, 48, batch=60) == found
-    assert measure(base, task, 0, 48, batch=60)["right"] == [0] * 40
+    assert measured(DATA / "models" / "base" / "bf16", HOW, ["math:0"]) == {"math:0": found}
+    assert measure(base, task, replace(HOW, samples=0))["right"] == []
+
+
+def test_the_first_problems_alone_are_sampled(base: Policy, task, found: Measured) -> None:
+    some = measure(base, task, replace(HOW, sampled=10))
+    assert some["right"] == found["right"][:10]
+    assert (some["greedy"], some["trace"]) == (found["greedy"], found["trace"])
+
+
+def test_halves_share_no_problem() -> None:
+    halves = {half: Measuring("test", 50, seed=7, half=half).task("math:1") for half in "AB"}
+    forms = {half: {one.canonical for one in task.problems} for half, task in halves.items()}
+    assert [len(forms[half]) for half in "AB"] == [50, 50]
+    assert not forms["A"] & forms["B"]
+    assert all(half_of(form) == half for half in "AB" for form in forms[half])
+    assert halves["A"].settings["problems"] != halves["B"].settings["problems"]
+    other = Measuring("test", 50, seed=8, half="A").task("math:1").problems
+    assert {one.canonical for one in other} != forms["A"]
 
 
 def test_tables(found: Measured) -> None:

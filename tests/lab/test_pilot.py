@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlmerge.lab.cells import read_cell
+from rlmerge.demo.assets import DATA
+from rlmerge.lab.cells import opened_root, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.pilot import Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
-from rlmerge.lab.presets import TINY
+from rlmerge.lab.presets import Preset
+from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(
     "pair", "two domains",
@@ -25,10 +28,10 @@ SEEDS = Regime(
 )  # fmt: skip
 SMALL = PilotPreset(
     **{
-        **vars(TINY), "name": "pilot-test", "steps": 2, "prompts": 2, "group": 2, "problems": 4, "fisher": 4,
-        "batch": 4, "pretraining_steps": 2, "cold_steps": 2, "max_new_tokens": 8, "eval_batch": 8,
+        **vars(PLUMBING), "name": "pilot-test", "steps": 2, "prompts": 2, "group": 2, "problems": 4, "fisher": 4,
+        "batch": 4, "pretraining_steps": 2, "cold_steps": 2, "max_new_tokens": 48, "eval_batch": 8,
+        "regimes": (PAIR,), "samples": 2,
     },
-    regimes=(PAIR,), samples=2,
 )  # fmt: skip
 
 
@@ -56,9 +59,19 @@ def test_regimes_that_contradict_themselves(regime, message):
         pilot_cells(replace(SMALL, regimes=(PAIR, regime)))
 
 
+def put_base(root: Path, preset: Preset) -> None:
+    """The demo's base instead of one that has learned nothing: half of its answers are right."""
+    with opened_root(root, preset):
+        shutil.copytree(DATA / "models" / "base", root / "models" / "base")
+        (root / "cells").mkdir()
+        for name in ("pretrain", "base"):
+            (root / "cells" / f"{name}.json").write_text("{}")
+
+
 def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     pytest.importorskip("peft")
     root = tmp_path / "pilot"
+    put_base(root, replace(SMALL, regimes=(), merges=()))
     run_pilot(root, SMALL, 1)
     merged = {name: read_cell(root, f"merge-pair.fusion-{name}") for name in ("fp32-mean", "bf16-mean", "bf16-sar")}
     assert set(merged["bf16-mean"]["tasks"]) == {"math:0", "code:0"}

@@ -18,7 +18,7 @@ from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Rate
 from rlmerge.lab.rlvr import Rlvr, rlvr
 from rlmerge.lab.runs import Progress
-from rlmerge.lab.supervised import ColdStart, Pretraining, Rft, Sft, cold_start, pretrain, rft, sft
+from rlmerge.lab.supervised import ColdStart, Pretraining, Rft, Sft, cold_start, pretrain, read_samples, rft, sft
 
 STEPS = 6
 SFT = Sft("math:0", 1, steps=STEPS, batch=4, rate=Rate(1e-3, 2))
@@ -69,6 +69,45 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == list(range(STEPS))
     assert not list((tmp_path / "cut").glob("state*"))
+
+
+@pytest.mark.parametrize("kind", ["sft", "rlvr"])
+def test_a_run_keeps_the_models_of_some_steps(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of shorter runs, and a kill between a kept model and the next state leaves them so."""
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+
+    def train(out: Path, steps: int, keep: tuple[int, ...], tell: Any = runs.silent) -> None:
+        if kind == "sft":
+            sft(base, out, replace(SFT, steps=steps, keep=keep), tell)
+        else:
+            rlvr(base, out, replace(RLVR, steps=steps, keep=keep), tell)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Interrupted
+
+    for steps in (3, 4):
+        train(tmp_path / f"short{steps}", steps, ())
+    with pytest.raises(Interrupted):
+        train(tmp_path / "long", STEPS, (3, 4), stop)
+    train(tmp_path / "long", STEPS, (3, 4))
+    assert sorted(file.name for file in (tmp_path / "long" / "steps").iterdir()) == ["3", "4"]
+    for steps in (3, 4):
+        for dtype in ("bf16", "fp32"):
+            ours, theirs = (
+                (tmp_path / name / dtype / "model.safetensors").read_bytes()
+                for name in (f"long/steps/{steps}", f"short{steps}")
+            )
+            assert ours == theirs
+
+
+def test_samples_of_the_first_steps_alone(tmp_path: Path) -> None:
+    lines = [{"step": step, "prompt": [step], "completion": [9]} for step in (0, 1, 1, 2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_samples(tmp_path / "samples.jsonl", 2) == [([0], [9]), ([1], [9]), ([1], [9])]
+    assert len(read_samples(tmp_path / "samples.jsonl")) == 4
 
 
 def test_what_a_run_leaves(base: Path, tmp_path: Path) -> None:

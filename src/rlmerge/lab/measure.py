@@ -8,6 +8,8 @@ log-likelihood of verified traces needs none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 
 from rlmerge.evaluate.backend import Asked, Sampling
 from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
-from rlmerge.evaluate.tasks import Task
+from rlmerge.evaluate.tasks import Task, load_task
+from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.policy import Policy, arithmetic, log_probabilities
 
@@ -25,7 +28,7 @@ class Measured(TypedDict):
 
     problems   digest of the problems: what may be compared
     greedy     '1' for a right answer, '0' for a wrong one
-    right      right ones of `samples` at temperature 1
+    right      right ones of `samples` at temperature 1; perhaps of the first problems alone
     trace      mean log-probability of a token of the right solution that the problem comes with, in nats
     tokens     mean length of the greedy answers
     """
@@ -38,16 +41,59 @@ class Measured(TypedDict):
     tokens: float
 
 
-def measure(policy: Policy, task: Task, samples: int, max_new_tokens: int, batch: int = 64) -> Measured:
-    """Greedy answers, `samples` at temperature 1 (0: none), and the likelihood of solutions; in the lab's arithmetic.
+@dataclass(frozen=True)
+class Measuring:
+    """On which problems, and how often each is asked.
+
+    split      'validation' or 'test', `problems` of it by `seed`; half: all, or those of the half 'A' or 'B' of it
+    samples    of a problem at temperature 1, for the first `sampled` of them (0: all)
+    """
+
+    split: str
+    problems: int
+    seed: int = 0
+    half: str = ""
+    samples: int = 0
+    sampled: int = 0
+    max_new_tokens: int = 64
+    batch: int = 64
+
+    def task(self, spec: str) -> Task:
+        """The problems of a task. A form is in one half, whatever the seed."""
+        if not self.half:
+            return load_task(spec, self.split, self.problems, self.seed)
+        found = load_task(spec, self.split, 3 * self.problems, self.seed)
+        chosen = [one for one in found.problems if half_of(one.canonical) == self.half][: self.problems]
+        about = {"half": self.half, "count": len(chosen), "problems": digest("\n".join(map(repr, chosen)), 16)}
+        return replace(found, problems=chosen, settings=found.settings | about)
+
+
+def half_of(canonical: str) -> str:
+    """'A' or 'B', by a hash of the canonical form."""
+    return "AB"[int(digest("rlmerge/half/" + canonical), 16) % 2]
+
+
+def measured(model: Path, how: Measuring, tasks: Sequence[str]) -> dict[str, Measured]:
+    """What the model of a folder, or a recipe's merge in memory, can do on some tasks."""
+    from rlmerge.evaluate.run import load_model
+
+    policy = Policy(*load_model(model))
+    policy.model.eval()
+    return {spec: measure(policy, how.task(spec), how) for spec in tasks}
+
+
+def measure(policy: Policy, task: Task, how: Measuring) -> Measured:
+    """Greedy answers, samples, and the likelihood of solutions; in the lab's arithmetic.
 
     The task's problems have a solution each (the project's own domains).
     """
-    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, max_new_tokens), batch)
-    right = np.zeros(len(task.problems), np.int64)
+    samples, batch = how.samples, how.batch
+    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
+    right = np.zeros(0, np.int64)
     if samples:
-        drawn, _ = _answers(policy, task, samples, Sampling(1.0, max_new_tokens), batch)
-        right = drawn.reshape(len(task.problems), samples).sum(1)
+        some = replace(task, problems=task.problems[: how.sampled or None])
+        drawn, _ = _answers(policy, some, samples, Sampling(1.0, how.max_new_tokens), batch)
+        right = drawn.reshape(len(some.problems), samples).sum(1)
     return {
         "problems": str(task.settings["problems"]),
         "samples": samples,

@@ -23,13 +23,12 @@ MERGES = (
     Contender("sum", "task_arithmetic", {"weight": 1.0}),
     Contender("mean", "task_arithmetic", {"weight": 1.0, "normalize": True}),
     Contender("ties", "ties", {"weight": 1.0, "density": 0.2}),
-    Contender("ties-all", "ties", {"weight": 1.0, "density": 1.0}),
     Contender("ram", "ram"),
     Contender("sar", "sar", inputs=("fisher",)),
-    Contender("sar-delta2", "sar", {"sensitivity": "delta2"}),
 )
 """What every set is merged by."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Of the experts and of the merge. Where it is bf16, nothing is sampled: what rounding does shows without."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PilotPreset(Preset):
     """
 
     regimes: tuple[Regime, ...] = ()
-    samples: int = 8
+    samples: int = 2
     merges: tuple[Contender, ...] = field(default=MERGES)
 
 
@@ -98,11 +97,21 @@ def tasks_of(preset: PilotPreset, members: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(experts[name].task for name in members))
 
 
+def measured_on(preset: PilotPreset, name: str) -> tuple[str, ...]:
+    """Tasks on which an expert is measured: those of the sets that it is in, in the first regime that has it."""
+    regime = next(one for one in preset.regimes if name in {expert.name for expert in one.experts})
+    members = [member for _, some in regime.sets if name in some for member in some]
+    return tasks_of(preset, (name, *members))
+
+
 def pilot_cells(preset: PilotPreset) -> list[Cell]:
     """All cells, each after those it needs: what a regime needs comes before what the next one does."""
     experts_of(preset)
     sets_of(preset)
-    found = {cell.name: cell for cell in (Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",)))}
+    found = {
+        cell.name: cell
+        for cell in (Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",), threads=2))
+    }
     found["measure-base"] = Cell("measure-base", "measure", ("base",))
     for regime in preset.regimes:
         for expert in regime.experts:
@@ -149,8 +158,8 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         _estimated(root, preset, experts_of(preset)[cell.name.removeprefix("fisher-")])
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
-        every = tuple(dict.fromkeys(expert.task for expert in experts_of(preset).values()))
-        yield from _measured(model_of(root, name), preset, every)
+        tasks = tasks_of(preset, tuple(experts_of(preset))) if name == "base" else measured_on(preset, name)
+        yield from _measured(model_of(root, name), preset, tasks, preset.samples)
     elif cell.kind == "geometry":
         yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
     elif cell.kind == "merge":
@@ -196,23 +205,17 @@ def _estimated(root: Path, preset: PilotPreset, expert: Expert) -> None:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
-        estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice))
+        estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice, compute="bf16"))
 
 
-def _measured(model: Path, preset: PilotPreset, tasks: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _measured(model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int) -> Iterator[tuple[str, Any]]:
     """Of a folder, or of a recipe's merge in memory."""
-    from rlmerge.evaluate.run import load_model
-    from rlmerge.evaluate.tasks import load_task
-    from rlmerge.lab.measure import measure
-    from rlmerge.lab.policy import Policy
+    from rlmerge.lab.measure import Measuring, measured
 
-    policy = Policy(*load_model(model))
-    policy.model.eval()
-    found = {}
-    for name in tasks:
-        task = load_task(name, "validation", preset.problems)
-        found[name] = measure(policy, task, preset.samples, preset.max_new_tokens, preset.eval_batch)
-    yield "tasks", found
+    how = Measuring(
+        "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch
+    )
+    yield "tasks", measured(model, how, tasks)
 
 
 def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -236,4 +239,4 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     write_recipe(stored, model_of(root, "base"), models, inputs, recipe)
     with recipe.open("a") as file:
         file.write(f"dtype: {DTYPES[dtype]}\n")
-    yield from _measured(recipe, preset, tasks_of(preset, members))
+    yield from _measured(recipe, preset, tasks_of(preset, members), preset.samples if dtype == "fp32" else 0)

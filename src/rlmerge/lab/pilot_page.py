@@ -84,7 +84,8 @@ def _merge(root: Path, preset: PilotPreset, cell: str, members: Sequence[str]) -
     for member in members:
         by_task.setdefault(experts[member].task, []).append(member)
     found: Row = {"score": {}, "loss": {}, "retained": {}}
-    for metric in METRICS:
+    sampled = all(one["samples"] for one in read_cell(root, cell)["tasks"].values())
+    for metric in METRICS if sampled else ("greedy", "trace"):
         losses, above, below = [], [], []
         for task, own in by_task.items():
             base = _table(root, "measure-base", task, metric)
@@ -207,6 +208,9 @@ def _set_lines(name: str, one: Row) -> list[str]:
             cells = [label, dtype]
             for metric in METRICS:
                 scale, digits = (1, 3) if metric == "trace" else (100, 1)
+                if metric not in row["loss"]:
+                    cells += ["–"] * 3
+                    continue
                 score = np.mean([scores[metric] for scores in row["score"].values()])
                 cells += [f"{scale * score:.{digits}f}", _interval(row["loss"][metric], scale, digits)]
                 cells += [_interval(row["retained"][metric], 100, 0)] if metric != "trace" else []

@@ -57,8 +57,8 @@ REGIMES = (
     ),
     Regime(
         "long",
-        "three times the steps, until entropy falls",
-        (Expert("ml1", MATH, 1, steps=300), Expert("cl1", CODE, 1, steps=300)),
+        "two and a half times the steps: until entropy falls, or as far as that goes here",
+        (Expert("ml1", MATH, 1, steps=250), Expert("cl1", CODE, 1, steps=250)),
         (("fusion", ("ml1", "cl1")),),
     ),
     Regime(
@@ -69,10 +69,10 @@ REGIMES = (
     ),
 )
 
-MORE_SECONDS = {"measure": 600, "geometry": 30}
-"""What cells of the pilot alone take, estimated."""
+SECONDS = {"base": 900, "rlvr": 1200, "fisher": 120, "measure": 150, "geometry": 60, "merge": 110}
+"""What cells take, estimated."""
 PILOT = PilotPreset(
-    **{**vars(SMALL), "name": "pilot", "problems": 300, "seconds": {**SMALL.seconds, **MORE_SECONDS, "merge": 600}},
+    **{**vars(SMALL), "name": "pilot", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
     regimes=REGIMES,
 )
 

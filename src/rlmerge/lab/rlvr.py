@@ -46,6 +46,7 @@ class Rlvr:
     advantage    of ADVANTAGES
     curriculum   tasks that follow each other in equal parts of the run; empty: `task` all along
     lora         rank of a LoRA that is trained instead of all weights; 0: none
+    keep         after how many steps the model is written, too (OUT/steps/N)
     """
 
     task: str
@@ -60,6 +61,7 @@ class Rlvr:
     advantage: str = "grpo"
     curriculum: tuple[str, ...] = ()
     lora: int = 0
+    keep: tuple[int, ...] = ()
 
     def task_at(self, step: int) -> str:
         """Whose problems a step has."""
@@ -89,7 +91,7 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
         settings.task, settings.seed, settings.steps, settings.prompts, settings.group, settings.rate,
         settings.max_new_tokens, "trl",
     ):  # fmt: skip
-        raise LabError("trainer 'trl': knows no advantage, temperature, curriculum or LoRA here. Use fast.")
+        raise LabError("trainer 'trl': knows no advantage, temperature, curriculum, LoRA or kept steps here. Use fast.")
     if already(out, said):
         return
     if settings.trainer == "trl":
@@ -103,7 +105,7 @@ def rlvr(base: Path, out: Path, settings: Rlvr, tell: Tell = silent) -> None:
         policy = add_lora(policy, settings.lora, settings.seed)
     optimizer = Optimizer(policy)
     loop = _Loop(policy, reference, optimizer, settings)
-    train(out, said, policy, optimizer, settings.steps, loop.step, tell)
+    train(out, said, policy, optimizer, settings.steps, loop.step, tell, settings.keep)
 
 
 def grpo_advantages(rewards: torch.Tensor, kind: str = "grpo") -> torch.Tensor:

@@ -4,6 +4,7 @@
     OUT/log.jsonl         one object a step: loss or reward, KL, length, entropy, learning rate, seconds
     OUT/curve.svg         the same as a plot
     OUT/run.json          what was trained: stage, base, settings, versions
+    OUT/steps/N/…         the model after N steps, where a run keeps some
 
 Until the end all this is in OUT.unfinished. A step is a function of weights, optimizer and its number alone, so a run
 that is continued ends with the same weights as one that was never stopped (on the same machine).
@@ -18,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,11 +172,13 @@ def train(
     steps: int,
     step: Callable[[int, Path], Values],
     tell: Tell = silent,
+    keep: Sequence[int] = (),
 ) -> None:
     """Runs the steps that are left, and writes the models.
 
     said   what is trained: another `said` is another run
     step   (its number, the run's folder) -> what it measured; a function of the weights and the number alone
+    keep   after how many steps the model is written, too
     """
     with unfinished(out, said) as folder:
         first = _restore(folder, optimizer)
@@ -190,6 +193,8 @@ def train(
                         f"{out}: the loss of step {number} is {values['loss']}: training has diverged. Lower the "
                         f"learning rate, and remove {folder.name}."
                     )
+                if number + 1 in keep:  # before the state, which must not be ahead of it
+                    write_models(folder / "steps" / str(number + 1), policy, optimizer)
                 now = time.monotonic()
                 log.write(log_line({"step": number, **values, "seconds": now - before}))
                 tell(Progress(out, number + 1, steps, values, now - started, first))
@@ -236,14 +241,20 @@ def truncate(folder: Path, step: int) -> None:
         write_inside(folder, record.name, "".join(kept).encode())
 
 
-def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
-    """Writes the models, the curve and the note of what made them."""
-    from rlmerge.lab.curves import write_curve
-
+def write_models(folder: Path, policy: Policy, optimizer: Optimizer) -> None:
+    """The model as trained (bf16), and its fp32 masters, as two folders."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         shutil.rmtree(folder / name, ignore_errors=True)
         weights = dict(zip(optimizer.names, (master.to(dtype) for master in optimizer.masters)))
         write_model(policy, weights, folder / name)
+
+
+def finish(folder: Path, said: Values, policy: Policy, optimizer: Optimizer) -> None:
+    """Writes the models, the curve and the note of what made them."""
+    from rlmerge.lab.curves import write_curve
+
+    write_models(folder, policy, optimizer)
     write_curve([folder / LOG], folder / "curve.svg")
     made = {"rlmerge": VERSION, "torch": torch.__version__, "arithmetic": "bf16" if fast_bf16() else "fp32"}
     write_inside(folder, NOTE, json.dumps({**said, MADE: made}, indent=1).encode())

@@ -54,13 +54,14 @@ class ColdStart:
 
 @dataclass(frozen=True)
 class Sft:
-    """Supervised fine-tuning on gold solutions of one task."""
+    """Supervised fine-tuning on gold solutions of one task. keep: steps after which the model is written, too."""
 
     task: str
     seed: int
     steps: int = 60
     batch: int = 32
     rate: Rate = Rate(5e-5, 5)
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Rft:
     """Rejection-sampling fine-tuning: SFT on samples that a verifier found right.
 
     samples   a file of them (an RLVR run's samples.jsonl); '': the base draws its own, `group` for each of `problems`
+    before    only the samples of steps before this one; 0: all
     """
 
     task: str
@@ -79,6 +81,7 @@ class Rft:
     problems: int = 256
     group: int = 4
     max_new_tokens: int = 64
+    before: int = 0
 
 
 def pretrain(out: Path, settings: Pretraining, tell: Tell = silent) -> None:
@@ -125,7 +128,7 @@ def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
         return
     policy = read_policy(base)
     batches = _Batches(policy, (settings.task,), f"sft/{settings.seed}", settings.batch, solution)
-    _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell)
+    _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell, keep=settings.keep)
 
 
 def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
@@ -135,7 +138,7 @@ def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
     check_task(settings.task)
     rows: list[Row] = []
     if settings.samples:
-        rows = read_samples(Path(settings.samples))
+        rows = read_samples(Path(settings.samples), settings.before)
     said = {"stage": "rft", "base": weights_digest(base), **asdict(settings), "samples": digest(json.dumps(rows))}
     if already(out, said):
         return
@@ -155,11 +158,13 @@ def rft(base: Path, out: Path, settings: Rft, tell: Tell = silent) -> None:
     _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batch, 0.0, tell, said_too)
 
 
-def read_samples(path: Path) -> list[Row]:
-    """(prompt, completion) as token ids, from samples.jsonl. LabError for what is no such file."""
+def read_samples(path: Path, before: int = 0) -> list[Row]:
+    """(prompt, completion) as token ids, from samples.jsonl: all, or those of steps `before` one. LabError for what is
+    no such file.
+    """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(line["prompt"], line["completion"]) for line in lines]
+        return [(line["prompt"], line["completion"]) for line in lines if not before or line["step"] < before]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(f"{path}: cannot be read as an RLVR run's samples.jsonl: {error}") from None
 
@@ -213,6 +218,7 @@ def _train(
     prompt_weight: float,
     tell: Tell,
     more: Values | None = None,
+    keep: Sequence[int] = (),
 ) -> None:
     def step(number: int, folder: Path) -> Values:
         rows = batch(number)
@@ -223,4 +229,4 @@ def _train(
         length = sum(len(completion) for _, completion in rows) / len(rows)
         return {"loss": loss.item(), "gradient_norm": norm, "lr": now, "length": length, **(more or {})}
 
-    train(out, said, policy, optimizer, steps, step, tell)
+    train(out, said, policy, optimizer, steps, step, tell, keep)

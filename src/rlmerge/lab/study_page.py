@@ -1,0 +1,251 @@
+"""The page of the study, and of its rehearsal: hypothesis by hypothesis, with every number as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlmerge.figures import as_markdown
+from rlmerge.lab.cells import Cell, is_done, read_cell
+from rlmerge.lab.hypotheses import METRICS, Numbers, controls, hypotheses, matches
+from rlmerge.lab.presets import DOMAINS
+from rlmerge.lab.study import StudyPreset, expert, study_cells
+
+COLOURS = {"rlvr": "#bb5566", "rft": "#ddaa33", "sft": "#004488", "sft-accuracy": "#4477aa", "sft-norm": "#66ccee"}
+Row = dict[str, Any]
+
+
+def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
+    """Writes page, numbers (JSON) and plot beside each other; returns the numbers."""
+    numbers = Numbers(root, preset)
+    found: dict[str, Any] = {
+        "preset": preset.name,
+        "seeds": list(preset.seeds),
+        "split": preset.split,
+        "half": preset.half,
+        "frozen": read_cell(root, "frozen")["settings"],
+        "tuning": {method: read_cell(root, f"tune-{method}")["tried"] for method in preset.methods},
+        "curves": _curves(root, preset),
+        "experts": _experts(numbers),
+        "matches": matches(numbers),
+        "controls": controls(numbers),
+        **hypotheses(numbers),
+    }
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_plot(found, page.with_suffix(".svg"))
+    page.write_text("\n".join(_lines(preset, found, page)))
+    return found
+
+
+def _experts(numbers: Numbers) -> Row:
+    """Scores of the base and of every expert on both domains."""
+    names = ["base"]
+    for seed in numbers.preset.seeds:
+        names += [expert(arm, domain, seed) for arm in numbers.preset.arms for domain in DOMAINS]
+    return {
+        name: {
+            domain: {metric: float(numbers.score(f"measure-{name}", domain, metric).mean()) for metric in METRICS}
+            for domain in DOMAINS
+        }
+        for name in names
+        if is_done(numbers.root, Cell(f"measure-{name}", ""))
+    }
+
+
+def _curves(root: Path, preset: StudyPreset) -> Row:
+    """Means of ten steps of each RLVR run."""
+    found = {}
+    for cell in study_cells(preset):
+        log = root / "models" / cell.name / "log.jsonl"
+        if cell.kind in ("rlvr", "joint") and log.exists():
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            keys = ("reward", "entropy", "kl", "length", "live_groups")
+            found[cell.name] = [
+                {"step": lines[start : start + 10][-1]["step"] + 1}
+                | {key: round(sum(one[key] for one in some) / len(some), 4) for key in keys}
+                for start in range(0, len(lines), 10)
+                if (some := lines[start : start + 10])
+            ]
+    return found
+
+
+def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
+    rehearsal = len(preset.seeds) < 2
+    title = "The study, rehearsed on the development pair" if rehearsal else "The study"
+    lines = [f"# {title}", ""]
+    if rehearsal:
+        lines += [
+            "**No result.** One pair of runs, the one that methods were tuned on, on validation problems; intervals "
+            "are over problems alone. It shows what the pages of the confirmation will hold.",
+            "",
+        ]
+    lines += [
+        f"{preset.problems} problems of a domain ({preset.split}{f', half {preset.half}' if preset.half else ''}), "
+        f"greedy; {preset.samples} samples of the first {preset.sampled} at temperature 1, with the same random "
+        "numbers for all models; the likelihood of a token of a right solution (trace, nats). "
+        "[ ] are 95 % intervals. docs/study/protocol.md says what is asked, and what would refute it.",
+        "",
+        f"![Share of the gain that merges keep]({page.with_suffix('.svg').name})",
+        "",
+    ]
+    lines += _experts_lines(found)
+    for name, make in (("H1", _h1), ("H2", _h2), ("H3", _h3), ("H4", _h4), ("H5", _h5), ("H6", _h6)):
+        if name in found:
+            lines += [f"## {name}: {TITLES[name]}", "", *make(found[name]), ""]
+    return [*lines, *_tuning_lines(found), ""]
+
+
+TITLES = {
+    "H1": "RLVR's updates are sparser",
+    "H2": "they are near-orthogonal",
+    "H3": "standard merges lose more of RLVR's gains",
+    "H4": "SAR is above every baseline",
+    "H5": "the Fisher matters",
+    "H6": "what costs the mean its gains",
+}
+
+
+def _experts_lines(found: Row) -> list[str]:
+    head = ["model", *(f"{domain} {metric}" for domain in DOMAINS for metric in METRICS)]
+    rows = [
+        [name, *(_score(scores[domain][metric], metric) for domain in DOMAINS for metric in METRICS)]
+        for name, scores in found["experts"].items()
+    ]
+    lines = ["## Experts", "", *as_markdown([head, *rows]), ""]
+    for row in found["controls"]:
+        names = list(row[DOMAINS[0]])
+        head = [f"seed {row['seed']}", *names]
+        rows = [[domain, *(_score(row[domain][name]["greedy"], "greedy") for name in names if name in row[domain])]
+                for domain in DOMAINS]  # fmt: skip
+        lines += ["Equal compute without merging, greedy:", "", *as_markdown([head, *rows]), ""]
+    if found["matches"]:
+        head = ["run", "steps by accuracy", "steps by norm", "RLVR's accuracy", "RLVR's norm"]
+        rows = [
+            [name.removeprefix("match-"), str(one["accuracy"]), str(one["norm"]),
+             _score(one["aim"]["greedy"], "greedy"), f"{one['aim']['norm']:.2f}"]
+            for name, one in found["matches"].items()
+        ]  # fmt: skip
+        lines += ["SFT, matched through its checkpoints:", "", *as_markdown([head, *rows]), ""]
+    return lines
+
+
+def _h1(found: Row) -> list[str]:
+    rows = []
+    for dtype, arms in found.items():
+        for arm, one in arms.items():
+            more = one["more_than_rlvr"]
+            rows.append([arm, dtype, f"{100 * one['mean']:.1f} %", _interval(more, 100), one.get("verdict", "")])
+    return as_markdown([["arm", "stored", "weights changed", "more than RLVR, points", "verdict"], *rows])
+
+
+def _h2(found: list[Row]) -> list[str]:
+    keys = ("cosine", "jaccard", "conflict_overlap")
+    rows = [[one["set"], one["dtype"], *(_plain(value) for key in keys for value in one[key])] for one in found]
+    return as_markdown([["set", "stored", "cosine", "null", "Jaccard", "null", "conflict", "null"], *rows])
+
+
+def _h3(found: list[Row]) -> list[str]:
+    arms = list(found[0]["kept"]) if found else []
+    head = ["set", "merge", "metric", *(f"{arm} keeps, %" for arm in arms)]
+    head += [f"{arm} more, points" for arm in arms if arm != "rlvr"]
+    rows = []
+    for one in found:
+        row = [one["what"], one["merge"], one["metric"], *(_interval(one["kept"].get(arm), 100, 0) for arm in arms)]
+        rows.append([*row, *(_interval(one["more"].get(arm), 100, 0) for arm in arms if arm != "rlvr")])
+    return as_markdown([head, *rows])
+
+
+def _h4(found: list[Row]) -> list[str]:
+    rows = []
+    for one in found:
+        for label, row in one["less"].items():
+            rows.append([one["what"], one["metric"], label, _metric_interval(row, one["metric"]), row["verdict"]])
+        rows.append([one["what"], one["metric"], "**all of them**", f"p = {one['p']:.3g}", one["verdict"]])
+    return as_markdown([["set", "metric", "SAR less", "difference", "verdict"], *rows])
+
+
+def _pairs(found: list[Row], first: str) -> list[str]:
+    rows = [
+        ["/".join(one["one"]), "/".join(one["other"])]
+        + [text for m in ("greedy", "trace") for text in (_metric_interval(one[m], m), one[m]["verdict"])]
+        for one in found
+    ]
+    return as_markdown([[first, "less", "greedy", "verdict", "trace", "verdict"], *rows])
+
+
+def _h5(found: list[Row]) -> list[str]:
+    return _pairs(found, "settled by")
+
+
+def _h6(found: list[Row]) -> list[str]:
+    return _pairs(found, "merge")
+
+
+def _tuning_lines(found: Row) -> list[str]:
+    rows = []
+    for method, tried in found["tuning"].items():
+        for one in tried:
+            setting = ", ".join(f"{key} {value}" for key, value in one["setting"].items()) or "defaults"
+            chosen = "**chosen**" if one["setting"] == found["frozen"][method] else ""
+            rows.append([method, setting, *(f"{100 * v:.1f}" for v in one["greedy"]),
+                         *(f"{v:.3f}" for v in one["trace"]), chosen])  # fmt: skip
+    head = ["method", "setting", *(f"{domain} {what}" for what in ("greedy", "trace") for domain in DOMAINS), ""]
+    return ["## Tuning, on the development pair", "", *as_markdown([head, *rows])]
+
+
+def _score(value: float, metric: str) -> str:
+    return f"{value:.3f}" if metric == "trace" else f"{100 * value:.1f}"
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _metric_interval(one: Row, metric: str) -> str:
+    return _interval(one, 1, 3) if metric == "trace" else _interval(one, 100, 1)
+
+
+def _interval(one: Row | None, scale: float = 1, digits: int = 1) -> str:
+    if one is None or one["value"] is None:
+        return "–"
+    ends = [f"{scale * one[key]:.{digits}f}" if one[key] is not None else "?" for key in ("low", "high")]
+    return f"{scale * one['value']:.{digits}f} [{ends[0]}, {ends[1]}]"
+
+
+def write_plot(found: Row, out: Path) -> None:
+    """Writes an SVG: the share of the gain that each merge keeps, by arm, with 95 % intervals; a panel a metric."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    rows = [one for one in found.get("H3", []) if one["what"] == "fusion"]
+    labels = list(dict.fromkeys(one["merge"] for one in rows))
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, ("greedy", "trace")):
+        shown = {one["merge"]: one["kept"] for one in rows if one["metric"] == metric}
+        arms = list(next(iter(shown.values()))) if shown else []
+        for number, arm in enumerate(arms):
+            shift = 0.14 * (number - (len(arms) - 1) / 2)
+            for place, label in enumerate(labels):
+                one = shown[label][arm]
+                if one["value"] is None:
+                    continue
+                if one["low"] is not None and one["high"] is not None:
+                    ends = [100 * one["low"], 100 * one["high"]]
+                    axes.plot(ends, [place + shift] * 2, color=COLOURS[arm], linewidth=1.2)
+                axes.plot([100 * one["value"]], [place + shift], "o", color=COLOURS[arm], markersize=4)
+            axes.plot([], [], "o-", color=COLOURS[arm], markersize=4, label=arm)
+        axes.axvline(100, color="#777777", linewidth=0.8)
+        axes.set_title({"greedy": "greedy accuracy", "trace": "likelihood of right solutions"}[metric], fontsize=9)
+        axes.set_xlabel("share of the single experts' gain that is kept, %", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    if rows:
+        panels[1].legend(fontsize=7)
+    figure.patch.set_facecolor("white")
+    with mpl.rc_context({"svg.hashsalt": "rlmerge", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(str(out), metadata={"Date": None})

@@ -1,0 +1,294 @@
+"""What the cells of the study do: train, estimate, measure, tune, merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlmerge.lab.cells import Cell, input_of, lab_work, model_of, read_cell
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.measure import Measuring, measured
+from rlmerge.lab.presets import Preset
+from rlmerge.lab.study import (
+    Set,
+    StudyPreset,
+    both_tasks,
+    domain_of,
+    expert,
+    folder_of,
+    sets,
+    tuning_set,
+)
+from rlmerge.lab.study_merges import Merge, merges_of, settings_of, write_merge
+
+FISHER = "fisher.safetensors"
+
+
+def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
+    """Does a cell of the study; yields what it measured."""
+    assert isinstance(preset, StudyPreset)
+    name = cell.name.removeprefix(f"{cell.kind}-")
+    if cell.kind in TRAINERS:
+        TRAINERS[cell.kind](root, preset, cell.name)
+    elif cell.kind == "fisher":
+        _estimate(root, preset, name)
+    elif cell.kind in ("permuted", "jitter"):
+        _spoil(root, cell.kind, name)
+    elif cell.kind == "match":
+        yield from _match(root, preset, name)
+    elif cell.kind == "measure":
+        if name.startswith("average-"):
+            _average(root, preset, name)
+        yield "tasks", measured(folder_of(root, preset, name), measuring(preset), both_tasks(preset))
+    elif cell.kind == "tune":
+        yield from _tune(root, preset, name)
+    elif cell.kind == "frozen":
+        yield "settings", {one: read_cell(root, f"tune-{one}")["setting"] for one in preset.methods}
+    elif cell.kind == "geometry":
+        yield from _geometry(root, preset, next(one for one in sets(preset) if one.name == name))
+    elif cell.kind == "merge":
+        yield from _merge(root, preset, name)
+    else:
+        yield from lab_work(root, preset, cell)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
+    from rlmerge.lab.rlvr import rlvr
+
+    domain, seed = name.split("-")[1:]
+    keep = tuple(sorted({*preset.averaged, preset.steps}))
+    rlvr(model_of(root, "base"), root / "models" / name, _rl_settings(preset, preset.tasks[domain], int(seed), keep))
+
+
+def _joint(root: Path, preset: StudyPreset, name: str) -> None:
+    from rlmerge.lab.rlvr import rlvr
+
+    tasks = both_tasks(preset)
+    settings = _rl_settings(preset, tasks[0], int(name.removeprefix("joint-")), ())
+    rlvr(model_of(root, "base"), root / "models" / name, replace(settings, curriculum=tasks * preset.steps))
+
+
+def _rl_settings(preset: StudyPreset, task: str, seed: int, keep: tuple[int, ...]) -> Any:
+    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.rlvr import Rlvr
+
+    steps, rate = 2 * preset.steps, Rate(preset.lr, 5)
+    return Rlvr(task, seed, steps, preset.prompts, preset.group, rate, preset.max_new_tokens, keep=keep)
+
+
+def _sft(root: Path, preset: StudyPreset, name: str) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    domain, seed = name.split("-")[1:]
+    settings = supervised.Sft(
+        preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), preset.kept
+    )
+    supervised.sft(model_of(root, "base"), root / "models" / name, settings)
+
+
+def _rft(root: Path, preset: StudyPreset, name: str) -> None:
+    """On what the RLVR run itself drew and a verifier found right, up to the expert's own last step."""
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    domain, seed = name.split("-")[1:]
+    samples = root / "models" / expert("rlvr", domain, int(seed)) / "samples.jsonl"
+    settings = supervised.Rft(
+        preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), str(samples),
+        max_new_tokens=preset.max_new_tokens, before=preset.steps,
+    )  # fmt: skip
+    supervised.rft(model_of(root, "base"), root / "models" / name, settings)
+
+
+TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
+    "rlvr": _rlvr, "joint": _joint, "sft": _sft, "rft": _rft,
+}  # fmt: skip
+
+
+def _average(root: Path, preset: StudyPreset, name: str) -> None:
+    """The mean of one run's checkpoints, in fp32 and rounded once."""
+    from rlmerge.api import merge_to_folder
+    from rlmerge.recipe import parse_recipe
+
+    run_of = root / "models" / name.replace("average-", "rlvr-", 1)
+    for dtype, word in (("fp32", "float32"), ("bf16", "bfloat16")):
+        models = [{"model": str(run_of / "steps" / str(step) / "fp32")} for step in preset.averaged]
+        text = json.dumps({"merge_method": "linear", "dtype": word, "models": models, "parameters": {"weight": 1.0}})
+        out = root / "models" / name / dtype
+        out.parent.mkdir(parents=True, exist_ok=True)
+        merge_to_folder(parse_recipe(text, folder=root), out, threads=1, overwrite=True)
+    for step in preset.averaged:
+        if step != preset.steps:
+            shutil.rmtree(run_of / "steps" / str(step), ignore_errors=True)
+
+
+# -- Fishers -----------------------------------------------------------------------------------------------------------
+
+
+def _estimate(root: Path, preset: StudyPreset, name: str) -> None:
+    """Of an expert from its own right answers; `base-math`: of the base, from its own on that domain."""
+    from rlmerge.fisher.data import SequenceChoice
+    from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
+
+    out = input_of(root, "fisher", name)
+    if out.exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    base = name.startswith("base-")
+    domain = name.removeprefix("base-") if base else domain_of(name)
+    model = model_of(root, "base") if base else folder_of(root, preset, name)
+    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+    estimate_fisher(model, preset.tasks[domain], out, FisherSettings(choice=choice, compute="bf16"))
+
+
+def _spoil(root: Path, kind: str, name: str) -> None:
+    """Controls of an expert's Fisher: permuted within tensors, or 1 but for what breaks ties."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    found = {}
+    for number, (tensor, values) in enumerate(sorted(load_file(input_of(root, "fisher", name) / FISHER).items())):
+        random = np.random.default_rng([int(hashlib.sha256(name.encode()).hexdigest()[:8], 16), number])
+        if kind == "permuted":
+            found[tensor] = random.permutation(values.ravel()).reshape(values.shape)
+        else:
+            found[tensor] = (1.0 + 1e-4 * random.random(values.shape)).astype(np.float32)
+    out = input_of(root, kind, name)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(found, out / FISHER, {"format": "pt"})
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measuring(preset: StudyPreset, full: bool = True) -> Measuring:
+    """How models are measured where it counts; not in full: without samples."""
+    seed = sealed_seed(preset.seal) if preset.seal else 0
+    return Measuring(
+        preset.split, preset.problems, seed, preset.half, preset.samples if full else 0, preset.sampled,
+        preset.max_new_tokens, preset.eval_batch,
+    )  # fmt: skip
+
+
+def sealed_seed(seal: str) -> int:
+    """The seed that a text stands for: nobody can choose the text for its problems, as a hash is between."""
+    return int(hashlib.sha256(f"rlmerge/study/{seal}".encode()).hexdigest()[:12], 16)
+
+
+def _match(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, Any]]:
+    """The SFT checkpoint nearest to the RLVR expert by accuracy on validation problems of its domain, and by norm."""
+    import numpy as np
+
+    domain, seed = name.rsplit("-", 1)
+    sft, rlvr = (expert(arm, domain, int(seed)) for arm in ("sft", "rlvr"))
+    task = (preset.tasks[domain],)
+    how = Measuring("validation", preset.tuning, 0, "", 0, 0, preset.max_new_tokens, preset.eval_batch)
+    base = model_of(root, "base")
+
+    def looked_at(folder: Path) -> dict[str, float]:
+        scores = measured(folder / "bf16", how, task)[task[0]]
+        return {"greedy": scores["greedy"].count("1") / preset.tuning, "norm": _distance(base, folder / "fp32")}
+
+    aim = looked_at(folder_of(root, preset, rlvr).parent)
+    seen = {step: looked_at(root / "models" / sft / "steps" / str(step)) for step in preset.kept}
+    steps = np.array(preset.kept)
+    for what, key in (("accuracy", "greedy"), ("norm", "norm")):
+        off = np.array([abs(seen[step][key] - aim[key]) for step in preset.kept])
+        yield what, int(steps[off.argmin()])
+    yield "aim", aim
+    yield "seen", seen
+
+
+def _distance(base: Path, model: Path) -> float:
+    """L2 norm of an update, in fp64, tensor by tensor. The base is bf16, as experts begin there; the model is fp32."""
+    from safetensors import safe_open
+
+    total = 0.0
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, "pt") as first, safe_open(model / file.name, "pt") as second:
+            for key in first.keys():  # noqa: SIM118
+                change = second.get_tensor(key).double() - first.get_tensor(key).double()
+                total += float((change * change).sum())
+    return math.sqrt(total)
+
+
+def _geometry(root: Path, preset: StudyPreset, one: Set) -> Iterator[tuple[str, Any]]:
+    from rlmerge.geometry.inspect import inspect
+
+    for dtype in ("bf16", "fp32"):
+        folders = [folder_of(root, preset, name, dtype) for name in one.members]
+        found = inspect(model_of(root, "base"), folders, names=one.members, threads=1)
+        assert "coordinates" in found
+        yield dtype, found["coordinates"]["total"]
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def _tune(root: Path, preset: StudyPreset, method: str) -> Iterator[tuple[str, Any]]:
+    """The settings of a method on the development pair, fp32, validation problems; the best mean accuracy wins, of
+    equal ones the one that finds right solutions likelier.
+    """
+    one, tried = tuning_set(preset), []
+    how = Measuring("validation", preset.tuning, 0, "", 0, 0, preset.max_new_tokens, preset.eval_batch)
+    for number, setting in enumerate(settings_of(method)[: preset.tries]):
+        merge = Merge(f"try-{method}-{number}", method, setting)
+        recipe = _recipe(root, preset, one, merge, f"tune-{method}-{number}")
+        scores = measured(recipe, how, both_tasks(preset)).values()
+        greedy = [found["greedy"].count("1") / len(found["greedy"]) for found in scores]
+        trace = [sum(found["trace"]) / len(found["trace"]) for found in scores]
+        tried.append({"setting": setting, "greedy": greedy, "trace": trace})
+    best = max(tried, key=lambda row: (round(sum(row["greedy"]), 9), sum(row["trace"])))
+    yield "tried", tried
+    yield "setting", best["setting"]
+
+
+def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, Any]]:
+    whole, dtype, label = _parts(name)
+    one = next(found for found in sets(preset) if found.name == whole)
+    merge = next(m for m in merges_of(one.what, one.arm, preset.methods) if (m.label, m.dtype) == (label, dtype))
+    if merge.tuned:
+        merge = replace(merge, settings=read_cell(root, "frozen")["settings"][merge.method])
+    recipe = _recipe(root, preset, one, merge, name)
+    tasks = both_tasks(preset)
+    if one.what == "single":
+        tasks = (preset.tasks[domain_of(one.members[0])],)
+    yield "settings", merge.settings
+    yield "tasks", measured(recipe, measuring(preset, merge.full), tasks)
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Set, dtype and label of 'fusion.sft-norm.1-fp32-sar'."""
+    for dtype in ("fp32", "bf16"):
+        whole, found, label = name.partition(f"-{dtype}-")
+        if found:
+            return whole, dtype, label
+    raise LabError(f"{name}: is no merge.")
+
+
+def _recipe(root: Path, preset: StudyPreset, one: Set, merge: Merge, name: str) -> Path:
+    """Writes recipes/NAME.yml; experts, and the base they are compared with, in the dtype of the merge."""
+    experts = {member: folder_of(root, preset, member, merge.dtype) for member in one.members}
+    fishers = {}
+    for place, member in enumerate(one.members):
+        if merge.fisher in ("permuted", "jitter"):
+            fishers[member] = input_of(root, merge.fisher, member)
+        elif merge.fisher == "base":
+            fishers[member] = input_of(root, "fisher", f"base-{domain_of(member)}")
+        elif merge.fisher == "other":
+            fishers[member] = input_of(root, "fisher", one.members[1 - place])
+        else:
+            fishers[member] = input_of(root, "fisher", member)
+    out = root / "recipes" / f"{name}.yml"
+    write_merge(merge, model_of(root, "base"), experts, fishers, out)
+    return out
