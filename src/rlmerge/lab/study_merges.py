@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,19 @@ MECHANISMS = (
 """H6, beside `mean` in fp32 (no rounding) and in bf16 (everything on): the mean in which a conflict is won, at half
 size, instead of cancelled; the mean in which what one expert alone changed stays whole.
 """
+FEW = ("sum", "mean", "ties", "sar")
 ROUNDED = ("sum", "mean", "ties", "ram", "sar")
 """Stored as bf16, too."""
 
 
 def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
-    """All merges of a set: `what` is 'fusion' or 'single'; controls of the mechanism for fusions of RLVR alone."""
+    """All merges of a set: `what` is 'fusion' or 'single'; controls of the mechanism for fusions of RLVR alone. Arms
+    that only say what RLVR is compared with have fewer, and are not sampled.
+    """
     tuned = [Merge(method, method, full=method in ("ties", "sar"), tuned=True) for method in methods]
     found = [SUM, MEAN, *tuned]
+    if arm not in ("rlvr", "sft"):
+        return [replace(m, full=False) for m in found if m.label in FEW]
     if arm == "rlvr":
         found += [Merge(m.label, m.method, m.settings, "bf16", tuned=m.tuned) for m in found if m.label in ROUNDED]
         if what == "fusion":

@@ -52,8 +52,8 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         yield "settings", {one: read_cell(root, f"tune-{one}")["setting"] for one in preset.methods}
     elif cell.kind == "geometry":
         yield from _geometry(root, preset, next(one for one in sets(preset) if one.name == name))
-    elif cell.kind == "merge":
-        yield from _merge(root, preset, name)
+    elif cell.kind in ("merge", "sampled"):
+        yield from _merge(root, preset, cell.name.removeprefix("merge-"))
     else:
         yield from lab_work(root, preset, cell)
 
@@ -65,23 +65,26 @@ def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab.rlvr import rlvr
 
     domain, seed = name.split("-")[1:]
-    keep = tuple(sorted({*preset.averaged, preset.steps}))
-    rlvr(model_of(root, "base"), root / "models" / name, _rl_settings(preset, preset.tasks[domain], int(seed), keep))
+    steps, keep = preset.steps, (preset.steps,)
+    if int(seed) in preset.controlled and preset.controls:
+        steps, keep = 2 * steps, tuple(sorted({*preset.averaged, preset.steps}))
+    settings = _rl_settings(preset, preset.tasks[domain], int(seed), steps, keep)
+    rlvr(model_of(root, "base"), root / "models" / name, settings)
 
 
 def _joint(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab.rlvr import rlvr
 
     tasks = both_tasks(preset)
-    settings = _rl_settings(preset, tasks[0], int(name.removeprefix("joint-")), ())
+    settings = _rl_settings(preset, tasks[0], int(name.removeprefix("joint-")), 2 * preset.steps, ())
     rlvr(model_of(root, "base"), root / "models" / name, replace(settings, curriculum=tasks * preset.steps))
 
 
-def _rl_settings(preset: StudyPreset, task: str, seed: int, keep: tuple[int, ...]) -> Any:
+def _rl_settings(preset: StudyPreset, task: str, seed: int, steps: int, keep: tuple[int, ...]) -> Any:
     from rlmerge.lab.optimizer import Rate
     from rlmerge.lab.rlvr import Rlvr
 
-    steps, rate = 2 * preset.steps, Rate(preset.lr, 5)
+    rate = Rate(preset.lr, 5)
     return Rlvr(task, seed, steps, preset.prompts, preset.group, rate, preset.max_new_tokens, keep=keep)
 
 

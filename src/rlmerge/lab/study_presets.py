@@ -1,0 +1,54 @@
+"""Sizes of the study: its confirmation, its rehearsal on one pair, and the same shape on a tiny model in minutes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlmerge.lab.presets import SMALL, TINY
+from rlmerge.lab.study import StudyPreset
+from rlmerge.lab.study_merges import BASELINES
+
+METHODS = ("sar", *BASELINES)
+SECONDS = {
+    "base": 900,
+    "rlvr": 1200,
+    "joint": 2400,
+    "sft": 700,
+    "rft": 700,
+    "fisher": 120,
+    "permuted": 15,
+    "jitter": 15,
+    "match": 300,
+    "measure": 175,
+    "tune": 700,
+    "frozen": 1,
+    "geometry": 60,
+    "merge": 75,
+    "sampled": 175,
+}
+"""What cells take on one thread, estimated from the pilot."""
+
+CONFIRMATION = StudyPreset(
+    **{
+        **vars(SMALL), "name": "confirmation", "seeds": (1, 2, 3, 4, 5, 6), "problems": 400, "fisher": 96,
+        "seconds": {**SMALL.seconds, **SECONDS}, "methods": METHODS,
+    },
+    sampled=50, split="test", half="A", seal="to be drawn when the protocol is frozen",
+)  # fmt: skip
+"""What docs/study/protocol.md describes. It is not run before that page has been read by others."""
+
+REHEARSAL = replace(
+    CONFIRMATION, name="rehearsal", seeds=(0,), problems=300, split="validation", half="", seal="", controlled=(0,)
+)
+"""The development pair alone, on validation problems."""
+
+SKETCH = StudyPreset(
+    **{
+        **vars(TINY), "name": "sketch", "seeds": (0, 1), "steps": 40, "problems": 100, "fisher": 64,
+        "seconds": {**TINY.seconds, **dict.fromkeys(SECONDS, 10.0)}, "methods": METHODS,
+    },
+    kept=(10, 20, 30, 40), averaged=(20, 30, 40), tuning=60, samples=4, controlled=(0,),
+)  # fmt: skip
+"""A tiny model, minutes: that the parts work together, and no evidence."""
+
+PRESETS = {preset.name: preset for preset in (CONFIRMATION, REHEARSAL, SKETCH)}

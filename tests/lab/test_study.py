@@ -1,0 +1,123 @@
+"""The study's cells on a tiny model: what they need, that halves stay sealed, and one run of all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rlmerge.demo.assets import DATA
+from rlmerge.lab.cells import opened_root, read_cell
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
+from rlmerge.lab.study_merges import BASELINES, merges_of, settings_of
+from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, SKETCH
+from rlmerge.lab.study_work import sealed_seed
+
+SMALLEST = replace(
+    SKETCH, name="smallest", steps=2, prompts=8, group=4, problems=6, fisher=4, batch=4, eval_batch=64,
+    methods=("sar", "ties"), tries=2, kept=(1, 2), averaged=(1, 2), tuning=4, samples=2, sampled=3,
+    arms=("rlvr", "rft", "sft", "sft-accuracy"), lr=1e-4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", [*PRESETS.values(), SMALLEST], ids=lambda one: one.name)
+def test_cells_come_after_what_they_need(preset: StudyPreset) -> None:
+    seen: set[str] = set()
+    for cell in study_cells(preset):
+        assert set(cell.needs) <= seen, cell
+        assert cell.name not in seen
+        assert cell.kind in preset.seconds
+        seen.add(cell.name)
+
+
+def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
+    assert len(CONFIRMATION.seeds) >= 6
+    assert CONFIRMATION.development not in CONFIRMATION.seeds
+    single = [one for one in sets(CONFIRMATION) if one.what == "single" and one.arm == "rlvr"]
+    used = Counter(name for one in single for name in one.members)
+    assert set(used.values()) == {1}
+    assert len(used) == 12
+
+
+def test_everybody_has_as_many_tries() -> None:
+    assert {len(settings_of(method)[:8]) for method in METHODS} == {8}
+    assert set(BASELINES) < set(METHODS)
+    labels = [(one.label, one.dtype) for one in merges_of("fusion", "rlvr", METHODS)]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
+    with pytest.raises(LabError, match="half"):
+        study_cells(replace(SMALLEST, half="C"))
+    with pytest.raises(LabError, match="seal"):
+        study_cells(replace(SMALLEST, half="A"))
+    with pytest.raises(LabError, match="only a half"):
+        study_cells(replace(SMALLEST, split="test"))
+    assert sealed_seed("one") != sealed_seed("another")
+
+
+def put_base(root: Path, preset: StudyPreset) -> None:
+    """The demo's base instead of one that has learned nothing: half of its answers are right."""
+    with opened_root(root, preset):
+        shutil.copytree(DATA / "models" / "base", root / "models" / "base")
+        (root / "cells").mkdir()
+        for name in ("pretrain", "base"):
+            (root / "cells" / f"{name}.json").write_text("{}")
+
+
+def test_a_rehearsal(tmp_path: Path) -> None:
+    """One pair, one arm: every merge of it, and a page that says it is no result."""
+    root = tmp_path / "study"
+    preset = replace(SMALLEST, seeds=(0,), arms=("rlvr",), controls=(), methods=("sar",), tries=1)
+    put_base(root, preset)
+    found = run_study(root, preset, 1)
+    assert "**No result.**" in (root / "study.md").read_text()
+    assert {"H1", "H2", "H4", "H5", "H6"} <= set(found)
+    assert found["H5"][0]["one"] == ("F-delta2", "fp32")
+    assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
+    assert not read_cell(root, "merge-fusion.rlvr.0-bf16-sum")["tasks"]["math:0"]["right"]
+
+
+@pytest.mark.long
+def test_the_whole_study(tmp_path: Path) -> None:
+    root = tmp_path / "study"
+    put_base(root, SMALLEST)
+    found = run_study(root, SMALLEST, 1)
+    page = (root / "study.md").read_text()
+    for name in ("H1", "H2", "H3", "H4", "H5", "H6"):
+        assert found[name], name
+        assert f"## {name}" in page
+    assert (root / "study.svg").exists()
+    assert json.loads((root / "study.json").read_text())["frozen"] == found["frozen"]
+
+    # Fishers of the controls: the same numbers elsewhere, and 1 but for what breaks ties
+    own, permuted, jitter = (
+        load_file(root / kind / "rlvr-math-0" / "fisher.safetensors") for kind in ("fishers", "permuteds", "jitters")
+    )
+    for tensor, values in own.items():
+        assert np.array_equal(np.sort(permuted[tensor].ravel()), np.sort(values.ravel()))
+        assert np.ptp(jitter[tensor]) < 1e-3
+    assert any(not np.array_equal(permuted[tensor], values) for tensor, values in own.items())
+
+    # the expert of a run that goes on is the model that a run of its length ends with
+    assert folder_of(root, SMALLEST, "rlvr-math-0").parent.name == "2"
+    assert folder_of(root, SMALLEST, "twice-math-0") == root / "models" / "rlvr-math-0" / "bf16"
+    match = read_cell(root, "match-math-0")
+    assert match["accuracy"] in SMALLEST.kept
+    assert match["seen"]["2"]["norm"] > match["seen"]["1"]["norm"] > 0
+    assert folder_of(root, SMALLEST, "sft-accuracy-math-0").parent.name == str(match["accuracy"])
+    average = load_file(root / "models" / "average-math-0" / "fp32" / "model.safetensors")
+    assert average
+
+    # the same settings everywhere but on the pair that chose them
+    assert read_cell(root, "merge-fusion.sft.1-fp32-ties")["settings"] == found["frozen"]["ties"]
+    before = {path.name: path.stat().st_mtime_ns for path in (root / "cells").iterdir()}
+    run_study(root, SMALLEST, 1)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (root / "cells").iterdir()}
