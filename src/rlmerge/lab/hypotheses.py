@@ -304,7 +304,7 @@ def mechanisms(numbers: Numbers) -> list[Row]:
     if not numbers.of("fusion", "rlvr"):
         return []
     rows = [_less(numbers, ("mean", "fp32"), ("mean", "bf16"))]
-    return rows + [_less(numbers, (one.label, "fp32"), ("mean", "fp32")) for one in MECHANISMS]
+    return rows + [_less(numbers, (m.label, dtype), ("mean", dtype)) for dtype in ("fp32", "bf16") for m in MECHANISMS]
 
 
 def controls(numbers: Numbers) -> list[Row]:

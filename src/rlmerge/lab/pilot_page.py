@@ -19,13 +19,15 @@ from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, pilot_cells, sets_of
+from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, pilot_cells, sets_of, tasks_of
+from rlmerge.lab.power import detectable, parts_of, power
 
 GATE = 0.05
 """Accuracy that averaging must lose."""
 AVERAGES = ("mean",)
 METRICS = ("greedy", "sampled", "trace")
-Z = 1.959963984540054
+INTEREST = {"greedy": 0.02, "sampled": 0.02, "trace": 0.01}
+"""Effects of interest: points of accuracy, nats a token."""
 Row = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
         for metric, one in row["loss"].items()
         if label in AVERAGES and metric != "trace" and one["value"] >= GATE and one["low"] > 0.0
     ]
-    return {"experts": experts, "sets": sets, "gate": met, "missing": missing}
+    return {"experts": experts, "sets": sets, "gate": met, "power": _power(root, preset, sets), "missing": missing}
 
 
 def _done(root: Path, *names: str) -> bool:
@@ -101,6 +103,38 @@ def _merge(root: Path, preset: PilotPreset, cell: str, members: Sequence[str]) -
     return found
 
 
+COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
+"""Differences whose variances say what a study could see."""
+PROBLEMS = (200, 300, 400, 800)
+
+
+def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
+    """Variances of differences over disjoint pairs of experts (sets `REGIME.pair…`, fp32), and the effects that six
+    pairs and some problems of each domain would find four times in five.
+    """
+    found = []
+    pairs = [name for name in sets if name.split(".")[1].startswith("pair")]
+    for one, other in COMPARED if len(pairs) > 1 else ():
+        for metric in METRICS:
+            tables = []
+            for name in pairs:
+                tasks = tasks_of(preset, tuple(sets[name]["members"]))
+                parts = [
+                    _table(root, f"merge-{name}-fp32-{one}", task, metric)
+                    - _table(root, f"merge-{name}-fp32-{other}", task, metric)
+                    for task in tasks
+                ]
+                tables.append(np.concatenate(parts))
+            table = np.array(tables)
+            parts_ = parts_of(table)
+            row: Row = {"one": one, "other": other, "metric": metric, "pairs": len(pairs), "mean": float(table.mean())}
+            row |= {key: getattr(parts_, key) for key in ("seeds", "problems", "rest")}
+            row["detectable"] = {count: detectable(parts_, 6, 2 * count) for count in PROBLEMS}
+            row["power"] = {count: power(INTEREST[metric], parts_, 6, 2 * count) for count in PROBLEMS}
+            found.append(row)
+    return found
+
+
 def _estimate(differences: Sequence[NDArray[np.float64]]) -> Row:
     """The mean over tasks of mean differences, each task with problems of its own."""
     parts = [paired_difference(one) for one in differences]
@@ -144,6 +178,8 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
         for name, _ in regime.sets:
             if (one := found["sets"].get(f"{regime.name}.{name}")) is not None:
                 parts += _set_lines(f"{regime.name}.{name}", one)
+    if found["power"]:
+        parts += _power_lines(found["power"])
     if found["missing"]:
         parts += [f"Not done yet: {len(found['missing'])} cells.", ""]
     page.write_text("\n".join(parts))
@@ -216,6 +252,25 @@ def _set_lines(name: str, one: Row) -> list[str]:
                 cells += [_interval(row["retained"][metric], 100, 0)] if metric != "trace" else []
             rows.append(cells)
     return [*lines, *as_markdown([head, *rows]), ""]
+
+
+def _power_lines(rows: list[Row]) -> list[str]:
+    """The table of variances and detectable effects."""
+    head = ["difference", "metric", "here", "sd of pairs", "of problems", "of what is left"]
+    head += [f"found with {count}" for count in PROBLEMS]
+    lines = []
+    for row in rows:
+        scale, digits = (1, 4) if row["metric"] == "trace" else (100, 2)
+        spread = [f"{scale * np.sqrt(row[key]):.{digits}f}" for key in ("seeds", "problems", "rest")]
+        effects = [f"{scale * row['detectable'][count]:.{digits}f}" for count in PROBLEMS]
+        here = f"{scale * row['mean']:.{digits}f}"
+        lines.append([f"{row['one']} − {row['other']}", row["metric"], here, *spread, *effects])
+    about = (
+        f"From {rows[0]['pairs']} disjoint pairs of experts, fp32 (`rlmerge.lab.power`): standard deviations of a "
+        "difference, in points or nats, and the effects that six pairs would find four times in five with so many "
+        "problems of each domain."
+    )
+    return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
 
 
 def _three(value: float | None) -> str:

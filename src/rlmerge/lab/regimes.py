@@ -21,7 +21,9 @@ REGIMES = (
         "the pilot of before, where answers have steps: seeds of two domains at 1e-5, two to six experts",
         _seeds("m", MATH, range(1, 4)) + _seeds("c", CODE, range(1, 4)),
         (
-            ("fusion", ("m1", "c1")),
+            ("pair1", ("m1", "c1")),
+            ("pair2", ("m2", "c2")),
+            ("pair3", ("m3", "c3")),
             ("math", ("m1", "m2", "m3")),
             ("code", ("c1", "c2", "c3")),
             ("four", ("m1", "m2", "c1", "c2")),
@@ -93,7 +95,7 @@ PLUMBING = PilotPreset(
                 Expert("c1", "code:0", 1),
                 Expert("c2", "code:0", 2),
             ),
-            (("fusion", ("m1", "c1")), ("four", ("m1", "m2", "c1", "c2"))),
+            (("pair1", ("m1", "c1")), ("pair2", ("m2", "c2")), ("four", ("m1", "m2", "c1", "c2"))),
         ),
     ),
 )

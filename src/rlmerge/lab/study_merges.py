@@ -70,7 +70,8 @@ MECHANISMS = (
     Merge("no-dilution", "sar", AVERAGED),
 )
 """H6, beside `mean` in fp32 (no rounding) and in bf16 (everything on): the mean in which a conflict is won, at half
-size, instead of cancelled; the mean in which what one expert alone changed stays whole.
+size, instead of cancelled; the mean in which what one expert alone changed stays whole. In fp32 both have changed
+nearly every weight, so these are made of bf16 experts, too.
 """
 FEW = ("sum", "mean", "ties", "sar")
 ROUNDED = ("sum", "mean", "ties", "ram", "sar")
@@ -88,7 +89,7 @@ def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
     if arm == "rlvr":
         found += [Merge(m.label, m.method, m.settings, "bf16", tuned=m.tuned) for m in found if m.label in ROUNDED]
         if what == "fusion":
-            found += [*ABLATIONS, *AGREEMENTS, *MECHANISMS]
+            found += [*ABLATIONS, *AGREEMENTS, *MECHANISMS, *(replace(m, dtype="bf16") for m in MECHANISMS)]
     return found
 
 
