@@ -23,6 +23,10 @@ from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.policy import Policy, arithmetic, log_probabilities
 
 
+TOGETHER = 16
+"""Solutions whose logits are held at a time: those of 64 in a vocabulary of 49,152 take gigabytes."""
+
+
 class Measured(TypedDict):
     """Problem by problem, in the order of the task.
 
@@ -99,7 +103,7 @@ def measure(policy: Policy, task: Task, how: Measuring) -> Measured:
         "samples": samples,
         "greedy": "".join(str(int(verdict)) for verdict in greedy),
         "right": right.tolist(),
-        "trace": [round(value, 5) for value in trace_likelihood(policy, task, batch)],
+        "trace": [round(value, 5) for value in trace_likelihood(policy, task, min(batch, TOGETHER))],
         "tokens": round(float(np.mean(lengths)), 2),
     }
 

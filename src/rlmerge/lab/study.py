@@ -155,12 +155,14 @@ def _experts(preset: StudyPreset, domain: str, seed: int, confirms: bool) -> lis
         found.append(Cell(expert("rft", domain, seed), "rft", (own,)))
     sft = expert("sft", domain, seed)
     found.append(Cell(sft, "sft", ("base",)))
-    if set(preset.arms) & set(MATCHED):
+    matches = bool(set(preset.arms) & set(MATCHED))
+    if matches:
         found.append(Cell(f"match-{domain}-{seed}", "match", (own, sft)))
     for arm in preset.arms:
         if arm != "rlvr":
             name = expert(arm, domain, seed)
-            found += [Cell(f"fisher-{name}", "fisher", (_made_by(name),)), _measure(name, _made_by(name))]
+            needs = _made_by(name if arm != "sft" or not matches else expert("sft-norm", domain, seed))
+            found += [Cell(f"fisher-{name}", "fisher", (_made_by(name),)), _measure(name, needs)]
     for control in ("twice", "average"):
         if control in preset.controls and seed in preset.controlled:
             name = expert(control, domain, seed)
