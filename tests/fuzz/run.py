@@ -14,6 +14,7 @@ import argparse
 import base64
 import faulthandler
 import json
+import math
 import os
 import random
 import resource
@@ -35,6 +36,9 @@ from tests.fuzz.mutate import spoil
 
 CASES = Path(__file__).parent / "cases"
 SECONDS = 10
+"""Of the processor, that a case may take."""
+PATIENCE = 6
+"""Times that, by the clock: other programs may be running."""
 MEMORY = 400 * 2**20
 """What a case may take beyond what the process has: blocks, threads' stacks, Python's own objects of a 10 KB file."""
 LONGEST = 20_000
@@ -67,13 +71,15 @@ def run_case(home: Path, scenario: Scenario, files: dict[str, bytes], seconds: f
         child = os.fork()
         if child == 0:
             os.close(reader)
-            _child(copy, Path(place) / "out", scenario, writer)
+            _child(copy, Path(place) / "out", scenario, writer, seconds)
         os.close(writer)
-        said = _read_all(reader, child, seconds)
+        said = _read_all(reader, child, PATIENCE * seconds)
         os.close(reader)
         _, status = os.waitpid(child, 0)
         if said is None:
-            return Result("hang", f"still running after {seconds} s")
+            return Result("hang", f"still there after {PATIENCE * seconds:g} s")
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            return Result("hang", f"still running after {seconds:g} s of the processor")
         if not said:
             how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
             return Result("crash", how)
@@ -94,7 +100,7 @@ def _read_all(reader: int, child: int, seconds: float) -> bytes | None:
         found += data
 
 
-def _child(home: Path, out: Path, scenario: Scenario, writer: int) -> None:
+def _child(home: Path, out: Path, scenario: Scenario, writer: int, seconds: float) -> None:
     """Runs the scenario within its bounds, says how it ended, and is gone."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -103,6 +109,8 @@ def _child(home: Path, out: Path, scenario: Scenario, writer: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
     broken: list[str] = []
     sys.addaudithook(lambda event, arguments: _watch(event, arguments, str(home.parent), broken))
     os.chdir(home)
