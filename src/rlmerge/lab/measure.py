@@ -2,7 +2,8 @@
 numbers, and the likelihood of right solutions.
 
 A sample's random numbers depend on the problem and its number alone, so that two models draw with the same ones; the
-log-likelihood of verified traces needs none.
+log-likelihood of verified traces needs none. All in fp32: bf16 products would round the weights, which fp32 merges have
+not been, and turn a quarter of the greedy answers of one model into others (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
 from rlmerge.evaluate.tasks import Task, load_task
 from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.evaluate.verifiers import completed, verify
-from rlmerge.lab.policy import Policy, arithmetic, log_probabilities
-
+from rlmerge.lab.policy import Policy, log_probabilities
 
 TOGETHER = 16
 """Solutions whose logits are held at a time: those of 64 in a vocabulary of 49,152 take gigabytes."""
@@ -31,7 +31,7 @@ class Measured(TypedDict):
     """Problem by problem, in the order of the task.
 
     problems   digest of the problems: what may be compared
-    greedy     '1' for a right answer, '0' for a wrong one
+    greedy     '1' for a right answer, '0' for a wrong one; '' where nobody asked
     right      right ones of `samples` at temperature 1; perhaps of the first problems alone
     trace      mean log-probability of a token of the right solution that the problem comes with, in nats
     tokens     mean length of the greedy answers
@@ -51,6 +51,7 @@ class Measuring:
 
     split      'validation' or 'test', `problems` of it by `seed`; half: all, or those of the half 'A' or 'B' of it
     samples    of a problem at temperature 1, for the first `sampled` of them (0: all)
+    greedy     whether greedy answers are asked for
     """
 
     split: str
@@ -61,6 +62,7 @@ class Measuring:
     sampled: int = 0
     max_new_tokens: int = 64
     batch: int = 64
+    greedy: bool = True
 
     def task(self, spec: str) -> Task:
         """The problems of a task. A form is in one half, whatever the seed."""
@@ -87,12 +89,14 @@ def measured(model: Path, how: Measuring, tasks: Sequence[str]) -> dict[str, Mea
 
 
 def measure(policy: Policy, task: Task, how: Measuring) -> Measured:
-    """Greedy answers, samples, and the likelihood of solutions; in the lab's arithmetic.
+    """Greedy answers, samples, and the likelihood of solutions.
 
     The task's problems have a solution each (the project's own domains).
     """
     samples, batch = how.samples, how.batch
-    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
+    greedy, lengths = np.zeros(0, bool), [0]
+    if how.greedy:
+        greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
     right = np.zeros(0, np.int64)
     if samples:
         some = replace(task, problems=task.problems[: how.sampled or None])
@@ -115,8 +119,7 @@ def _answers(policy: Policy, task: Task, samples: int, sampling: Sampling, batch
         for place, problem in enumerate(task.problems)
         for number in range(samples)
     ]
-    with arithmetic():
-        made = {one.key: one for one in TransformersBackend(policy.model, policy.tokenizer, batch).run(asked, sampling)}
+    made = {one.key: one for one in TransformersBackend(policy.model, policy.tokenizer, batch).run(asked, sampling)}
     ordered = [made[one.key] for one in asked]
     problems = [one.problem for one in asked]
     texts = [completed(one.text, one.finish, problem) for one, problem in zip(ordered, problems, strict=True)]
@@ -131,7 +134,7 @@ def trace_likelihood(policy: Policy, task: Task, batch: int = 64) -> list[float]
         some = task.problems[start : start + batch]
         prompts = [policy.encode_prompt(problem.prompt) for problem in some]
         completions = [policy.encode(_solution(problem.completion)) for problem in some]
-        with torch.no_grad(), arithmetic():
+        with torch.no_grad():
             logs, mask = log_probabilities(policy, prompts, completions)
         found += (logs.sum(1) / mask.sum(1)).tolist()
     return found

@@ -28,7 +28,10 @@ MERGES = (
 )
 """What every set is merged by."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Of the experts and of the merge. Where it is bf16, nothing is sampled: what rounding does shows without."""
+"""Of the experts and of the merge."""
+ASKED = ("fp32-", "bf16-mean", "bf16-sar")
+"""Merges that are asked for greedy answers; of the others there is the likelihood of solutions, which shows what
+rounding does, and costs a fifth."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ class PilotPreset(Preset):
     """Sizes of the pilot.
 
     regimes   in the order in which they are tried
-    samples   of a problem at temperature 1
+    samples   of a problem at temperature 1, of base and experts
     """
 
     regimes: tuple[Regime, ...] = ()
-    samples: int = 2
+    samples: int = 0
     merges: tuple[Contender, ...] = field(default=MERGES)
 
 
@@ -208,13 +211,16 @@ def _estimated(root: Path, preset: PilotPreset, expert: Expert) -> None:
         estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice, compute="bf16"))
 
 
-def _measured(model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int) -> Iterator[tuple[str, Any]]:
+def _measured(
+    model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
+) -> Iterator[tuple[str, Any]]:
     """Of a folder, or of a recipe's merge in memory."""
     from rlmerge.lab.measure import Measuring, measured
 
     how = Measuring(
-        "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch
-    )
+        "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch,
+        greedy=greedy,
+    )  # fmt: skip
     yield "tasks", measured(model, how, tasks)
 
 
@@ -239,4 +245,5 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     write_recipe(stored, model_of(root, "base"), models, inputs, recipe)
     with recipe.open("a") as file:
         file.write(f"dtype: {DTYPES[dtype]}\n")
-    yield from _measured(recipe, preset, tasks_of(preset, members), preset.samples if dtype == "fp32" else 0)
+    greedy = f"{dtype}-{label}".startswith(ASKED)
+    yield from _measured(recipe, preset, tasks_of(preset, members), 0, greedy)

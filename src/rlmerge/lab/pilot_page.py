@@ -56,6 +56,13 @@ def _done(root: Path, *names: str) -> bool:
     return all(is_done(root, Cell(name, "")) for name in names)
 
 
+def _metrics(root: Path, *cells: str) -> list[str]:
+    """What all of some models were asked."""
+    tasks = [one for cell in cells for one in read_cell(root, cell)["tasks"].values()]
+    asked = {"greedy": all(one["greedy"] for one in tasks), "sampled": all(one["right"] for one in tasks)}
+    return [metric for metric in METRICS if asked.get(metric, True)]
+
+
 def _table(root: Path, cell: str, task: str, metric: str) -> NDArray[np.float64]:
     """Scores of one model on a task, [problems]."""
     return scores_of([read_cell(root, cell)["tasks"][task]], metric)[0]
@@ -64,7 +71,7 @@ def _table(root: Path, cell: str, task: str, metric: str) -> NDArray[np.float64]
 def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
     expert, run = experts_of(preset)[name], read_cell(root, name)
     found: Row = {"task": expert.task, "curve": run["curve"], "step_seconds": run["step_seconds"]}
-    for metric in METRICS:
+    for metric in _metrics(root, "measure-base", f"measure-{name}"):
         base, own = (_table(root, cell, expert.task, metric) for cell in ("measure-base", f"measure-{name}"))
         found[metric] = {"base": float(base.mean()), "expert": float(own.mean()), "gain": _estimate([own - base])}
     return found
@@ -86,8 +93,7 @@ def _merge(root: Path, preset: PilotPreset, cell: str, members: Sequence[str]) -
     for member in members:
         by_task.setdefault(experts[member].task, []).append(member)
     found: Row = {"score": {}, "loss": {}, "retained": {}}
-    sampled = all(one["samples"] for one in read_cell(root, cell)["tasks"].values())
-    for metric in METRICS if sampled else ("greedy", "trace"):
+    for metric in _metrics(root, cell):
         losses, above, below = [], [], []
         for task, own in by_task.items():
             base = _table(root, "measure-base", task, metric)
@@ -115,7 +121,7 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
     found = []
     pairs = [name for name in sets if name.split(".")[1].startswith("pair")]
     for one, other in COMPARED if len(pairs) > 1 else ():
-        for metric in METRICS:
+        for metric in ("greedy", "trace"):
             tables = []
             for name in pairs:
                 tasks = tasks_of(preset, tuple(sets[name]["members"]))
@@ -202,9 +208,8 @@ def outcome(found: dict[str, Any]) -> str:
 
 def _about(preset: PilotPreset) -> str:
     return (
-        f"Exploratory: {preset.problems} validation problems a task, greedy and {preset.samples} samples at "
-        "temperature 1 (the same random numbers for all models), and the mean log-probability of a token of a right "
-        "solution. "
+        f"Exploratory: {preset.problems} validation problems a task, greedy, and the mean log-probability of a token "
+        "of a right solution (trace, nats), all computed in fp32. "
         "Points of accuracy with 95 % intervals over problems. *Loss*: single experts on their own tasks less the "
         "merge. *Retained*: share of their gain. The null model is that of `rlmerge inspect`."
     )
@@ -213,6 +218,9 @@ def _about(preset: PilotPreset) -> str:
 def _expert_row(name: str, one: Row) -> list[str]:
     cells = [name, one["task"], f"{100 * one['greedy']['base']:.1f}"]
     for metric in METRICS:
+        if metric not in one:
+            cells += ["–"] * 2
+            continue
         scale = 1 if metric == "trace" else 100
         digits = 3 if metric == "trace" else 1
         cells += [f"{scale * one[metric]['expert']:.{digits}f}", _interval(one[metric]["gain"], scale, digits)]
@@ -245,7 +253,7 @@ def _set_lines(name: str, one: Row) -> list[str]:
             for metric in METRICS:
                 scale, digits = (1, 3) if metric == "trace" else (100, 1)
                 if metric not in row["loss"]:
-                    cells += ["–"] * 3
+                    cells += ["–"] * (2 if metric == "trace" else 3)
                     continue
                 score = np.mean([scores[metric] for scores in row["score"].values()])
                 cells += [f"{scale * score:.{digits}f}", _interval(row["loss"][metric], scale, digits)]
