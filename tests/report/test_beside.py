@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import jsonschema
 import pytest
 from tests.report.report_documents import small
 
-from rlmerge.report.beside import compare_reports, on_terminal, tables
+from rlmerge.report.beside import compare_reports, comparison_schema, on_terminal, tables
 
 
 @pytest.fixture
@@ -30,6 +34,19 @@ def test_numbers_are_those_of_the_reports(two):
     assert found["pairs"][1]["null"] == {}
     assert {one["report"] for one in found["storage"]} == {"first"}
     assert found["reports"][0]["warnings"] == two[0][1]["verdict"]["warnings"]
+
+
+def test_the_schema(two):
+    """Committed as it is, and every comparison keeps to it; one that does not is noticed."""
+    schema = comparison_schema()
+    committed = Path(__file__).parents[2] / "docs" / "comparison.schema.json"
+    assert json.loads(committed.read_text()) == schema
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    found = json.loads(json.dumps(compare_reports([*two, ("third", small(spectra=True))])))
+    validator.validate(found)
+    found["pairs"][0]["measures"]["cosine"] = "small"
+    assert not validator.is_valid(found)
 
 
 def test_spectra_and_divergence_come_with_their_experts():

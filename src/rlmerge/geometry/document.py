@@ -272,10 +272,15 @@ class Document(TypedDict):
 
 def geometry_schema() -> Schema:
     """The JSON schema (draft 2020-12) of the document."""
+    return schema_of(Document, "rlmerge inspect", SCHEMA)
+
+
+def schema_of(kind: type, title: str, name: str) -> Schema:
+    """The JSON schema (draft 2020-12) of a document, a TypedDict whose key `schema` holds the name."""
     kinds: dict[str, Schema] = {}
-    whole = _of_type(Document, kinds)
-    kinds["Document"]["properties"]["schema"] = {"const": SCHEMA}
-    return {"$schema": DIALECT, "title": "rlmerge inspect", **whole, "$defs": dict(sorted(kinds.items()))}
+    whole = _of_type(kind, kinds)
+    kinds[kind.__name__]["properties"]["schema"] = {"const": name}
+    return {"$schema": DIALECT, "title": title, **whole, "$defs": dict(sorted(kinds.items()))}
 
 
 def _of_type(kind: Any, kinds: dict[str, Schema]) -> Schema:

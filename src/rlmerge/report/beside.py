@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from rlmerge.figures import as_text
+from rlmerge.geometry.document import schema_of
+from rlmerge.in_json import Schema
 from rlmerge.report.names import called
 from rlmerge.version import VERSION
 
@@ -101,6 +103,11 @@ SHARES = {
     "survival",
 }
 """Measures that are shares, and shown in percent."""
+
+
+def comparison_schema() -> Schema:
+    """The JSON schema (draft 2020-12) of what `compare_reports` makes; also docs/comparison.schema.json."""
+    return schema_of(Comparison, "rlmerge compare, of geometry reports", COMPARISON)
 
 
 def compare_reports(reports: Sequence[tuple[str, Document]]) -> Comparison:
