@@ -43,6 +43,10 @@ class Optimizer:
     def step(self, loss: torch.Tensor, rate: float) -> float:
         """Follow the gradient of the loss once; returns its norm before clipping."""
         loss.backward()
+        return self.follow(rate)
+
+    def follow(self, rate: float) -> float:
+        """Follow the gradients that have been added up since; returns their norm before clipping."""
         for settings in self._adam.param_groups:
             settings["lr"] = rate
         for master, parameter in zip(self.masters, self._rounded, strict=True):

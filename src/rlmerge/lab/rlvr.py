@@ -213,22 +213,48 @@ class _Loop:
         # A group whose rewards are all equal has no advantage: it is left out of the backward pass, not of the divisor.
         live = (rewards.std(1) > 0).nonzero()[:, 0].tolist()
         values |= {"live_groups": len(live), "loss": 0.0}
-        if live:
-            group = settings.group
-            kept = [completions[place * group + number] for place in live for number in range(group)]
-            advantages = grpo_advantages(rewards[live], settings.advantage)
+        group, total = settings.group, 0.0
+        sizes = [len(prompts[g]) + sum(map(len, completions[g * group : (g + 1) * group])) for g in live]
+        for some in in_parts(live, sizes, room(policy)):
             with arithmetic():
                 loss = grpo_loss(
                     policy,
-                    [prompts[place] for place in live],
-                    kept,
-                    advantages,
+                    [prompts[place] for place in some],
+                    [completions[place * group + number] for place in some for number in range(group)],
+                    grpo_advantages(rewards[some], settings.advantage),
                     rewards.numel(),
                     settings.max_new_tokens,
                     settings.temperature,
                 )
-            values |= {"loss": loss.item(), "gradient_norm": self._optimizer.step(loss, rate)}
+            loss.backward()
+            total += loss.item()
+        if live:
+            values |= {"loss": total, "gradient_norm": self._optimizer.follow(rate)}
         return values
+
+
+ACTIVATIONS = 2**24
+"""Hidden numbers (tokens × layers × hidden size) whose activations are held for a backward pass: about 2 GB."""
+
+
+def room(policy: Policy) -> int:
+    """Tokens that go through one backward pass; gradients of several passes add up."""
+    config = policy.model.config
+    return max(1, ACTIVATIONS // (config.hidden_size * config.num_hidden_layers))
+
+
+def in_parts(groups: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """The groups in order, in parts of at most `most` tokens; a larger group is a part of its own."""
+    found: list[list[int]] = []
+    held = 0
+    for group, size in zip(groups, sizes, strict=True):
+        if found and held + size <= most:
+            found[-1].append(group)
+            held += size
+        else:
+            found.append([group])
+            held = size
+    return found
 
 
 def grpo_measures(
