@@ -58,6 +58,52 @@ def test_a_page_that_cannot_be_written_costs_nothing(here, monkeypatch, argument
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "base/config.json"], "lies in the model folder base"),
+        (["-o", "linked/report.json"], "lies in the model folder base"),
+        (["-o", "recipe/recipe.yml"], "no report of rlmerge inspect"),
+        (["--html", "base/model.html"], "lies in the model folder base"),
+        (["--html", "own.html"], "no page of rlmerge"),
+        (["--figures", "a/figures"], "lies in the model folder a"),
+    ],
+)
+def test_inspect_writes_over_nothing(here, monkeypatch, arguments, message):
+    """No model, recipe or page of somebody else."""
+    monkeypatch.setattr("rlmerge.geometry.inspect.measure_coordinates", None)
+    (here / "own.html").write_text("<h1>mine</h1>")
+    (here / "linked").symlink_to("base", target_is_directory=True)
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    if arguments[1] in ("base/config.json", "recipe/recipe.yml"):
+        assert "no report of rlmerge inspect" in refused(rlmerge("inspect", "base", "a", *arguments))
+    else:
+        assert message in refused(rlmerge("inspect", "base", "a", *arguments))
+    assert before == {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+
+def test_a_page_does_not_lie_in_what_is_merged(here):
+    (here / "out").mkdir()
+    message = refused(rlmerge("merge", "recipe/recipe.yml", "out", "--html", "out/page.html"))
+    assert "lies in out" in message
+    assert "out.html" in message
+    message = refused(rlmerge("merge", "recipe/recipe.yml", "out", "--html", "recipe/base/page.html"))
+    assert "only read" in message
+
+
+def test_an_earlier_report_is_replaced(here):
+    for _ in range(2):
+        succeeded(rlmerge("inspect", "base", "a", "-o", "r.json", "--html", "r.html", "-q"))
+    assert json.loads((here / "r.json").read_text())["schema"].startswith("rlmerge.geometry/")
+
+
+def test_compare_says_which_file_is_missing_or_cut_off(here):
+    succeeded(rlmerge("inspect", "base", "a", "-o", "report.json", "-q"))
+    assert "Did you mean" in refused(rlmerge("compare", "report.json", "reprot.json"))
+    (here / "half.json").write_text((here / "report.json").read_text()[:500])
+    assert "cut off" in refused(rlmerge("compare", "report.json", "half.json"))
+
+
 def test_without_the_extra_nothing_begins(here, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "altair" else there(name, *a))

@@ -52,7 +52,7 @@ def test_without_the_extra(monkeypatch, tmp_path):
 
 
 def test_a_page_and_its_figures(tmp_path):
-    (tmp_path / "report.html").write_text("an earlier one")
+    rlmerge.write_report(small(), html=tmp_path / "report.html", title="An earlier one")
     rlmerge.write_report(small(), html=tmp_path / "report.html", figures=tmp_path / "figures", title="Mine")
     assert "<title>Mine</title>" in (tmp_path / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmerge import kernels
+from rlmerge.disk_errors import disk_errors
 from rlmerge.errors import MissingExtraError, OutputError, RecipeError
 from rlmerge.figures import as_text, gathered, short_names
 
@@ -65,12 +66,15 @@ def declare(parser: Parser) -> None:
 def run(given: Namespace) -> None:
     """Measures, writes, and prints a summary."""
     from rlmerge.execute.memory import hold_memory
+    from rlmerge.execute.safe_files import write_inside
     from rlmerge.geometry.inspect import inspect
-    from rlmerge.report.outputs import check_places, write_outputs
+    from rlmerge.report.outputs import check_apart, check_places, write_outputs
 
     if given.out is not None:
         _check_out(given.out)
     check_places(given.html, given.figures)
+    for option, path in (("--out", given.out), ("--html", given.html), ("--figures", given.figures)):
+        check_apart(option, path, [given.base, *given.experts])
     hold_memory()
     kernels.skip_blas = not (_asks_spectra(given) or given.data)
     line = ReadingLine(given.quiet)
@@ -84,7 +88,9 @@ def run(given: Namespace) -> None:
     finally:
         line.close()
     if given.out is not None:
-        given.out.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        with disk_errors():
+            write_inside(given.out.absolute().parent, given.out.name, text.encode())
     if given.html is not None or given.figures is not None:
         from rlmerge.report.geometry_page import geometry_page
 
@@ -107,6 +113,15 @@ def _check_out(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise OutputError(f"--out {path}: {what}. Write the name of a file, such as report.json.")
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            earlier = None
+        if not isinstance(earlier, dict) or not str(earlier.get("schema", "")).startswith("rlmerge.geometry/"):
+            raise OutputError(
+                f"--out {path}: is there, and no report of rlmerge inspect. Write another name, or remove it."
+            )
 
 
 def _asks_spectra(given: Namespace) -> bool:

@@ -84,7 +84,7 @@ def run(given: Namespace) -> None:
         "download": given.download,
         "shard_bytes": parse_bytes(given.shard_size, "--shard-size") or 0,
     }
-    _check_report(given, sweep)
+    _check_report(given, sweep, recipe, out)
     if given.dry_run:
         from rlmerge.preflight import check
         from rlmerge.settings import check_executor
@@ -109,7 +109,7 @@ def run(given: Namespace) -> None:
     finally:
         line.close()
     if given.html is not None or given.figures is not None:
-        _report(given, out)
+        _report(given, out, outcome)
     if given.json:
         json.dump(_as_json(out, outcome), sys.stdout)
         print()
@@ -117,11 +117,14 @@ def run(given: Namespace) -> None:
         _show(recipe, out, outcome)
 
 
-def _check_report(given: Namespace, sweep: list[dict[str, Any]]) -> None:
+def _check_report(given: Namespace, sweep: list[dict[str, Any]], recipe: Any, out: str) -> None:
     """Raises, before any weight moves, where a page cannot be made of this merge or written there."""
-    from rlmerge.report.outputs import check_places
+    from rlmerge.report.outputs import check_apart, check_places
 
     check_places(given.html, given.figures)
+    folders = [] if isinstance(recipe, (str, Path)) else [recipe.base_path, *recipe.model_paths.values()]
+    for option, path in (("--html", given.html), ("--figures", given.figures)):
+        check_apart(option, path, [folder for folder in folders if folder is not None], out)
     if sweep and (given.html is not None or given.figures is not None):
         raise RecipeError(
             "--html: a sweep makes several merges, and a page shows one. Make the pages of those you want afterwards: "
@@ -129,12 +132,13 @@ def _check_report(given: Namespace, sweep: list[dict[str, Any]]) -> None:
         )
 
 
-def _report(given: Namespace, out: str) -> None:
+def _report(given: Namespace, out: str, outcome: Outcome) -> None:
     from rlmerge.report.merge_page import merge_page
     from rlmerge.report.outputs import write_outputs
 
     provenance = json.loads((Path(out) / "rlmerge.json").read_text(encoding="utf-8"))
-    write_outputs(merge_page(provenance, f"What the merge did: {Path(out).name}"), given.html, given.figures)
+    page = merge_page(provenance, f"What the merge did: {Path(out).name}", outcome.alarms)
+    write_outputs(page, given.html, given.figures)
 
 
 def _as_json(out: str, outcome: Outcome) -> dict[str, Any]:

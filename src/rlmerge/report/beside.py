@@ -234,6 +234,10 @@ def _notes(reports: Sequence[tuple[str, Document]]) -> list[str]:
     without = [label for label, document in reports if not document["settings"]["null"]]
     if 0 < len(without) < len(reports):
         notes.append(f"Without a null model: {', '.join(without)}. Their figures cannot be told from rounding.")
+    counts = {label: len(document["experts"]) for label, document in reports}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{label} {count}" for label, count in counts.items())
+        notes.append(f"Different numbers of experts, on which 'unique to it' depends: {said}.")
     for section in ("spectra", "function"):
         there = [label for label, document in reports if section in document]
         if 0 < len(there) < len(reports):

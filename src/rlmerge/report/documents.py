@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlmerge.errors import ReportError
+from rlmerge.errors import ReportError, did_you_mean
 from rlmerge.geometry.document import SCHEMA, geometry_schema
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def read_documents(paths: Sequence[Path | str]) -> tuple[Kind, list[tuple[str, d
     found = [(path, *_read(path)) for path in map(Path, paths)]
     kinds: dict[Kind, Path] = {kind: path for path, kind, _ in reversed(found)}
     if len(kinds) > 1:
+        for path, kind, _ in found:
+            if kind == "results":
+                _check_results(path)
         said = "; ".join(f"{path} is {NAMES[kind]}" for kind, path in sorted(kinds.items()))
         raise ReportError(f"these cannot be compared with each other: {said}. Compare files of one kind at a time.")
     kind = found[0][1]
@@ -79,6 +82,19 @@ def _read(path: Path) -> tuple[Kind, dict[str, Any]]:
         return "results", {}
     kind = _kind(document)
     return kind, document if kind != "results" else {}
+
+
+def _check_results(path: Path) -> None:
+    """Raises ReportError for what counts as results among reports, and is none."""
+    if not path.exists():
+        there = [str(path.with_name(other.name)) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise ReportError(f"{path}: there is no such file.{did_you_mean(str(path), there)}")
+    if path.is_file():
+        with path.open("rb") as file:
+            if not isinstance(_parsed(file.readline(MOST)), Mapping):
+                raise ReportError(
+                    f"{path}: is no JSON, or cut off: neither a report nor results. Write it again, or name another."
+                )
 
 
 def _parsed(text: bytes) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlmerge.figures import statistics_table
@@ -21,8 +21,8 @@ EACH = {"support": "support", "wins (of conflicts)": "wins", "kept (of non-zero)
 """The same for shares of each expert."""
 
 
-def merge_page(provenance: Mapping[str, Any], title: str) -> Page:
-    """The page of a merge, from its `rlmerge.json`. Needs the extra `report`."""
+def merge_page(provenance: Mapping[str, Any], title: str, alarms: Sequence[str] = ()) -> Page:
+    """The page of a merge, from its `rlmerge.json` and the warnings that it gave. Needs the extra `report`."""
     statistics = provenance["statistics"]
     total, tensors = statistics["total"], statistics["tensors"]
     names = called(list(total.get("support", {})))
@@ -43,7 +43,7 @@ def merge_page(provenance: Mapping[str, Any], title: str) -> Page:
         ],
         sections,
         provenance,
-        tuple(provenance.get("notes", ())),
+        (*alarms, *provenance.get("notes", ())),
     )
 
 
@@ -67,9 +67,14 @@ def _summary(total: Mapping[str, Any], recipe: Mapping[str, Any], names: Mapping
         )
     if (conflict := _share(total, "conflict")) is not None:
         overlap = _share(total, "overlap")
+        alone = (
+            "50 % is what independent experts would do"
+            if len(names) == 2
+            else ("independent ones would do so in 50 % where two meet, in 75 % where three do")
+        )
         said.append(
             f"The experts meet in {share(overlap)} of the changed weights, and pull in opposite directions in "
-            f"{share(conflict)} of these; 50 % is what independent experts would do."
+            f"{share(conflict)} of these; {alone}."
         )
     draws = _share(total, "draws")
     if draws:
@@ -164,10 +169,16 @@ def _wins(tensors: Mapping[str, Any], names: Mapping[str, str], total: Mapping[s
     ]
     shares = {names[expert]: won["share"] for expert, won in total["wins"].items()}
     most = max(shares, key=lambda name: shares[name] or 0.0)
+    draws = _share(total, "draws")
+    rest = (
+        "What is left of 100 % was drawn."
+        if len(names) == 2
+        else (f"{share(draws)} were drawn; where several win together, each is counted." if draws is not None else "")
+    )
     return Figure(
         "wins",
         "Who wins the conflicts, by module",
-        f"{most} wins most conflicts: {share(shares[most])} of all. What is left of 100 % was drawn.",
+        f"{most} wins most conflicts: {share(shares[most])} of all. {rest}",
         "If one expert wins nearly everywhere although both matter, compare their Fishers: rlmerge fisher-stats.",
         bars(rows, "Bars of wins by module and expert", category="module", series="expert", title="of conflicts"),
         rows_of_table(rows, ["module", "expert", "value"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 
 PACKAGES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 """Modules that draw, and the packages that bring them."""
+
+
+MARK = b'<meta name="generator" content="rlmerge'
+"""By which a page of ours is known."""
+
+
+def check_apart(option: str, path: Path | None, inputs: Sequence[Path | str], output: Path | str | None = None) -> None:
+    """Raises OutputError for what would be written into a folder of a model that is read, or into a merge's output."""
+    if path is None:
+        return
+    target = path.resolve()
+    for folder in map(Path, inputs):
+        if folder.is_dir() and folder.resolve() in (target, *target.parents):
+            raise OutputError(
+                f"{option} {path}: lies in the model folder {folder}, which is only read. Write it elsewhere."
+            )
+    if output is not None and Path(output).resolve() in (target, *target.parents):
+        raise OutputError(
+            f"{option} {path}: lies in {output}, which holds what is merged and nothing else. Write it beside that, "
+            f"such as {output}.html."
+        )
 
 
 def check_places(html: Path | None, figures: Path | None) -> None:
@@ -46,6 +67,10 @@ def _check_page(html: Path) -> None:
         )
     if html.is_dir():
         raise OutputError(f"--html {html}: is a folder. Write the name of a file, such as {html}/report.html.")
+    if html.exists():
+        with html.open("rb") as file:
+            if MARK not in file.read(2**12):
+                raise OutputError(f"--html {html}: is there, and no page of rlmerge. Write another name, or remove it.")
 
 
 @disk_errors()
