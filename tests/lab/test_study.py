@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from rlmerge.demo.assets import DATA
 from rlmerge.lab.cells import opened_root, read_cell
 from rlmerge.lab.errors import LabError
+from rlmerge.lab.regimes import PILOT
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
 from rlmerge.lab.study_merges import BASELINES, merges_of, settings_of
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, SKETCH
@@ -39,6 +40,8 @@ def test_cells_come_after_what_they_need(preset: StudyPreset) -> None:
 
 def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
     assert len(CONFIRMATION.seeds) >= 6
+    seen = {expert.seed for regime in PILOT.regimes for expert in regime.experts}
+    assert not seen & {CONFIRMATION.development, *CONFIRMATION.seeds}
     assert CONFIRMATION.development not in CONFIRMATION.seeds
     single = [one for one in sets(CONFIRMATION) if one.what == "single" and one.arm == "rlvr"]
     used = Counter(name for one in single for name in one.members)
@@ -75,7 +78,7 @@ def put_base(root: Path, preset: StudyPreset) -> None:
 def test_a_rehearsal(tmp_path: Path) -> None:
     """One pair, one arm: every merge of it, and a page that says it is no result."""
     root = tmp_path / "study"
-    preset = replace(SMALLEST, seeds=(0,), arms=("rlvr",), controls=(), methods=("sar",), tries=1)
+    preset = replace(SMALLEST, seeds=(0,), arms=("rlvr", "rft"), controls=(), methods=("sar", "ram"), tries=1)
     put_base(root, preset)
     found = run_study(root, preset, 1)
     assert "**No result.**" in (root / "study.md").read_text()

@@ -28,7 +28,7 @@ from rlmerge.evaluate.statistics import (
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, domain_of, expert, sets
-from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, MECHANISMS
+from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, IN_BF16, merges_of
 
 Table = NDArray[np.float64]
 METRICS = ("greedy", "sampled", "pass", "trace")
@@ -115,7 +115,9 @@ def difference(table: Table) -> Estimate:
 def as_row(estimate: Estimate, interest: float) -> Row:
     """As JSON, with a verdict: 'holds' above 0, 'refuted' where an effect of interest is ruled out, else 'open'."""
     value, low, high = (float(number) for number in (estimate.value, estimate.low, estimate.high))
-    return {"value": value, "low": low, "high": high, "p": p_value(estimate), "verdict": verdict(low, high, interest)}
+    half = p_value(estimate) / 2  # one-sided, that it is not above 0
+    p = half if estimate.centre > 0 else 1.0 - half
+    return {"value": value, "low": low, "high": high, "p": p, "verdict": verdict(low, high, interest)}
 
 
 def verdict(low: float, high: float, interest: float) -> str:
@@ -244,7 +246,8 @@ def losses(numbers: Numbers) -> list[Row]:
                     "more": {},
                 }
                 for arm in numbers.preset.arms:
-                    if arm == "rlvr" or not numbers.of(what, arm):
+                    made = {one.label for one in merges_of(what, arm, numbers.preset.methods)}
+                    if arm == "rlvr" or label not in made or not numbers.of(what, arm):
                         continue
                     other = retention(numbers, what, arm, label, "fp32", metric)
                     row["kept"][arm] = retained(*other)
@@ -295,16 +298,20 @@ def sensitivities(numbers: Numbers) -> list[Row]:
     """H5: the paper's sensitivity less every other way to settle a conflict, on identical supports."""
     if not numbers.of("fusion", "rlvr"):
         return []
-    own = (ABLATIONS[0].label, "fp32")
-    return [_less(numbers, own, (one.label, "fp32")) for one in (*ABLATIONS[1:], *AGREEMENTS)]
+    own = ABLATIONS[0].label
+    rows = [_less(numbers, (own, "fp32"), (one.label, "fp32")) for one in (*ABLATIONS[1:], *AGREEMENTS)]
+    return rows + [_less(numbers, (own, "bf16"), (label, "bf16")) for label in IN_BF16 if label != own]
 
 
 def mechanisms(numbers: Numbers) -> list[Row]:
-    """H6: what the mean regains when rounding, conflict or dilution is switched off."""
+    """H6: what is regained when rounding, then dilution, then conflict is switched off, one at a time."""
     if not numbers.of("fusion", "rlvr"):
         return []
     rows = [_less(numbers, ("mean", "fp32"), ("mean", "bf16"))]
-    return rows + [_less(numbers, (m.label, dtype), ("mean", dtype)) for dtype in ("fp32", "bf16") for m in MECHANISMS]
+    for dtype in ("fp32", "bf16"):
+        rows.append(_less(numbers, ("plain-mean", dtype), ("mean", dtype)))
+        rows.append(_less(numbers, ("random-winner", dtype), ("plain-mean", dtype)))
+    return rows
 
 
 def controls(numbers: Numbers) -> list[Row]:

@@ -162,7 +162,10 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
         tasks = tasks_of(preset, tuple(experts_of(preset))) if name == "base" else measured_on(preset, name)
-        yield from _measured(model_of(root, name), preset, tasks, preset.samples)
+        model = model_of(root, name)
+        if name != "base":
+            model = model.with_name("fp32")  # as what is merged
+        yield from _measured(model, preset, tasks, preset.samples)
     elif cell.kind == "geometry":
         yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
     elif cell.kind == "merge":
@@ -207,7 +210,7 @@ def _estimated(root: Path, preset: PilotPreset, expert: Expert) -> None:
     out = input_of(root, "fisher", expert.name)
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+        choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens, attempts=64)
         estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice, compute="bf16"))
 
 

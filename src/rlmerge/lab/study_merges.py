@@ -62,17 +62,12 @@ ABLATIONS = (
     Merge("random-winner", "sar", BY_DELTA | {"arbitration": "random", "agreement": "mean"}),
     Merge("plain-mean", "sar", AVERAGED),
 )
-"""H5: who decides a conflict. The first is the reading of the paper; the last is RAM's mean."""
+"""H5: who decides a conflict. The first is the reading of the paper; the last is RAM's mean, in which what one expert
+alone changed stays whole. H6 takes the last two, too: a conflict is cancelled in one, won at random in the other."""
 AGREEMENTS = tuple(Merge(f"agree-{how}", "sar", WHOLE | {"agreement": how}) for how in ("mean", "sum", "multiplicity"))
 """H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean by sensitivity."""
-MECHANISMS = (
-    Merge("no-conflict", "sar", BY_DELTA | {"weight": 0.5, "arbitration": "random", "agreement": "sum"}),
-    Merge("no-dilution", "sar", AVERAGED),
-)
-"""H6, beside `mean` in fp32 (no rounding) and in bf16 (everything on): the mean in which a conflict is won, at half
-size, instead of cancelled; the mean in which what one expert alone changed stays whole. In fp32 both have changed
-nearly every weight, so these are made of bf16 experts, too.
-"""
+IN_BF16 = ("F-delta2", "delta2", "delta2-ties-drawn", "F-permuted", "random-winner", "plain-mean")
+"""Of bf16 experts, too: only there many updates are of one size, and most coordinates changed by one expert alone."""
 FEW = ("sum", "mean", "ties", "sar")
 ROUNDED = ("sum", "mean", "ties", "ram", "sar")
 """Stored as bf16, too."""
@@ -89,12 +84,14 @@ def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
     if arm == "rlvr":
         found += [Merge(m.label, m.method, m.settings, "bf16", tuned=m.tuned) for m in found if m.label in ROUNDED]
         if what == "fusion":
-            found += [*ABLATIONS, *AGREEMENTS, *MECHANISMS, *(replace(m, dtype="bf16") for m in MECHANISMS)]
+            found += [*ABLATIONS, *AGREEMENTS, *(replace(m, dtype="bf16") for m in ABLATIONS if m.label in IN_BF16)]
     return found
 
 
 FLOORS = (1e-3, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2, 0.1, 1.0)
 """Of the Fisher mean, whose grid in the table has half as many tries; the default comes first."""
+EPSILONS = (1e-5, 0.0, 1e-6, 3e-6, 3e-5, 5e-5, 1e-4, 2e-4)
+"""Of RAM: updates at a rate of 1e-5 are of 1e-4, and the grid of the table, for one of 1e-4, would drop all of them."""
 
 
 def settings_of(method: str) -> tuple[Setting, ...]:
@@ -103,6 +100,10 @@ def settings_of(method: str) -> tuple[Setting, ...]:
     """
     if method == "fisher":
         return tuple({"floor": floor} for floor in FLOORS)
+    if method == "ram":
+        return tuple({"epsilon": epsilon} for epsilon in EPSILONS)
+    if method == "ramplus_tl":
+        return tuple({"r": r, "epsilon": epsilon} for r in (0.1, 0.5, 1.0, 2.0) for epsilon in (1e-5, 1e-4))
     return tuple(setting for setting in grid_of(method) if not any(isinstance(v, tuple) for v in setting.values()))
 
 

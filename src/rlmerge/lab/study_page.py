@@ -229,8 +229,8 @@ def write_plot(found: Row, out: Path) -> None:
         for number, arm in enumerate(arms):
             shift = 0.14 * (number - (len(arms) - 1) / 2)
             for place, label in enumerate(labels):
-                one = shown[label][arm]
-                if one["value"] is None:
+                one = shown[label].get(arm)
+                if one is None or one["value"] is None:
                     continue
                 if one["low"] is not None and one["high"] is not None:
                     ends = [100 * one["low"], 100 * one["high"]]

@@ -29,6 +29,8 @@ from rlmerge.lab.study import (
 from rlmerge.lab.study_merges import Merge, merges_of, settings_of, write_merge
 
 FISHER = "fisher.safetensors"
+ATTEMPTS = 64
+"""Samples of a problem at most, until one is right: the base solves an eighth."""
 
 
 def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
@@ -48,7 +50,9 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
             _average(root, preset, name)
         if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
             _keep_matched(root, preset, name)
-        yield "tasks", measured(folder_of(root, preset, name), measuring(preset), both_tasks(preset))
+        # as what is merged: the fp32 masters (of the base, bf16, where all begin)
+        folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, "fp32")
+        yield "tasks", measured(folder, measuring(preset), both_tasks(preset))
     elif cell.kind == "tune":
         yield from _tune(root, preset, name)
     elif cell.kind == "frozen":
@@ -154,7 +158,7 @@ def _estimate(root: Path, preset: StudyPreset, name: str) -> None:
     base = name.startswith("base-")
     domain = name.removeprefix("base-") if base else domain_of(name)
     model = model_of(root, "base") if base else folder_of(root, preset, name)
-    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
+    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens, attempts=ATTEMPTS)
     estimate_fisher(model, preset.tasks[domain], out, FisherSettings(choice=choice, compute="bf16"))
 
 
@@ -203,7 +207,7 @@ def _match(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
     base = model_of(root, "base")
 
     def looked_at(folder: Path) -> dict[str, float]:
-        scores = measured(folder / "bf16", how, task)[task[0]]
+        scores = measured(folder / "fp32", how, task)[task[0]]
         return {"greedy": scores["greedy"].count("1") / preset.tuning, "norm": _distance(base, folder / "fp32")}
 
     aim = looked_at(folder_of(root, preset, rlvr).parent)
