@@ -56,6 +56,8 @@ def verify(out: Path | str) -> dict[str, Any]:
 def _read_provenance(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
     """What was written: weights, units of each tensor, digests of the small files; looked at before it is believed."""
     source = folder / PROVENANCE
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: there is no such folder. Write an output of rlmerge merge.")
     if not os.path.lexists(source):
         hint = " It is unfinished: run its merge command again." if work_folder(folder).exists() else ""
         raise OutputError(f"{folder}: has no {PROVENANCE}, so it is not a finished output of rlmerge.{hint}")
@@ -73,7 +75,8 @@ def _read_provenance(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
         if not plain:
             raise ValueError("it names files outside of its folder, or digests that are none")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{source}: cannot be read as provenance of a merge: {error}") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise OutputError(f"{source}: cannot be read as provenance of a merge: {why}") from None
     return weights, units, files
 
 

@@ -105,7 +105,8 @@ def test_wrong_data_are_told_before_a_weight_is_read(models, monkeypatch):
         (["base", "a", "b", "--data", "x=f.jsonl", "--data", "g.jsonl"], "NAME=FILE for each"),
         (["base", "a", "b", "--data", "f.jsonl", "--data", "g.jsonl"], "several times without names"),
         (["base", "a", "--recipe", "r.json"], "ends in .yml"),
-        (["base", "a", "a"], "a"),
+        (["base", "a", "a"], "a is given twice"),
+        (["base", "base"], "base is the base itself"),
     ],
 )
 def test_mistakes(models, arguments, message):

@@ -115,6 +115,11 @@ def _maker(base: str, experts: list[str], names: Sequence[str]) -> Make:
     """What makes a recipe over these models. Raises RecipeError for names that do not fit."""
     if not experts:
         raise RecipeError("inspect: no expert is given. Write the base and one or more experts: BASE EXPERT …")
+    for expert in experts:
+        if expert == base or (Path(expert).is_dir() and Path(expert).resolve() == Path(base).resolve()):
+            raise RecipeError(f"inspect: {expert} is the base itself. Write what was trained from it.")
+        if not names and experts.count(expert) > 1:
+            raise RecipeError(f"inspect: {expert} is given twice. Leave one out, or give each a --name.")
     if names and len(names) != len(experts):
         raise RecipeError(
             f"--name is given {len(names)} times for {len(experts)} experts: give one name for each, in their order, "
