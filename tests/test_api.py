@@ -353,7 +353,7 @@ def test_verify_without_provenance(finished, text):
 
 
 def test_verify_of_nothing(tmp_path):
-    with pytest.raises(OutputError, match=r"rlmerge\.json"):
+    with pytest.raises(OutputError, match="there is no such folder"):
         rlmerge.verify(tmp_path / "nothing")
     (tmp_path / "out.unfinished").mkdir()
     with pytest.raises(OutputError, match="unfinished"):

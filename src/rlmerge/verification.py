@@ -56,7 +56,7 @@ def verify(out: Path | str) -> dict[str, Any]:
 def _read_provenance(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:
     """What was written: weights, units of each tensor, digests of the small files; looked at before it is believed."""
     source = folder / PROVENANCE
-    if not folder.is_dir():
+    if not folder.is_dir() and not work_folder(folder).exists():
         raise OutputError(f"{folder}: there is no such folder. Write an output of rlmerge merge.")
     if not os.path.lexists(source):
         hint = " It is unfinished: run its merge command again." if work_folder(folder).exists() else ""
