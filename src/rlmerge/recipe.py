@@ -158,6 +158,13 @@ class Recipe:
         return {key: self._find(b, self.place(e, "model")) if b else None for key, (b, e) in found.items()}
 
     @property
+    def local_folders(self) -> list[Path]:
+        """The folders of this machine among the models and adapters that it names; no error for what is elsewhere."""
+        written = [self.base_model, *(entry.model for entry in self.models)]
+        parts = [part for one in written if one is not None for part in self.split(one) if part is not None]
+        return [path for part in parts if (path := (self._folder or Path()) / part).is_dir()]
+
+    @property
     def remote(self) -> dict[str, Place]:
         """What the recipe names that is in no folder and may be on the hub, with the (first) place that names it."""
         named = [(part, at) for name, at in self.references.items() for part in self.split(name) if part]

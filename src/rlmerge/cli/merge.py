@@ -117,14 +117,16 @@ def run(given: Namespace) -> None:
         _show(recipe, out, outcome)
 
 
-def _check_report(given: Namespace, sweep: list[dict[str, Any]], recipe: Any, out: str) -> None:
+def _check_report(given: Namespace, sweep: list[dict[str, Any]], recipe: Recipe | Stages, out: str) -> None:
     """Raises, before any weight moves, where a page cannot be made of this merge or written there."""
     from rlmerge.report.outputs import check_apart, check_places
+    from rlmerge.stages import Stages
 
     check_places(given.html, given.figures)
-    folders = [] if isinstance(recipe, (str, Path)) else [recipe.base_path, *recipe.model_paths.values()]
+    recipes = recipe.recipes if isinstance(recipe, Stages) else [recipe]
+    folders = [folder for one in recipes for folder in one.local_folders]
     for option, path in (("--html", given.html), ("--figures", given.figures)):
-        check_apart(option, path, [folder for folder in folders if folder is not None], out)
+        check_apart(option, path, folders, out)
     if sweep and (given.html is not None or given.figures is not None):
         raise RecipeError(
             "--html: a sweep makes several merges, and a page shows one. Make the pages of those you want afterwards: "
