@@ -13,7 +13,7 @@ import pytest
 from rlmerge.demo.assets import DATA
 from rlmerge.lab.cells import opened_root, read_cell
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.pilot import Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
+from rlmerge.lab.pilot import MERGES, Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.regimes import PLUMBING
 
@@ -30,7 +30,7 @@ SMALL = PilotPreset(
     **{
         **vars(PLUMBING), "name": "pilot-test", "steps": 2, "prompts": 2, "group": 2, "problems": 4, "fisher": 4,
         "batch": 4, "pretraining_steps": 2, "cold_steps": 2, "max_new_tokens": 48, "eval_batch": 8,
-        "regimes": (PAIR,), "samples": 2,
+        "regimes": (PAIR,), "samples": 2, "merges": tuple(one for one in MERGES if one.label in ("mean", "sar")),
     },
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     run_pilot(root, replace(SMALL, regimes=(PAIR, SEEDS)), 1, only=("seeds",))
     after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     assert before.items() <= after.items()
-    assert "merge-seeds.both-fp32-ram.json" in after
+    assert "merge-seeds.both-fp32-sar.json" in after
     assert json.loads((root / "models" / "m2" / "run.json").read_text())["lora"] == 2
     with pytest.raises(LabError, match="there are pair"):
         run_pilot(root, SMALL, 1, only=("others",))
