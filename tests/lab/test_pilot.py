@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.lab.demo_base import put_base
 
-from rlmerge.demo.assets import DATA
-from rlmerge.lab.cells import opened_root, read_cell
+from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.pilot import MERGES, Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
-from rlmerge.lab.presets import Preset
 from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(
@@ -57,15 +55,6 @@ def test_cells_come_after_what_they_need():
 def test_regimes_that_contradict_themselves(regime, message):
     with pytest.raises(LabError, match=message):
         pilot_cells(replace(SMALL, regimes=(PAIR, regime)))
-
-
-def put_base(root: Path, preset: Preset) -> None:
-    """The demo's base instead of one that has learned nothing: half of its answers are right."""
-    with opened_root(root, preset):
-        shutil.copytree(DATA / "models" / "base", root / "models" / "base")
-        (root / "cells").mkdir()
-        for name in ("pretrain", "base"):
-            (root / "cells" / f"{name}.json").write_text("{}")
 
 
 def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tests.lab.demo_base import put_base
 
-from rlmerge.demo.assets import DATA
-from rlmerge.lab.cells import opened_root, read_cell
+from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.regimes import PILOT
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
@@ -64,15 +63,6 @@ def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
     with pytest.raises(LabError, match="only a half"):
         study_cells(replace(SMALLEST, split="test"))
     assert sealed_seed("one") != sealed_seed("another")
-
-
-def put_base(root: Path, preset: StudyPreset) -> None:
-    """The demo's base instead of one that has learned nothing: half of its answers are right."""
-    with opened_root(root, preset):
-        shutil.copytree(DATA / "models" / "base", root / "models" / "base")
-        (root / "cells").mkdir()
-        for name in ("pretrain", "base"):
-            (root / "cells" / f"{name}.json").write_text("{}")
 
 
 def test_a_rehearsal(tmp_path: Path) -> None:

@@ -210,17 +210,21 @@ def _first(out: Path, preset: Preset, tasks: tuple[str, ...]) -> None:
         write_base(out / "bf16")
 
 
-def _fisher(root: Path, preset: Preset, name: str) -> None:
+def estimate_once(model: Path, task: str, out: Path, preset: Preset, attempts: int = 8, compute: str = "fp32") -> None:
+    """The Fisher of a model from its own right answers on a task, unless it is there; attempts: at a problem."""
     from rlmerge.fisher.data import SequenceChoice
     from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
 
-    out = input_of(root, "fisher", name)
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    domain = name.split("-")[1]
-    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens)
-    estimate_fisher(model_of(root, name), preset.tasks[domain], out, FisherSettings(choice=choice))
+    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens, attempts=attempts)
+    estimate_fisher(model, task, out, FisherSettings(choice=choice, compute=compute))
+
+
+def _fisher(root: Path, preset: Preset, name: str) -> None:
+    task = preset.tasks[name.split("-")[1]]
+    estimate_once(model_of(root, name), task, input_of(root, "fisher", name), preset)
 
 
 def _gram(root: Path, preset: Preset, name: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.cells import Cell, input_of, lab_work, model_of, opened_root
+from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, opened_root
 from rlmerge.lab.contenders import Contender, write_recipe
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import Preset
@@ -158,7 +158,9 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     if cell.kind == "rlvr":
         yield from _trained(root, preset, experts_of(preset)[cell.name])
     elif cell.kind == "fisher":
-        _estimated(root, preset, experts_of(preset)[cell.name.removeprefix("fisher-")])
+        expert = experts_of(preset)[cell.name.removeprefix("fisher-")]
+        out = input_of(root, "fisher", expert.name)
+        estimate_once(model_of(root, expert.name), expert.task, out, preset, attempts=64, compute="bf16")
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
         tasks = tasks_of(preset, tuple(experts_of(preset))) if name == "base" else measured_on(preset, name)
@@ -201,17 +203,6 @@ def _every(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         means = {key: sum(line[key] for line in some) / len(some) for key in some[0] if key != "step"}
         found.append({"step": some[-1]["step"] + 1, **means})
     return found
-
-
-def _estimated(root: Path, preset: PilotPreset, expert: Expert) -> None:
-    from rlmerge.fisher.data import SequenceChoice
-    from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
-
-    out = input_of(root, "fisher", expert.name)
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens, attempts=64)
-        estimate_fisher(model_of(root, expert.name), expert.task, out, FisherSettings(choice=choice, compute="bf16"))
 
 
 def _measured(

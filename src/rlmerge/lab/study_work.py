@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.cells import Cell, input_of, lab_work, model_of, read_cell
+from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.presets import Preset
@@ -148,18 +148,11 @@ def _average(root: Path, preset: StudyPreset, name: str) -> None:
 
 def _estimate(root: Path, preset: StudyPreset, name: str) -> None:
     """Of an expert from its own right answers; `base-math`: of the base, from its own on that domain."""
-    from rlmerge.fisher.data import SequenceChoice
-    from rlmerge.fisher.estimate import FisherSettings, estimate_fisher
-
-    out = input_of(root, "fisher", name)
-    if out.exists():
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
     base = name.startswith("base-")
     domain = name.removeprefix("base-") if base else domain_of(name)
     model = model_of(root, "base") if base else folder_of(root, preset, name)
-    choice = SequenceChoice(sequences=preset.fisher, max_new_tokens=preset.max_new_tokens, attempts=ATTEMPTS)
-    estimate_fisher(model, preset.tasks[domain], out, FisherSettings(choice=choice, compute="bf16"))
+    out = input_of(root, "fisher", name)
+    estimate_once(model, preset.tasks[domain], out, preset, attempts=ATTEMPTS, compute="bf16")
 
 
 def _spoil(root: Path, kind: str, name: str) -> None:
