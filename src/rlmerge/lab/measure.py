@@ -21,6 +21,7 @@ from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
 from rlmerge.evaluate.tasks import Task, load_task
 from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.evaluate.verifiers import completed, verify
+from rlmerge.lab.linear import by_onednn
 from rlmerge.lab.policy import Policy, log_probabilities
 
 TOGETHER = 16
@@ -93,6 +94,11 @@ def measure(policy: Policy, task: Task, how: Measuring) -> Measured:
 
     The task's problems have a solution each (the project's own domains).
     """
+    with by_onednn(policy.model):
+        return _measure(policy, task, how)
+
+
+def _measure(policy: Policy, task: Task, how: Measuring) -> Measured:
     samples, batch = how.samples, how.batch
     greedy, lengths = np.zeros(0, bool), [0]
     if how.greedy:
