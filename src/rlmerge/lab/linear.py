@@ -40,5 +40,5 @@ def by_onednn(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _linear(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+def _linear(weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
