@@ -1,9 +1,12 @@
 """G0, the exploratory part of the study: regimes in which averaging RLVR experts might cost what they learned.
 
 A regime is a handful of experts of one base and the sets of them that are merged; all is done as cells. Experts are
-trained once, however many regimes share them. Every set is merged in memory by the same few methods, in fp32 and stored
-in bf16, and measured on the tasks of its experts; its geometry is measured beside the null model. `pilot_page` makes
-the page, `regimes` lists what is tried.
+trained once, however many regimes share them. Every set is merged in memory by the same few methods, kept in fp32 and
+stored in bf16, and measured on the tasks of its experts; its geometry is measured beside the null model. `pilot_page`
+makes the page, `regimes` lists what is tried.
+
+An expert is the checkpoint in bf16, as the policy that earned the rewards computed with weights rounded so. Its fp32
+master is measured beside it: what has moved by less than a rounding, no reward has seen (docs/log.md).
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ MERGES = (
 )
 """What every set is merged by."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Of the experts and of the merge."""
-ASKED = ("fp32-", "bf16-mean", "bf16-sar")
+"""In which a merge is kept."""
+MASTERS = "masters"
+"""Stands for a dtype where the fp32 masters are merged, in fp32; by the mean alone."""
+ASKED = ("fp32-", "bf16-mean", "bf16-sar", "masters-")
 """Merges that are asked for greedy answers; of the others there is the likelihood of solutions, which shows what
 rounding does, and costs a fifth."""
 
@@ -82,6 +87,11 @@ def experts_of(preset: PilotPreset) -> dict[str, Expert]:
     return found
 
 
+def dtype_of(expert: Expert) -> str:
+    """In which it is merged: a LoRA is a product in fp32, which its policy added to weights in bf16."""
+    return "fp32" if expert.lora else "bf16"
+
+
 def sets_of(preset: PilotPreset) -> dict[str, tuple[str, ...]]:
     """The experts of every set, by REGIME.SET. LabError for a set of experts that its regime does not have."""
     found = {}
@@ -129,7 +139,7 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
             found[f"geometry-{whole}"] = Cell(f"geometry-{whole}", "geometry", members)
             for contender in preset.merges:
                 needs = members if not contender.inputs else tuple(f"fisher-{member}" for member in members)
-                for dtype in DTYPES:
+                for dtype in (*DTYPES, *((MASTERS,) if contender.label == "mean" else ())):
                     cell = f"merge-{whole}-{dtype}-{contender.label}"
                     found[cell] = Cell(cell, "merge", needs)
     return list(found.values())
@@ -163,11 +173,15 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         estimate_once(model_of(root, expert.name), expert.task, out, preset, attempts=64, compute="bf16")
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
-        tasks = tasks_of(preset, tuple(experts_of(preset))) if name == "base" else measured_on(preset, name)
-        model = model_of(root, name)
-        if name != "base":
-            model = model.with_name("fp32")  # as what is merged
-        yield from _measured(model, preset, tasks, preset.samples)
+        if name == "base":
+            tasks = tasks_of(preset, tuple(experts_of(preset)))
+            yield "tasks", _measured(model_of(root, name), preset, tasks, preset.samples)
+            return
+        expert = experts_of(preset)[name]
+        dtype = dtype_of(expert)
+        yield "tasks", _measured(_folder(root, expert, dtype), preset, measured_on(preset, name), preset.samples)
+        other = next(one for one in DTYPES if one != dtype)
+        yield "other", {"dtype": other, "tasks": _measured(_folder(root, expert, other), preset, (expert.task,), 0)}
     elif cell.kind == "geometry":
         yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
     elif cell.kind == "merge":
@@ -205,9 +219,13 @@ def _every(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _folder(root: Path, expert: Expert, dtype: str) -> Path:
+    return model_of(root, expert.name).with_name(dtype)
+
+
 def _measured(
     model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
-) -> Iterator[tuple[str, Any]]:
+) -> dict[str, Any]:
     """Of a folder, or of a recipe's merge in memory."""
     from rlmerge.lab.measure import Measuring, measured
 
@@ -215,7 +233,7 @@ def _measured(
         "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch,
         greedy=greedy,
     )  # fmt: skip
-    yield "tasks", measured(model, how, tasks)
+    return dict(measured(model, how, tasks))
 
 
 def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -234,10 +252,11 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     contender = next(one for one in preset.merges if one.label == label)
     stored = Contender(label, contender.method, contender.settings, contender.inputs)
     recipe = root / "recipes" / f"{whole}-{dtype}-{label}.yml"
-    models = {name: model_of(root, name).with_name(dtype) for name in members}
+    experts = [experts_of(preset)[name] for name in members]
+    models = {one.name: _folder(root, one, "fp32" if dtype == MASTERS else dtype_of(one)) for one in experts}
     inputs = {"fisher": {name: input_of(root, "fisher", name) for name in members}}
     write_recipe(stored, model_of(root, "base"), models, inputs, recipe)
     with recipe.open("a") as file:
-        file.write(f"dtype: {DTYPES[dtype]}\n")
+        file.write(f"dtype: {DTYPES.get(dtype, 'float32')}\n")
     greedy = f"{dtype}-{label}".startswith(ASKED)
-    yield from _measured(recipe, preset, tasks_of(preset, members), 0, greedy)
+    yield "tasks", _measured(recipe, preset, tasks_of(preset, members), 0, greedy)
