@@ -1,20 +1,19 @@
 """What a model can do on a task, with as little noise as there can be: greedy answers, samples with common random
-numbers, and the likelihood of right solutions.
+numbers, and the probability of texts that are known to be right.
 
 A sample's random numbers depend on the problem and its number alone, so that two models draw with the same ones; the
-log-likelihood of verified traces needs none. All in fp32: bf16 products would round the weights, which fp32 merges have
-not been, and turn a quarter of the greedy answers of one model into others (docs/log.md).
+probability of a text needs none. All in fp32: bf16 products would round the weights, which fp32 merges have not been,
+and turn a quarter of the greedy answers of one model into others (docs/log.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
 
 from rlmerge.evaluate.backend import Asked, Sampling
 from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
@@ -22,10 +21,8 @@ from rlmerge.evaluate.tasks import Task, load_task
 from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.linear import by_onednn
-from rlmerge.lab.policy import Policy, log_probabilities
-
-TOGETHER = 16
-"""Solutions whose logits are held at a time: those of 64 in a vocabulary of 49,152 take gigabytes."""
+from rlmerge.lab.policy import Policy
+from rlmerge.lab.texts import Texts, likelihoods
 
 
 class Measured(TypedDict):
@@ -34,7 +31,9 @@ class Measured(TypedDict):
     problems   digest of the problems: what may be compared
     greedy     '1' for a right answer, '0' for a wrong one; '' where nobody asked
     right      right ones of `samples` at temperature 1; perhaps of the first problems alone
-    trace      mean log-probability of a token of the right solution that the problem comes with, in nats
+    mass       probability at temperature 1 that the answer is one of the known right texts, of the first problems: from
+               below it bounds pass@1, whose noise it does not have, and is it where there is one right text
+    trace      mean log-probability of a token of these texts, in nats
     tokens     mean length of the greedy answers
     """
 
@@ -42,6 +41,7 @@ class Measured(TypedDict):
     samples: int
     greedy: str
     right: list[int]
+    mass: list[float]
     trace: list[float]
     tokens: float
 
@@ -80,25 +80,27 @@ def half_of(canonical: str) -> str:
     return "AB"[int(digest("rlmerge/half/" + canonical), 16) % 2]
 
 
-def measured(model: Path, how: Measuring, tasks: Sequence[str]) -> dict[str, Measured]:
-    """What the model of a folder, or a recipe's merge in memory, can do on some tasks."""
+def measured(
+    model: Path, how: Measuring, tasks: Sequence[str], texts: Mapping[str, Texts] | None = None
+) -> dict[str, Measured]:
+    """What the model of a folder, or a recipe's merge in memory, can do on some tasks.
+
+    texts   right texts of the first problems of each task; without them neither `mass` nor `trace` is measured
+    """
     from rlmerge.evaluate.run import load_model
 
     policy = Policy(*load_model(model))
     policy.model.eval()
-    return {spec: measure(policy, how.task(spec), how) for spec in tasks}
+    return {spec: measure(policy, how.task(spec), how, (texts or {}).get(spec, ())) for spec in tasks}
 
 
-def measure(policy: Policy, task: Task, how: Measuring) -> Measured:
-    """Greedy answers, samples, and the likelihood of solutions.
-
-    The task's problems have a solution each (the project's own domains).
-    """
+def measure(policy: Policy, task: Task, how: Measuring, texts: Texts = ()) -> Measured:
+    """Greedy answers, samples, and the probability of right texts."""
     with by_onednn(policy.model):
-        return _measure(policy, task, how)
+        return _measure(policy, task, how, texts)
 
 
-def _measure(policy: Policy, task: Task, how: Measuring) -> Measured:
+def _measure(policy: Policy, task: Task, how: Measuring, texts: Texts) -> Measured:
     samples, batch = how.samples, how.batch
     greedy, lengths = np.zeros(0, bool), [0]
     if how.greedy:
@@ -108,12 +110,14 @@ def _measure(policy: Policy, task: Task, how: Measuring) -> Measured:
         some = replace(task, problems=task.problems[: how.sampled or None])
         drawn, _ = _answers(policy, some, samples, Sampling(1.0, how.max_new_tokens), batch)
         right = drawn.reshape(len(some.problems), samples).sum(1)
+    mass, trace = likelihoods(policy, task, texts)
     return {
         "problems": str(task.settings["problems"]),
         "samples": samples,
         "greedy": "".join(str(int(verdict)) for verdict in greedy),
         "right": right.tolist(),
-        "trace": [round(value, 5) for value in trace_likelihood(policy, task, min(batch, TOGETHER))],
+        "mass": [round(value, 7) for value in mass],
+        "trace": [round(value, 5) for value in trace],
         "tokens": round(float(np.mean(lengths)), 2),
     }
 
@@ -133,28 +137,10 @@ def _answers(policy: Policy, task: Task, samples: int, sampling: Sampling, batch
     return verdicts, [one.tokens for one in ordered]
 
 
-def trace_likelihood(policy: Policy, task: Task, batch: int = 64) -> list[float]:
-    """Mean log-probability of a token of each problem's own solution, its end included, by teacher forcing."""
-    found: list[float] = []
-    for start in range(0, len(task.problems), batch):
-        some = task.problems[start : start + batch]
-        prompts = [policy.encode_prompt(problem.prompt) for problem in some]
-        completions = [policy.encode(_solution(problem.completion)) for problem in some]
-        with torch.no_grad():
-            logs, mask = log_probabilities(policy, prompts, completions)
-        found += (logs.sum(1) / mask.sum(1)).tolist()
-    return found
-
-
-def _solution(completion: str | None) -> str:
-    assert completion is not None, "problems of the project's own domains have a solution"
-    return completion
-
-
 def scores_of(measured: Sequence[Measured], metric: str) -> np.ndarray:
-    """A table [models, problems] of one metric: 'greedy', 'sampled' (share of right samples) or 'trace'."""
+    """A table [models, problems] of one metric: 'greedy', 'sampled' (share of right samples), 'mass' or 'trace'."""
     if metric == "greedy":
         return np.array([[float(letter) for letter in one["greedy"]] for one in measured])
     if metric == "sampled":
         return np.array([one["right"] for one in measured]) / np.array([[one["samples"]] for one in measured])
-    return np.array([one["trace"] for one in measured])
+    return np.array([one["mass" if metric == "mass" else "trace"] for one in measured])

@@ -70,10 +70,13 @@ class PilotPreset(Preset):
 
     regimes   in the order in which they are tried
     samples   of a problem at temperature 1, of base and experts
+    texts     problems of a task for which right texts of the base are looked for, in `attempts` samples each
     """
 
     regimes: tuple[Regime, ...] = ()
     samples: int = 0
+    texts: int = 100
+    attempts: int = 32
     merges: tuple[Contender, ...] = field(default=MERGES)
 
 
@@ -125,13 +128,14 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
         cell.name: cell
         for cell in (Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",), threads=2))
     }
-    found["measure-base"] = Cell("measure-base", "measure", ("base",))
+    found["texts"] = Cell("texts", "texts", ("base",))
+    found["measure-base"] = Cell("measure-base", "measure", ("texts",))
     for regime in preset.regimes:
         for expert in regime.experts:
             for cell in (
                 Cell(expert.name, "rlvr", ("base",)),
                 Cell(f"fisher-{expert.name}", "fisher", (expert.name,)),
-                Cell(f"measure-{expert.name}", "measure", (expert.name,)),
+                Cell(f"measure-{expert.name}", "measure", (expert.name, "texts")),
             ):
                 found[cell.name] = cell
         for name, members in regime.sets:
@@ -141,7 +145,7 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
                 needs = members if not contender.inputs else tuple(f"fisher-{member}" for member in members)
                 for dtype in (*DTYPES, *((MASTERS,) if contender.label == "mean" else ())):
                     cell = f"merge-{whole}-{dtype}-{contender.label}"
-                    found[cell] = Cell(cell, "merge", needs)
+                    found[cell] = Cell(cell, "merge", (*needs, "texts"))
     return list(found.values())
 
 
@@ -171,17 +175,24 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         expert = experts_of(preset)[cell.name.removeprefix("fisher-")]
         out = input_of(root, "fisher", expert.name)
         estimate_once(model_of(root, expert.name), expert.task, out, preset, attempts=64, compute="bf16")
+    elif cell.kind == "texts":
+        from rlmerge.lab.texts import find_texts
+
+        asked = {spec: _measuring(preset, 0).task(spec) for spec in tasks_of(preset, tuple(experts_of(preset)))}
+        base = model_of(root, "base")
+        yield from find_texts(root, base, asked, preset.texts, preset.attempts, preset.max_new_tokens)
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
         if name == "base":
             tasks = tasks_of(preset, tuple(experts_of(preset)))
-            yield "tasks", _measured(model_of(root, name), preset, tasks, preset.samples)
+            yield "tasks", _measured(root, model_of(root, name), preset, tasks, preset.samples)
             return
         expert = experts_of(preset)[name]
         dtype = dtype_of(expert)
-        yield "tasks", _measured(_folder(root, expert, dtype), preset, measured_on(preset, name), preset.samples)
+        yield "tasks", _measured(root, _folder(root, expert, dtype), preset, measured_on(preset, name), preset.samples)
         other = next(one for one in DTYPES if one != dtype)
-        yield "other", {"dtype": other, "tasks": _measured(_folder(root, expert, other), preset, (expert.task,), 0)}
+        found = _measured(root, _folder(root, expert, other), preset, (expert.task,), 0)
+        yield "other", {"dtype": other, "tasks": found}
     elif cell.kind == "geometry":
         yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
     elif cell.kind == "merge":
@@ -223,17 +234,23 @@ def _folder(root: Path, expert: Expert, dtype: str) -> Path:
     return model_of(root, expert.name).with_name(dtype)
 
 
-def _measured(
-    model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
-) -> dict[str, Any]:
-    """Of a folder, or of a recipe's merge in memory."""
-    from rlmerge.lab.measure import Measuring, measured
+def _measuring(preset: PilotPreset, samples: int, greedy: bool = True) -> Any:
+    from rlmerge.lab.measure import Measuring
 
-    how = Measuring(
+    return Measuring(
         "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch,
         greedy=greedy,
     )  # fmt: skip
-    return dict(measured(model, how, tasks))
+
+
+def _measured(
+    root: Path, model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
+) -> dict[str, Any]:
+    """Of a folder, or of a recipe's merge in memory."""
+    from rlmerge.lab.measure import measured
+    from rlmerge.lab.texts import read_texts
+
+    return dict(measured(model, _measuring(preset, samples, greedy), tasks, read_texts(root, tasks)))
 
 
 def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -259,4 +276,4 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     with recipe.open("a") as file:
         file.write(f"dtype: {DTYPES.get(dtype, 'float32')}\n")
     greedy = f"{dtype}-{label}".startswith(ASKED)
-    yield "tasks", _measured(recipe, preset, tasks_of(preset, members), 0, greedy)
+    yield "tasks", _measured(root, recipe, preset, tasks_of(preset, members), 0, greedy)

@@ -71,7 +71,7 @@ REGIMES = (
     ),
 )
 
-SECONDS = {"base": 900, "rlvr": 1200, "fisher": 120, "measure": 200, "geometry": 60, "merge": 150}
+SECONDS = {"base": 900, "texts": 900, "rlvr": 1200, "fisher": 120, "measure": 200, "geometry": 60, "merge": 150}
 """What cells take, estimated."""
 PILOT = PilotPreset(
     **{**vars(SMALL), "name": "pilot", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
@@ -83,7 +83,7 @@ PLUMBING = PilotPreset(
         **vars(TINY),
         "name": "plumbing",
         "problems": 200,
-        "seconds": {**TINY.seconds, "measure": 15, "geometry": 2, "merge": 15},
+        "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "geometry": 2, "merge": 15},
     },
     regimes=(
         Regime(

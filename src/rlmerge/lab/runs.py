@@ -37,7 +37,7 @@ from rlmerge.lab.policy import Policy, fast_bf16, write_model
 from rlmerge.version import VERSION
 
 SAVE_EVERY = 20.0
-"""Seconds between saved states: what a kill can cost. Where saving takes long, so that it takes a thirtieth of the time."""
+"""Seconds between saved states: what a kill can cost. More where it takes long, so that it takes a thirtieth."""
 LOG, NOTE, STATE, MADE = "log.jsonl", "run.json", "state.safetensors", "made_by"
 
 Values = dict[str, Any]

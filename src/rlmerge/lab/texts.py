@@ -1,0 +1,89 @@
+"""Texts that are known to be right, and how likely a model is to write one of them.
+
+Where a problem has one right string, its probability is the expected pass@1, without the noise of samples. Answers with
+working have many; so the base is asked often, and what a verifier finds right is kept, beside the solution that the
+problem comes with. The probability of all of them is pass@1 seen from below: it misses texts that nobody wrote down.
+The base is the start of all arms, so that its texts are no arm's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmerge.evaluate.tasks import Task
+from rlmerge.lab.policy import Policy, log_probabilities
+
+TOGETHER = 8
+"""Right texts of a problem that are kept: their logits, in a vocabulary of 49,152, are held together."""
+
+Texts = Sequence[Sequence[Sequence[int]]]
+"""Right texts of the first problems of a task, as token ids, the end included: [problems][texts][tokens]."""
+
+
+def find_texts(
+    root: Path, model: Path, tasks: Mapping[str, Task], problems: int, attempts: int, max_new_tokens: int
+) -> Iterator[tuple[str, Any]]:
+    """Writes root/texts/TASK.json for each task; yields how many texts, and how likely the model is to write them."""
+    from rlmerge.evaluate.run import load_model
+
+    policy = Policy(*load_model(model))
+    policy.model.eval()
+    for spec, task in tasks.items():
+        texts = right_texts(policy, task, problems, attempts, max_new_tokens)
+        out = file_of(root, spec)
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(texts))
+        yield spec, {"problems": len(texts), "texts": sum(map(len, texts))}
+
+
+def read_texts(root: Path, tasks: Sequence[str]) -> dict[str, Texts]:
+    """What `find_texts` wrote."""
+    return {spec: json.loads(file_of(root, spec).read_text()) for spec in tasks}
+
+
+def file_of(root: Path, spec: str) -> Path:
+    """Where the texts of a task are."""
+    return root / "texts" / f"{spec.replace(':', '-')}.json"
+
+
+def likelihoods(policy: Policy, task: Task, texts: Texts) -> tuple[list[float], list[float]]:
+    """Of the first problems: the probability that the answer is one of the texts, and their mean log-probability a
+    token. Exact, by teacher forcing. Texts are tokens, as they were drawn: another spelling of one counts as another.
+    """
+    mass: list[float] = []
+    trace: list[float] = []
+    for problem, known in zip(task.problems, texts):
+        with torch.no_grad():
+            logs, mask = log_probabilities(policy, [policy.encode_prompt(problem.prompt)], known)
+        mass.append(float(logs.sum(1).double().exp().sum()))
+        trace.append(float((logs.sum(1) / mask.sum(1)).mean()))
+    return mass, trace
+
+
+def right_texts(policy: Policy, task: Task, problems: int, attempts: int, max_new_tokens: int) -> list[list[list[int]]]:
+    """Texts that a verifier found right, of each of the first problems: of `attempts` samples at temperature 1, and the
+    solution that it comes with; different ones, the likeliest TOGETHER of them.
+    """
+    from rlmerge.lab.rlvr import draw, rewards_of, tokens_of
+
+    found = []
+    some, together = task.problems[:problems], max(1, 256 // attempts)
+    for start in range(0, len(some), together):
+        part = some[start : start + together]
+        samples = draw(policy, part, attempts, f"texts/{start}", max_new_tokens)
+        rewards = rewards_of(samples, part).tolist()
+        for place, problem in enumerate(part):
+            own = samples[place * attempts : (place + 1) * attempts]
+            assert problem.completion is not None, "problems of the project's own domains have a solution"
+            known = {tuple(tokens_of(sample)) for sample, reward in zip(own, rewards[place]) if reward}
+            ordered = sorted(known | {tuple(policy.encode(problem.completion))})
+            with torch.no_grad():
+                logs, _ = log_probabilities(policy, [policy.encode_prompt(problem.prompt)], ordered)
+            likeliest = sorted(zip(logs.sum(1).tolist(), ordered), reverse=True)[:TOGETHER]
+            found.append([list(text) for _, text in likeliest])
+    return found
