@@ -13,11 +13,14 @@ from tests.lab.demo_base import put_base
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.pilot import MERGES, Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
+from rlmerge.lab.pilot_page import write_page
 from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(
     "pair", "two domains",
-    (Expert("m1", "math:0", 1), Expert("c1", "code:0", 1)), (("fusion", ("m1", "c1")),),
+    (Expert("m1", "math:0", 1), Expert("c1", "code:0", 1), Expert("s", "code:0", 1, kind="sft"),
+     Expert("r", "math:0", 1, kind="rft", of="m1")),
+    (("fusion", ("m1", "c1")),),
 )  # fmt: skip
 SEEDS = Regime(
     "seeds", "two runs that differ by more than a seed",
@@ -78,6 +81,9 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     assert before.items() <= after.items()
     assert "merge-seeds.both-fp32-sar.json" in after
     assert json.loads((root / "models" / "m2" / "run.json").read_text())["lora"] == 2
+    page = write_page(root, replace(SMALL, regimes=(PAIR, SEEDS)), tmp_path / "pilot.md")
+    assert set(page["sets"]) == {"pair.fusion", "seeds.both"}
+    assert page["experts"]["m2"]["other"]["dtype"] == "bf16"
     with pytest.raises(LabError, match="there are pair"):
         run_pilot(root, SMALL, 1, only=("others",))
     with pytest.raises(LabError, match="another samples"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlmerge.evaluate.statistics import crossed_difference
-from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, problems_needed
+from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, problems_needed, upper_parts
 
 PILOT = Parts(seeds=0.0004, problems=0.02, rest=0.04)
 
@@ -62,3 +62,11 @@ def test_several_at_once():
     assert low == pytest.approx(0.65)
     assert high == 0.8
     assert all_found([0.2, 0.3])[0] == 0.0
+
+
+def test_an_upper_limit_of_what_pairs_differ_by():
+    """Above the truth in four tables of five, whatever their number of pairs."""
+    for pairs in (3, 6):
+        tables = draw(np.random.default_rng(3), Parts(0.002, 0.02, 0.04), 0.0, pairs, 200, 2000)
+        above = np.mean([upper_parts(table).seeds > 0.002 for table in tables])
+        assert above == pytest.approx(0.8, abs=0.03)

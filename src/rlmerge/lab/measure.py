@@ -52,6 +52,7 @@ class Measuring:
 
     split      'validation' or 'test', `problems` of it by `seed`; half: all, or those of the half 'A' or 'B' of it
     samples    of a problem at temperature 1, for the first `sampled` of them (0: all)
+    without    how many problems of seed 0 are left out: to look again at others
     greedy     whether greedy answers are asked for
     """
 
@@ -64,13 +65,20 @@ class Measuring:
     max_new_tokens: int = 64
     batch: int = 64
     greedy: bool = True
+    without: int = 0
 
     def task(self, spec: str) -> Task:
         """The problems of a task. A form is in one half, whatever the seed."""
-        if not self.half:
+        if not self.half and not self.without:
             return load_task(spec, self.split, self.problems, self.seed)
-        found = load_task(spec, self.split, 3 * self.problems, self.seed)
-        chosen = [one for one in found.problems if half_of(one.canonical) == self.half][: self.problems]
+        seen = load_task(spec, self.split, self.without).problems if self.without else []
+        left_out = {one.canonical for one in seen}
+        found = load_task(spec, self.split, 3 * self.problems + self.without, self.seed)
+        chosen = [
+            one
+            for one in found.problems
+            if (not self.half or half_of(one.canonical) == self.half) and one.canonical not in left_out
+        ][: self.problems]
         about = {"half": self.half, "count": len(chosen), "problems": digest("\n".join(map(repr, chosen)), 16)}
         return replace(found, problems=chosen, settings=found.settings | about)
 

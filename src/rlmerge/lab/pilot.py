@@ -11,8 +11,8 @@ master is measured beside it: what has moved by less than a rounding, no reward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ rounding does, and costs a fifth."""
 
 @dataclass(frozen=True)
 class Expert:
-    """One RLVR run from the common base; what is None is the preset's. `task` is also what it is measured on."""
+    """One run from the common base; what is None is the preset's. `task` is also what it is measured on.
+
+    kind   'rlvr', 'sft' on gold solutions, or 'rft' on the verified samples of the RLVR run `of`
+    """
 
     name: str
     task: str
@@ -52,6 +55,8 @@ class Expert:
     advantage: str = "grpo"
     curriculum: tuple[str, ...] = ()
     lora: int = 0
+    kind: str = "rlvr"
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
     for regime in preset.regimes:
         for expert in regime.experts:
             for cell in (
-                Cell(expert.name, "rlvr", ("base",)),
+                Cell(expert.name, expert.kind, (expert.of or "base",)),
                 Cell(f"fisher-{expert.name}", "fisher", (expert.name,)),
                 Cell(f"measure-{expert.name}", "measure", (expert.name, "texts")),
             ):
@@ -149,6 +154,19 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
     return list(found.values())
 
 
+def again_cells(members: Sequence[tuple[str, tuple[str, ...], str]]) -> list[Cell]:
+    """For sets that meet the gate, as (set, experts, dtype): base, experts and mean on other validation problems.
+    A gate that many sets try is met by chance, too; the second look is at the same models.
+    """
+    found = {}
+    for name, experts, dtype in members:
+        for one in ("base", *experts):
+            found[f"again-{one}"] = Cell(f"again-{one}", "again", (f"measure-{one}",))
+        cell = f"merge-{name}-{dtype}-mean"
+        found[f"again-{cell}"] = Cell(f"again-{cell}", "again", (cell,))
+    return list(found.values())
+
+
 def run_pilot(
     out: Path,
     preset: PilotPreset,
@@ -157,6 +175,8 @@ def run_pilot(
     only: tuple[str, ...] = (),
 ) -> None:
     """Does all cells in `out`, or those of some regimes; what is there already is not done again."""
+    from rlmerge.lab.pilot_summary import met_once
+
     chosen = tuple(regime for regime in preset.regimes if not only or regime.name in only)
     if len(chosen) < len(only):
         raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
@@ -164,12 +184,15 @@ def run_pilot(
     stable = PilotPreset(**{**vars(preset), "regimes": (), "merges": ()})  # a regime more is no other pilot
     with opened_root(out, stable):
         run(out, preset, workers, tell, wanted, pilot_work)
+        again = again_cells(met_once(out, preset))
+        if again:
+            run(out, preset, workers, tell, [*wanted, *again], pilot_work)
 
 
 def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
     """Does a cell of the pilot; yields what it measured."""
     assert isinstance(preset, PilotPreset)
-    if cell.kind == "rlvr":
+    if cell.kind in ("rlvr", "sft", "rft"):
         yield from _trained(root, preset, experts_of(preset)[cell.name])
     elif cell.kind == "fisher":
         expert = experts_of(preset)[cell.name.removeprefix("fisher-")]
@@ -193,6 +216,8 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         other = next(one for one in DTYPES if one != dtype)
         found = _measured(root, _folder(root, expert, other), preset, (expert.task,), 0)
         yield "other", {"dtype": other, "tasks": found}
+    elif cell.kind == "again":
+        yield "tasks", _measured_again(root, preset, cell.name.removeprefix("again-"))
     elif cell.kind == "geometry":
         yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
     elif cell.kind == "merge":
@@ -204,20 +229,42 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
 def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[str, Any]]:
     import json
 
+    out = root / "models" / expert.name
+    TRAINERS[expert.kind](root, preset, expert, out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    keys = [key for key in ("reward", "loss", "entropy", "kl", "length", "live_groups") if key in log[-1]]
+    yield "curve", [{"step": line["step"], **{key: round(line[key], 4) for key in keys}} for line in _every(log)]
+    yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
+
+
+def _rlvr(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
     from rlmerge.lab.optimizer import Rate
     from rlmerge.lab.rlvr import Rlvr, rlvr
 
-    out = root / "models" / expert.name
     settings = Rlvr(
         expert.task, expert.seed, expert.steps or preset.steps, preset.prompts, preset.group,
         Rate(expert.lr or preset.lr, 5), preset.max_new_tokens, "fast", expert.temperature, expert.advantage,
         expert.curriculum, expert.lora,
     )  # fmt: skip
     rlvr(model_of(root, "base"), out, settings)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    keys = ("reward", "entropy", "kl", "length", "live_groups")
-    yield "curve", [{"step": line["step"], **{key: round(line[key], 4) for key in keys}} for line in _every(log)]
-    yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
+
+
+def _supervised(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    steps, rate = expert.steps or preset.steps, Rate(expert.lr or preset.lr, 5)
+    if expert.kind == "sft":
+        supervised.sft(model_of(root, "base"), out, supervised.Sft(expert.task, expert.seed, steps, preset.batch, rate))
+        return
+    samples = str(root / "models" / expert.of / "samples.jsonl")
+    settings = supervised.Rft(
+        expert.task, expert.seed, steps, preset.batch, rate, samples, max_new_tokens=preset.max_new_tokens
+    )
+    supervised.rft(model_of(root, "base"), out, settings)
+
+
+TRAINERS = {"rlvr": _rlvr, "sft": _supervised, "rft": _supervised}
 
 
 def _every(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,6 +308,21 @@ def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]
     assert "coordinates" in found
     yield "coordinates", found["coordinates"]["total"]
     yield "storage", found.get("storage", {})
+
+
+def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any]:
+    """Greedy answers to other problems: none that was measured before."""
+    from rlmerge.lab.measure import measured
+
+    how = replace(_measuring(preset, 0), seed=1, without=preset.problems)
+    if name.startswith("merge-"):
+        whole, dtype, label = name.removeprefix("merge-").split("-", 2)
+        tasks = tasks_of(preset, sets_of(preset)[whole])
+        return dict(measured(root / "recipes" / f"{whole}-{dtype}-{label}.yml", how, tasks))
+    if name == "base":
+        return dict(measured(model_of(root, name), how, tasks_of(preset, tuple(experts_of(preset)))))
+    expert = experts_of(preset)[name]
+    return dict(measured(_folder(root, expert, dtype_of(expert)), how, (expert.task,)))
 
 
 def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, Any]]:

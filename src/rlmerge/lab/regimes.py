@@ -27,6 +27,8 @@ REGIMES = (
             ("pair3", ("m3", "c3")),
             ("math", ("m1", "m2", "m3")),
             ("code", ("c1", "c2", "c3")),
+            ("math2", ("m1", "m2")),
+            ("code2", ("c1", "c2")),
             ("four", ("m1", "m2", "c1", "c2")),
             ("six", ("m1", "m2", "m3", "c1", "c2", "c3")),
         ),
@@ -69,9 +71,26 @@ REGIMES = (
         (Expert("ma1", MATH, 1, lr=2e-4, lora=16), Expert("ca1", CODE, 1, lr=2e-4, lora=16)),
         (("fusion", ("ma1", "ca1")),),
     ),
+    Regime(
+        "supervised",
+        "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
+        tuple(
+            Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
+            for kind in ("sft", "rft")
+            for letter, task in (("m", MATH), ("c", CODE))
+            for seed in (1, 2)
+        ),
+        tuple(
+            (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in (1, 2)
+        ),
+    ),
 )
 
-SECONDS = {"base": 900, "texts": 900, "rlvr": 1200, "fisher": 120, "measure": 200, "geometry": 60, "merge": 150}
+SECONDS = {
+    "base": 900, "texts": 900, "rlvr": 1500, "sft": 700, "rft": 700, "fisher": 120, "measure": 350, "geometry": 60,
+    "merge": 180, "again": 150,
+}  # fmt: skip
+
 """What cells take, estimated."""
 PILOT = PilotPreset(
     **{**vars(SMALL), "name": "pilot", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
@@ -83,7 +102,7 @@ PLUMBING = PilotPreset(
         **vars(TINY),
         "name": "plumbing",
         "problems": 200,
-        "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "geometry": 2, "merge": 15},
+        "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "again": 5, "geometry": 2, "merge": 15},
     },
     regimes=(
         Regime(

@@ -1,0 +1,234 @@
+"""What the pilot's numbers say: what every set's merges lose and keep, whether the gate is met, what a study could see.
+
+The gate: averaging loses 5 points of accuracy or more against the single experts on their own tasks, and the interval
+leaves out 0; and again on other problems, as many sets are looked at. Intervals are over problems; the experts of a set
+are taken as they are, so that a set says something about itself, not about other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlmerge.evaluate.statistics import paired_difference, ratio
+from rlmerge.lab.cells import Cell, is_done, read_cell
+from rlmerge.lab.measure import scores_of
+from rlmerge.lab.pilot import DTYPES, MASTERS, PilotPreset, experts_of, pilot_cells, sets_of
+from rlmerge.lab.power import detectable, parts_of, power, upper_parts
+
+GATE = 0.05
+"""Accuracy that averaging must lose."""
+METRICS = ("greedy", "sampled", "mass")
+INTEREST = 0.02
+"""The smallest effect of interest: points of accuracy, or of the probability of known right texts."""
+Row = dict[str, Any]
+
+
+def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
+    """All numbers of the sets that are whole: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
+    missing = [cell.name for cell in pilot_cells(preset) if not is_done(root, cell)]
+    known = [name for name in experts_of(preset) if _done(root, "measure-base", name, f"measure-{name}")]
+    experts = {name: _expert(root, preset, name) for name in known}
+    sets = {name: _set(root, preset, name, members) for name, members in sets_of(preset).items()
+            if _whole(root, preset, name, members)}  # fmt: skip
+    met = []
+    for name, members, dtype in met_once(root, preset):
+        cells = (f"again-merge-{name}-{dtype}-mean", "again-base", *(f"again-{member}" for member in members))
+        first = sets[name]["merges"][dtype]["mean"]["loss"]["greedy"]
+        second = _loss(root, preset, cells[0], members, "greedy", "again") if _done(root, *cells) else None
+        met.append({"set": name, "dtype": dtype, "first": first, "second": second, "holds": second and _passes(second)})
+    return {"experts": experts, "sets": sets, "gate": met, "power": _power(root, preset, sets), "missing": missing}
+
+
+def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str]]:
+    """(set, experts, dtype) where the mean loses as much as the gate asks for, on the problems that were looked at."""
+    found = []
+    for name, members in sets_of(preset).items():
+        if not _whole(root, preset, name, members):
+            continue
+        for dtype in DTYPES:
+            if _passes(_loss(root, preset, f"merge-{name}-{dtype}-mean", members, "greedy")):
+                found.append((name, members, dtype))
+    return found
+
+
+def _passes(loss: Row) -> bool:
+    return loss["value"] >= GATE and loss["low"] > 0.0
+
+
+def _whole(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
+    merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in _merges(preset)]
+    return _done(root, f"geometry-{name}", "measure-base", *merges, *(f"measure-{member}" for member in members))
+
+
+def _merges(preset: PilotPreset) -> list[tuple[str, str]]:
+    """(dtype, label) of every merge of a set."""
+    found = [(dtype, one.label) for dtype in DTYPES for one in preset.merges]
+    return found + [(MASTERS, one.label) for one in preset.merges if one.label == "mean"]
+
+
+def _done(root: Path, *names: str) -> bool:
+    return all(is_done(root, Cell(name, "")) for name in names)
+
+
+def _metrics(root: Path, *cells: str) -> list[str]:
+    """What all of some models were asked."""
+    tasks = [one for cell in cells for one in read_cell(root, cell)["tasks"].values()]
+    keys = {"greedy": "greedy", "sampled": "right", "mass": "mass"}
+    return [metric for metric in METRICS if all(one[keys[metric]] for one in tasks)]
+
+
+def _table(root: Path, cell: str, task: str, metric: str) -> NDArray[np.float64]:
+    """Scores of one model on a task, [problems]."""
+    return scores_of([read_cell(root, cell)["tasks"][task]], metric)[0]
+
+
+def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
+    expert, run, cell = experts_of(preset)[name], read_cell(root, name), f"measure-{name}"
+    found: Row = {"task": expert.task, "curve": run["curve"], "step_seconds": run["step_seconds"]}
+    for metric in _metrics(root, "measure-base", cell):
+        base, own = (_table(root, one, expert.task, metric) for one in ("measure-base", cell))
+        found[metric] = {"base": float(base.mean()), "expert": float(own.mean()), "gain": _estimate([own - base])}
+    elsewhere = [task for task in read_cell(root, cell)["tasks"] if task != expert.task]
+    found["elsewhere"] = {}
+    for task in elsewhere:
+        base, own = (_table(root, one, task, "greedy") for one in ("measure-base", cell))
+        found["elsewhere"][task] = _estimate([own - base])
+    other = read_cell(root, cell)["other"]
+    theirs = scores_of([other["tasks"][expert.task]], "greedy")[0]
+    less = _estimate([theirs - _table(root, cell, expert.task, "greedy")])
+    found["other"] = {"dtype": other["dtype"], "greedy": float(theirs.mean()), "less": less}
+    return found
+
+
+def _set(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> Row:
+    geometry = read_cell(root, f"geometry-{name}")
+    merges: Row = {}
+    for dtype, label in _merges(preset):
+        merges.setdefault(dtype, {})[label] = _merge(root, preset, f"merge-{name}-{dtype}-{label}", members)
+    return {"members": list(members), "geometry": _geometry(geometry["coordinates"]), "merges": merges}
+
+
+def _by_task(preset: PilotPreset, members: Sequence[str]) -> dict[str, list[str]]:
+    experts, found = experts_of(preset), {}
+    for member in members:
+        found.setdefault(experts[member].task, []).append(member)
+    return found
+
+
+def _parts(root: Path, preset: PilotPreset, cell: str, members: Sequence[str], metric: str, how: str) -> list[Row]:
+    """By task: scores of base, single experts (their mean) and merge, problem by problem."""
+    found = []
+    for task, own in _by_task(preset, members).items():
+        single = np.mean([_table(root, f"{how}-{member}", task, metric) for member in own], axis=0)
+        base, merged = _table(root, f"{how}-base", task, metric), _table(root, cell, task, metric)
+        found.append({"task": task, "base": base, "single": single, "merged": merged})
+    return found
+
+
+def _loss(root: Path, preset: PilotPreset, cell: str, members: Sequence[str], metric: str, how: str = "measure") -> Row:
+    """Single experts on their own tasks less the merge, the mean over tasks."""
+    return _estimate([part["single"] - part["merged"] for part in _parts(root, preset, cell, members, metric, how)])
+
+
+def _merge(root: Path, preset: PilotPreset, cell: str, members: Sequence[str]) -> Row:
+    """Accuracy by task; loss against the single experts and retained gain, means over the tasks."""
+    found: Row = {"score": {}, "loss": {}, "retained": {}}
+    for metric in _metrics(root, cell):
+        parts = _parts(root, preset, cell, members, metric, "measure")
+        for part in parts:
+            found["score"].setdefault(part["task"], {})[metric] = float(part["merged"].mean())
+        found["loss"][metric] = _loss(root, preset, cell, members, metric)
+        above, below = _gains(parts)
+        kept = ratio(above, below)
+        found["retained"][metric] = {"value": _number(kept.value), "low": _number(kept.low), "high": _number(kept.high)}
+    return found
+
+
+def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(merge − base, single experts − base) of all problems."""
+    above = np.concatenate([part["merged"] - part["base"] for part in parts])
+    return above, np.concatenate([part["single"] - part["base"] for part in parts])
+
+
+COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
+"""Differences whose variances say what a study could see."""
+PROBLEMS = (200, 300, 400, 800)
+ARMS = {"rlvr": "seeds.pair", "sft": "supervised.sft", "rft": "supervised.rft"}
+"""How the sets of disjoint pairs of an arm begin."""
+
+
+def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
+    """Variances of differences over disjoint pairs of experts, merged in fp32, and the effects that six pairs and some
+    problems of each domain would find four times in five: of scores of two merges, and of the share of its gain that
+    an arm keeps less that which RLVR keeps.
+    """
+    found: list[Row] = []
+    labels = {one.label for one in preset.merges}
+    compared = [pair for pair in COMPARED if set(pair) <= labels]
+    pairs = {arm: [name for name in sets if name.startswith(prefix)] for arm, prefix in ARMS.items()}
+
+    def parts(name: str, label: str, metric: str) -> list[Row]:
+        return _parts(root, preset, f"merge-{name}-fp32-{label}", sets[name]["members"], metric, "measure")
+
+    for metric in ("greedy", "mass"):
+        for one, other in compared if len(pairs["rlvr"]) > 1 else ():
+            rows = []
+            for name in pairs["rlvr"]:
+                both = zip(parts(name, one, metric), parts(name, other, metric), strict=True)
+                rows.append(np.concatenate([left["merged"] - right["merged"] for left, right in both]))
+            found.append(_foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST))
+        for label in sorted(labels & {"mean", "sum"}):
+            shares = {}
+            for arm, names in pairs.items():
+                if len(names) > 1:
+                    tables = [_gains(parts(name, label, metric)) for name in names]
+                    above, below = (np.array([table[place] for table in tables]) for place in (0, 1))
+                    kept = above.mean() / below.mean()
+                    shares[arm] = (kept, (above - kept * below) / below.mean())
+            for arm in ("sft", "rft"):
+                if {arm, "rlvr"} <= set(shares):
+                    count = min(len(shares[arm][1]), len(shares["rlvr"][1]))
+                    table = shares[arm][1][:count] - shares["rlvr"][1][:count]
+                    table += shares[arm][0] - shares["rlvr"][0]
+                    found.append(_foreseen(f"kept by {arm} − rlvr, {label}", metric, table, 5 * INTEREST))
+    return found
+
+
+def _foreseen(name: str, metric: str, table: NDArray[np.float64], interest: float) -> Row:
+    parts, upper = parts_of(table), upper_parts(table)
+    row: Row = {"difference": name, "metric": metric, "pairs": len(table), "mean": float(table.mean())}
+    row |= {key: getattr(parts, key) for key in ("seeds", "problems", "rest")} | {"seeds_upper": upper.seeds}
+    for key, one in (("", parts), ("_upper", upper)):
+        row[f"detectable{key}"] = {str(count): detectable(one, 6, 2 * count) for count in PROBLEMS}
+        row[f"power{key}"] = {str(count): power(interest, one, 6, 2 * count) for count in PROBLEMS}
+    return row | {"interest": interest}
+
+
+def _estimate(differences: Sequence[NDArray[np.float64]]) -> Row:
+    """The mean over tasks of mean differences, each task with problems of its own."""
+    parts = [paired_difference(one) for one in differences]
+    value = float(np.mean([part.value for part in parts]))
+    half = [max(float(part.high - part.value), float(part.value - part.low)) for part in parts]
+    width = float(np.sqrt(np.sum(np.square(half)))) / len(parts)
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _geometry(total: dict[str, Any]) -> Row:
+    """Support of each expert; per pair cosine, Jaccard and conflict, each beside the null model."""
+    null = {(pair["a"], pair["b"]): pair for pair in total["null"]["pairs"]}
+    pairs = []
+    for pair in total["pairs"]:
+        other = null[pair["a"], pair["b"]]
+        keys = ("cosine", "jaccard", "conflict_overlap")
+        pairs.append({"a": pair["a"], "b": pair["b"]} | {key: [pair[key], other[key]] for key in keys})
+    support = {key: [one["support"], one["support_bf16"]] for key, one in total["experts"].items()}
+    return {"support": support, "pairs": pairs}

@@ -1,0 +1,113 @@
+"""The pilot's numbers on made-up cells: losses and shares are what was put in, and the gate is met twice or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.lab.test_pilot import SMALL
+
+from rlmerge.lab.pilot import Expert, PilotPreset, Regime
+from rlmerge.lab.pilot_page import outcome, write_page
+from rlmerge.lab.pilot_summary import met_once, summary
+
+TASKS = ("math:0", "code:0")
+PRESET: PilotPreset = replace(
+    SMALL, problems=200,
+    regimes=(
+        Regime(
+            "seeds", "pairs", tuple(Expert(f"{task[0]}{seed}", task, seed) for seed in (1, 2) for task in TASKS),
+            (("pair1", ("m1", "c1")), ("pair2", ("m2", "c2"))),
+        ),
+    ),
+)  # fmt: skip
+
+
+def scored(right: float, tasks: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """So many right answers, at random places."""
+    found = {}
+    for number, task in enumerate(tasks):
+        letters = np.array(["0"] * 200)
+        letters[np.random.default_rng([seed, number]).permutation(200)[: round(200 * right)]] = "1"
+        found[task] = {"greedy": "".join(letters), "right": [], "mass": [right / 2] * 5, "trace": [-1.0] * 5}
+    return found
+
+
+def put(root: Path, cell: str, **values: Any) -> None:
+    (root / "cells").mkdir(exist_ok=True)
+    (root / "cells" / f"{cell}.json").write_text(json.dumps({"cell": cell, "seconds": 1.0, **values}))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Base 20 %, experts 60 %, the mean of the first pair 40 %, all else 60 %."""
+    put(tmp_path, "measure-base", tasks=scored(0.2, TASKS, 0))
+    for number, expert in enumerate(PRESET.regimes[0].experts):
+        curve = [{"step": 10, "reward": 0.5, "entropy": 0.2, "kl": 0.1, "length": 30.0}]
+        put(tmp_path, expert.name, curve=curve, step_seconds=1.0)
+        other = {"dtype": "fp32", "tasks": scored(0.3, (expert.task,), 50 + number)}
+        put(tmp_path, f"measure-{expert.name}", tasks=scored(0.6, (expert.task,), number), other=other)
+    pair = {"cosine": 0.1, "jaccard": 0.1, "conflict_overlap": 0.5}
+    for name, (one, two) in PRESET.regimes[0].sets:
+        total = {
+            "pairs": [{"a": one, "b": two, **pair}],
+            "null": {"pairs": [{"a": one, "b": two, **pair}]},
+            "experts": {key: {"support": 0.1, "support_bf16": 0.1} for key in (one, two)},
+        }
+        put(tmp_path, f"geometry-seeds.{name}", coordinates={**total})
+        for dtype in ("fp32", "bf16", "masters"):
+            for label in ("mean", "sar") if dtype != "masters" else ("mean",):
+                right = 0.4 if (name, label) == ("pair1", "mean") else 0.6
+                put(tmp_path, f"merge-seeds.{name}-{dtype}-{label}", tasks=scored(right, TASKS, 7))
+    return tmp_path
+
+
+def test_what_is_lost_and_kept(root: Path) -> None:
+    found = summary(root, PRESET)
+    mean = found["sets"]["seeds.pair1"]["merges"]["fp32"]["mean"]
+    assert mean["loss"]["greedy"]["value"] == pytest.approx(0.2)
+    assert 0.0 < mean["loss"]["greedy"]["low"] < 0.2 < mean["loss"]["greedy"]["high"]
+    assert mean["retained"]["greedy"]["value"] == pytest.approx(0.5)
+    assert mean["retained"]["mass"]["value"] == pytest.approx(0.5)
+    assert found["sets"]["seeds.pair2"]["merges"]["fp32"]["mean"]["loss"]["greedy"]["value"] == pytest.approx(0.0)
+    assert found["experts"]["m1"]["greedy"]["gain"]["value"] == pytest.approx(0.4)
+    assert found["experts"]["m1"]["other"]["less"]["value"] == pytest.approx(-0.3)
+    row = next(one for one in found["power"] if one["difference"] == "sar − mean" and one["metric"] == "greedy")
+    assert row["mean"] == pytest.approx(0.1)
+    assert row["seeds_upper"] > row["seeds"] > 0.0
+    assert row["detectable_upper"]["400"] > row["detectable"]["400"] > row["detectable"]["800"]
+
+
+def test_the_gate_is_met_twice_or_not(root: Path) -> None:
+    met = met_once(root, PRESET)
+    assert {(name, dtype) for name, _, dtype in met} == {("seeds.pair1", "fp32"), ("seeds.pair1", "bf16")}
+    found = summary(root, PRESET)
+    assert {one["holds"] for one in found["gate"]} == {None}
+    assert "the second look" in outcome(found)
+    for name, right in (("base", 0.2), ("m1", 0.6), ("c1", 0.6), ("merge-seeds.pair1-fp32-mean", 0.4),
+                        ("merge-seeds.pair1-bf16-mean", 0.58)):  # fmt: skip
+        put(root, f"again-{name}", tasks=scored(right, TASKS, 9))
+    found = summary(root, PRESET)
+    assert {one["dtype"]: one["holds"] for one in found["gate"]} == {"fp32": True, "bf16": False}
+    assert outcome(found) == "averaging costs 5 points or more in 1 of 2 sets: seeds.pair1"
+    put(root, "again-merge-seeds.pair1-fp32-mean", tasks=scored(0.58, TASKS, 9))
+    assert outcome(summary(root, PRESET)).startswith("averaging costs 5 points in none of 2 sets: no regime")
+
+
+def test_the_page(root: Path) -> None:
+    page = root / "pilot.md"
+    found = write_page(root, PRESET, page)
+    text = page.read_text()
+    assert text.startswith(f"# The pilot: {outcome(found)}\n")
+    for piece in ("## seeds", "### seeds.pair2", "masters", "## What a study could see", "Not done yet"):
+        assert piece in text
+    for name in ("curves", "losses"):
+        assert "<svg" in (root / f"pilot-{name}.svg").read_text()
+    assert json.loads((root / "pilot.json").read_text()) == json.loads(json.dumps(found))
+    (root / "cells" / "geometry-seeds.pair1.json").unlink()
+    (root / "cells" / "geometry-seeds.pair2.json").unlink()
+    assert "no set is whole yet" in outcome(write_page(root, PRESET, page))
