@@ -16,13 +16,14 @@ from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.regimes import PILOT
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
-from rlmerge.lab.study_merges import BASELINES, merges_of, settings_of
+from rlmerge.lab.study_merges import BASELINES, first_tries, later_tries, merges_of
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, SKETCH
 from rlmerge.lab.study_work import sealed_seed
 
 SMALLEST = replace(
     SKETCH, name="smallest", steps=2, prompts=8, group=4, problems=6, fisher=4, batch=4, eval_batch=64,
-    methods=("sar", "ties"), tries=2, kept=(1, 2), averaged=(1, 2), tuning=4, samples=2, sampled=3,
+    methods=("sar", "ties"), tries=5, kept=(1, 2), matching=4, averaged=(1, 2), tuning=4, samples=2, sampled=3,
+    texts=3, attempts=4, caliper=1.0,
     arms=("rlvr", "rft", "sft", "sft-accuracy"), lr=1e-4,
 )  # fmt: skip
 
@@ -49,7 +50,10 @@ def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
 
 
 def test_everybody_has_as_many_tries() -> None:
-    assert {len(settings_of(method)[:8]) for method in METHODS} == {8}
+    for method in METHODS:
+        first = first_tries(method)
+        tries = [*first, *later_tries(first[0][0])]
+        assert len(tries) == len({str(one) for one in tries}) == SKETCH.tries == 8
     assert set(BASELINES) < set(METHODS)
     labels = [(one.label, one.dtype) for one in merges_of("fusion", "rlvr", METHODS)]
     assert len(set(labels)) == len(labels)
@@ -75,7 +79,9 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert {"H1", "H2", "H4", "H5", "H6"} <= set(found)
     assert found["H5"][0]["one"] == ("F-delta2", "fp32")
     assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
-    assert not read_cell(root, "merge-fusion.rlvr.0-bf16-sum")["tasks"]["math:0"]["right"]
+    assert not read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
+    assert len(read_cell(root, "merge-fusion.rlvr.0-fp32-F-alone")["tasks"]["math:0"]["mass"]) == 3
+    assert {"bf16"} == {path.name for path in (root / "models" / "rft-math-0").iterdir() if path.is_dir()}, "cleaned"
 
 
 @pytest.mark.long
@@ -106,11 +112,14 @@ def test_the_whole_study(tmp_path: Path) -> None:
     assert match["accuracy"] in SMALLEST.kept
     assert match["seen"]["2"]["norm"] > match["seen"]["1"]["norm"] > 0
     assert folder_of(root, SMALLEST, "sft-accuracy-math-0").parent.name == str(match["accuracy"])
-    average = load_file(root / "models" / "average-math-0" / "fp32" / "model.safetensors")
-    assert average
+    assert read_cell(root, "measure-average-math-0")["tasks"]["math:0"]["greedy"]
+    assert set(found["masters"]) == {"rlvr", "rft", "sft"}
+    assert found["words"]["H3 fusion"]
 
     # the same settings everywhere but on the pair that chose them
     assert read_cell(root, "merge-fusion.sft.1-fp32-ties")["settings"] == found["frozen"]["ties"]
+    assert len(found["tuning"]["ties"]) == 5
+    assert found["tuning"]["ties"][4]["scale"] == 0.5
     before = {path.name: path.stat().st_mtime_ns for path in (root / "cells").iterdir()}
     run_study(root, SMALLEST, 1)
     assert before == {path.name: path.stat().st_mtime_ns for path in (root / "cells").iterdir()}

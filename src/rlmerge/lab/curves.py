@@ -16,6 +16,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def means(lines: Sequence[dict[str, Any]], keys: Sequence[str], width: int = 10) -> list[dict[str, Any]]:
+    """Means of so many steps each, as single ones are noise: of each quantity over the lines that have it."""
+    found = []
+    for start in range(0, len(lines), width):
+        some = lines[start : start + width]
+        point: dict[str, Any] = {"step": some[-1]["step"] + 1}
+        for key in keys:
+            values = [line[key] for line in some if key in line]
+            if values:
+                point[key] = round(sum(values) / len(values), 4)
+        found.append(point)
+    return found
+
+
 def write_curve(logs: Sequence[Path], out: Path, names: Sequence[str] = ()) -> None:
     """Writes an SVG with one panel a quantity and one line a log; means over a twentieth of the run."""
     import matplotlib as mpl

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 
 from rlmerge.evaluate.backend import Asked, Sampling
 from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
@@ -89,17 +90,38 @@ def half_of(canonical: str) -> str:
 
 
 def measured(
-    model: Path, how: Measuring, tasks: Sequence[str], texts: Mapping[str, Texts] | None = None
+    model: Path,
+    how: Measuring,
+    tasks: Sequence[str],
+    texts: Mapping[str, Texts] | None = None,
+    scaled: tuple[Path, float] | None = None,
+    rounded: bool = False,
 ) -> dict[str, Measured]:
     """What the model of a folder, or a recipe's merge in memory, can do on some tasks.
 
-    texts   right texts of the first problems of each task; without them neither `mass` nor `trace` is measured
+    texts    right texts of the first problems of each task; without them neither `mass` nor `trace` is measured
+    scaled   (base, factor): what the model's difference from the base is multiplied by, in fp32
+    rounded  whether the weights are rounded to bf16 after that, as if they had been stored
     """
     from rlmerge.evaluate.run import load_model
 
     policy = Policy(*load_model(model))
     policy.model.eval()
+    if scaled is not None and scaled[1] != 1.0:
+        base, factor = scaled
+        _scale(policy.model, load_model(base)[0], factor)
+    if rounded:
+        for parameter in policy.model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
     return {spec: measure(policy, how.task(spec), how, (texts or {}).get(spec, ())) for spec in tasks}
+
+
+@torch.no_grad()
+def _scale(model: torch.nn.Module, base: torch.nn.Module, factor: float) -> None:
+    """θ = θ0 + factor · (θ − θ0), in place."""
+    start = dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(start[name].float() + factor * (parameter.float() - start[name].float()))
 
 
 def measure(policy: Policy, task: Task, how: Measuring, texts: Texts = ()) -> Measured:

@@ -227,13 +227,12 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
 
 
 def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[str, Any]]:
-    import json
+    from rlmerge.lab.curves import means, read_log
 
     out = root / "models" / expert.name
     TRAINERS[expert.kind](root, preset, expert, out)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    keys = [key for key in ("reward", "loss", "entropy", "kl", "length", "live_groups") if key in log[-1]]
-    yield "curve", [{"step": line["step"], **{key: round(line[key], 4) for key in keys}} for line in _every(log)]
+    log = read_log(out / "log.jsonl")
+    yield "curve", means(log, ("reward", "loss", "entropy", "kl", "length", "live_groups"))
     yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
 
 
@@ -265,16 +264,6 @@ def _supervised(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> N
 
 
 TRAINERS = {"rlvr": _rlvr, "sft": _supervised, "rft": _supervised}
-
-
-def _every(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means of ten steps each: single steps are noise."""
-    found = []
-    for start in range(0, len(log), 10):
-        some = log[start : start + 10]
-        means = {key: sum(line[key] for line in some) / len(some) for key in some[0] if key != "step"}
-        found.append({"step": some[-1]["step"] + 1, **means})
-    return found
 
 
 def _folder(root: Path, expert: Expert, dtype: str) -> Path:

@@ -207,9 +207,10 @@ class _Loop:
         values: Values = {
             "reward": rewards.mean().item(),
             "length": sum(map(len, completions)) / len(completions),
-            **grpo_measures(policy, self._reference, prompts, completions[:: settings.group]),
             "lr": rate,
         }
+        if number % WATCHED == 0 or number + 1 == settings.steps:
+            values |= grpo_measures(policy, self._reference, prompts, completions[:: settings.group])
         # A group whose rewards are all equal has no advantage: it is left out of the backward pass, not of the divisor.
         live = (rewards.std(1) > 0).nonzero()[:, 0].tolist()
         values |= {"live_groups": len(live), "loss": 0.0}
@@ -233,6 +234,8 @@ class _Loop:
         return values
 
 
+WATCHED = 5
+"""Entropy and KL are measured once in so many steps: an eighth of a step's time, and no part of what is trained."""
 ACTIVATIONS = 2**24
 """Hidden numbers (tokens × layers × hidden size) whose activations are held for a backward pass: about 2 GB."""
 

@@ -32,12 +32,14 @@ class StudyPreset(Preset):
 
     development   seed of the pair on which methods are tuned
     arms          of ARMS, controls: of CONTROLS; what does not fit is dropped in the order that the protocol has
-    kept          steps after which SFT is looked at, to match it
+    kept          steps after which SFT is looked at, to match it; matching: validation problems of the domain for that
+    caliper       accuracy by which a matched checkpoint may miss
     averaged      steps of an RLVR run whose mean is a control
     split, half   problems that confirm: of a split, all or the half 'A' or 'B'
     seal          what their seed is drawn from
     tuning        validation problems of a domain
     samples       of a problem at temperature 1, for the first `sampled` problems, of what is measured in full
+    texts         problems of a domain for which right texts of the base are looked for, in `attempts` samples each
     methods       that are tuned, SAR among them; tries: settings of each
     """
 
@@ -45,14 +47,18 @@ class StudyPreset(Preset):
     arms: tuple[str, ...] = ARMS
     controls: tuple[str, ...] = CONTROLS
     controlled: tuple[int, ...] = (1, 2)
-    kept: tuple[int, ...] = (10, 20, 40, 60, 80, 100)
+    kept: tuple[int, ...] = (5, 10, 15, 20, 30, 40, 60, 80, 100)
+    matching: int = 200
+    caliper: float = 0.03
     averaged: tuple[int, ...] = (60, 70, 80, 90, 100)
     split: str = "validation"
     half: str = ""
     seal: str = ""
     tuning: int = 300
     samples: int = 16
-    sampled: int = 100
+    sampled: int = 40
+    texts: int = 100
+    attempts: int = 32
     tries: int = 8
 
 
@@ -62,15 +68,19 @@ class Set:
 
     what: str
     arm: str
-    members: tuple[str, ...]
+    domains: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The experts."""
+        return tuple(expert(self.arm, domain, seed) for seed in self.seeds for domain in self.domains)
 
     @property
     def name(self) -> str:
         """Such as fusion.rlvr.1, single.sft.math.1.2."""
-        parts = [one.removeprefix(f"{self.arm}-").split("-") for one in self.members]
-        seeds = dict.fromkeys(seed for _, seed in parts)
-        domain = () if self.what == "fusion" else (parts[0][0],)
-        return ".".join((self.what, self.arm, *domain, *seeds))
+        domain = () if self.what == "fusion" else self.domains
+        return ".".join((self.what, self.arm, *domain, *map(str, self.seeds)))
 
 
 def expert(arm: str, domain: str, seed: int) -> str:
@@ -82,18 +92,21 @@ def sets(preset: StudyPreset) -> list[Set]:
     """Fusion of the domains for each seed; for RLVR and SFT, disjoint pairs of seeds of a domain, too."""
     found = []
     for arm in preset.arms:
-        for seed in preset.seeds:
-            found.append(Set("fusion", arm, tuple(expert(arm, domain, seed) for domain in DOMAINS)))
+        found += [Set("fusion", arm, DOMAINS, (seed,)) for seed in preset.seeds]
         if arm in ("rlvr", "sft"):
             for domain in DOMAINS:
-                for one, other in zip(preset.seeds[::2], preset.seeds[1::2]):
-                    found.append(Set("single", arm, (expert(arm, domain, one), expert(arm, domain, other))))
+                found += [Set("single", arm, (domain,), pair) for pair in pairs(preset.seeds) if len(pair) == 2]
     return found
+
+
+def pairs(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Two after two; the last alone if their number is odd."""
+    return [seeds[start : start + 2] for start in range(0, len(seeds), 2)]
 
 
 def tuning_set(preset: StudyPreset) -> Set:
     """The development pair."""
-    return Set("fusion", "rlvr", tuple(expert("rlvr", domain, preset.development) for domain in DOMAINS))
+    return Set("fusion", "rlvr", DOMAINS, (preset.development,))
 
 
 def domain_of(name: str) -> str:
@@ -105,34 +118,49 @@ def domain_of(name: str) -> str:
 
 
 def study_cells(preset: StudyPreset) -> list[Cell]:
-    """All cells, each after those it needs."""
+    """All cells, each after those it needs: what a pair of seeds needs, up to its merges, before the next pair, so that
+    its large files can go.
+    """
     _check(preset)
     found = [
         Cell("pretrain", "pretrain", threads=2),
         Cell("base", "base", ("pretrain",), threads=2),
+        Cell("texts", "texts", ("base",)),
         *(Cell(f"fisher-base-{domain}", "fisher", ("base",)) for domain in DOMAINS),
-        Cell("measure-base", "measure", ("base",)),
+        Cell("measure-base", "measure", ("texts",)),
     ]
-    for seed in dict.fromkeys((preset.development, *preset.seeds)):
-        confirms = seed in preset.seeds
-        for domain in DOMAINS:
-            found += _experts(preset, domain, seed, confirms)
-        if "joint" in preset.controls and seed in preset.controlled:
-            found += [Cell(f"joint-{seed}", "joint", ("base",)), _measure(f"joint-{seed}", f"joint-{seed}")]
-    chosen = tuning_set(preset)
-    tunes = [Cell(f"tune-{method}", "tune", _fishers(chosen.members)) for method in preset.methods]
-    found += tunes
-    found.append(Cell("frozen", "frozen", tuple(cell.name for cell in tunes)))
-    for one in sets(preset):
-        found.append(Cell(f"geometry-{one.name}", "geometry", tuple(map(_made_by, one.members))))
-        for merge in merges_of(one.what, one.arm, preset.methods):
-            needs = (*(_fishers(one.members) if merge.inputs else map(_made_by, one.members)), "frozen")
-            if merge.fisher in ("permuted", "jitter"):
-                needs += tuple(f"{merge.fisher}-{name}" for name in one.members)
-            if merge.fisher == "base":
-                needs += tuple(f"fisher-base-{domain}" for domain in DOMAINS)
-            kind = "sampled" if merge.full else "merge"
-            found.append(Cell(f"merge-{one.name}-{merge.dtype}-{merge.label}", kind, needs))
+    for domain in DOMAINS:
+        found += _experts(preset, domain, preset.development)
+    tunes = [Cell(f"tune-{method}", "tune", _fishers(tuning_set(preset).members)) for method in preset.methods]
+    found += [*tunes, Cell("frozen", "frozen", tuple(cell.name for cell in tunes))]
+    for pair in pairs(preset.seeds):
+        for seed in pair:
+            if seed != preset.development:
+                found += [cell for domain in DOMAINS for cell in _experts(preset, domain, seed)]
+            if "joint" in preset.controls and seed in preset.controlled:
+                found += [Cell(f"joint-{seed}", "joint", ("base",)), _measure(f"joint-{seed}", f"joint-{seed}")]
+        merges = [cell for one in sets(preset) if set(one.seeds) <= set(pair) for cell in _merges(preset, one)]
+        found += merges
+        measures = [cell.name for cell in found if cell.name.startswith("measure-") and cell.name.endswith(_ends(pair))]
+        found.append(Cell(f"clean-{pair[0]}", "clean", (*(cell.name for cell in merges), *measures)))
+    return found
+
+
+def _ends(pair: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(f"-{seed}" for seed in pair)
+
+
+def _merges(preset: StudyPreset, one: Set) -> list[Cell]:
+    """The geometry of a set, and all its merges."""
+    found = [Cell(f"geometry-{one.name}", "geometry", tuple(map(_made_by, one.members)))]
+    for merge in merges_of(one.what, one.arm, preset.methods):
+        needs = (*(_fishers(one.members) if merge.inputs else map(_made_by, one.members)), "frozen", "texts")
+        if merge.fisher in ("permuted", "jitter"):
+            needs += tuple(f"{merge.fisher}-{name}" for name in one.members)
+        if merge.fisher == "base":
+            needs += tuple(f"fisher-base-{domain}" for domain in DOMAINS)
+        kind = "sampled" if merge.full else "merge" if one.what == "fusion" else "half"
+        found.append(Cell(f"merge-{one.name}-{merge.dtype}-{merge.label}", kind, needs))
     return found
 
 
@@ -143,30 +171,28 @@ def _check(preset: StudyPreset) -> None:
         raise LabError("split 'test': only a half of it is opened at a time. Name half A or B, and its seal.")
 
 
-def _experts(preset: StudyPreset, domain: str, seed: int, confirms: bool) -> list[Cell]:
+def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
     """Runs of a domain and seed, their Fishers and measurements; RLVR alone where the seed does not confirm."""
     own = expert("rlvr", domain, seed)
     found = [Cell(own, "rlvr", ("base",)), Cell(f"fisher-{own}", "fisher", (own,)), _measure(own, own)]
-    if not confirms:
+    if seed not in preset.seeds:
         return found
     for kind in ("permuted", "jitter"):
         found.append(Cell(f"{kind}-{own}", kind, (f"fisher-{own}",)))
     if "rft" in preset.arms:
-        found.append(Cell(expert("rft", domain, seed), "rft", (own,)))
-    sft = expert("sft", domain, seed)
-    found.append(Cell(sft, "sft", ("base",)))
-    matches = bool(set(preset.arms) & set(MATCHED))
-    if matches:
-        found.append(Cell(f"match-{domain}-{seed}", "match", (own, sft)))
-    for arm in preset.arms:
-        if arm != "rlvr":
-            name = expert(arm, domain, seed)
-            needs = _made_by(name if arm != "sft" or not matches else expert("sft-norm", domain, seed))
-            found += [Cell(f"fisher-{name}", "fisher", (_made_by(name),)), _measure(name, needs)]
+        name = expert("rft", domain, seed)
+        found += [Cell(name, "rft", (own,)), _measure(name, name)]
+    matched = [arm for arm in preset.arms if arm in MATCHED]
+    if "sft" in preset.arms or matched:
+        name, match = expert("sft", domain, seed), f"match-{domain}-{seed}"
+        found.append(Cell(name, "sft", ("base",)))
+        if matched:
+            found.append(Cell(match, "match", (own, name)))
+        found += [Cell(f"fisher-{name}", "fisher", (name,)), _measure(name, match if matched else name)]
+        found += [_measure(expert(arm, domain, seed), match) for arm in matched]
     for control in ("twice", "average"):
         if control in preset.controls and seed in preset.controlled:
-            name = expert(control, domain, seed)
-            found.append(_measure(name, own))
+            found.append(_measure(expert(control, domain, seed), own))
     return found
 
 
@@ -181,12 +207,13 @@ def _fishers(members: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(name: str, needs: str) -> Cell:
-    return Cell(f"measure-{name}", "measure", (needs,))
+    kind = "measure" if name.split("-")[0] in ("rlvr", "joint") else "own"
+    return Cell(f"measure-{name}", kind, (needs, "texts"))
 
 
 def folder_of(root: Path, preset: StudyPreset, name: str, dtype: str = "bf16") -> Path:
-    """Where a model of the study is, in 'bf16' or 'fp32'. An RLVR run goes on to twice its steps, so the expert is one
-    of its kept models; so are the matched checkpoints of SFT.
+    """Where a model of the study is: in 'bf16', as it was trained and is merged, or its 'fp32' master. An RLVR run goes
+    on to twice its steps, so the expert is one of its kept models; so are the matched checkpoints of SFT.
     """
     arm, *rest = name.rsplit("-", 2) if name.count("-") >= 2 else (name,)
     models = root / "models"

@@ -8,14 +8,12 @@ from typing import Any
 
 import yaml
 
-from rlmerge.lab.contenders import Contender, inputs_of, write_recipe
+from rlmerge.lab.contenders import Contender, inputs_of, required, write_recipe
 from rlmerge.lab.grids import Setting
-from rlmerge.lab.grids import settings_of as grid_of
 from rlmerge.methods import get_method
 
 BASELINES = ("task_arithmetic", "ties", "dare_ties", "ram", "ramplus_tl", "fisher")
 """What SAR must beat; each is tuned by as many tries as it."""
-WORDS = {"fp32": "float32", "bf16": "bfloat16"}
 ALL = {"weight": 1.0}
 
 
@@ -24,10 +22,11 @@ class Merge:
     """One merge of a set.
 
     settings   of the method; of a tuned one they come from tuning
-    dtype      of the experts and of the result
+    dtype      in which the result is kept; experts are bf16, as they were trained
     fisher     whose: the expert's 'own', the 'other' one's, the 'base''s, 'permuted' within tensors, or 'jitter' (1 but
                for what breaks ties)
     full       whether it is sampled, too
+    scale      what its update is multiplied by at last
     """
 
     label: str
@@ -37,6 +36,7 @@ class Merge:
     fisher: str = "own"
     full: bool = False
     tuned: bool = False
+    scale: float = 1.0
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -66,50 +66,59 @@ ABLATIONS = (
 alone changed stays whole. H6 takes the last two, too: a conflict is cancelled in one, won at random in the other."""
 AGREEMENTS = tuple(Merge(f"agree-{how}", "sar", WHOLE | {"agreement": how}) for how in ("mean", "sum", "multiplicity"))
 """H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean by sensitivity."""
-IN_BF16 = ("F-delta2", "delta2", "delta2-ties-drawn", "F-permuted", "random-winner", "plain-mean")
-"""Of bf16 experts, too: only there many updates are of one size, and most coordinates changed by one expert alone."""
 FEW = ("sum", "mean", "ties", "sar")
-ROUNDED = ("sum", "mean", "ties", "ram", "sar")
+"""What is sampled, too, and what is made of SFT's experts."""
+UNTUNED = ("sum", "mean")
+"""What is made of the other arms: nobody has chosen their settings on RLVR's experts."""
+ROUNDED = ("mean", "sar")
 """Stored as bf16, too."""
 
 
 def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
-    """All merges of a set: `what` is 'fusion' or 'single'; controls of the mechanism for fusions of RLVR alone. Arms
-    that only say what RLVR is compared with have fewer, and are not sampled.
+    """All merges of a set: `what` is 'fusion' or 'single'; those that switch something off for fusions of RLVR alone.
+    Arms that only say what RLVR is compared with have fewer, and are not sampled.
     """
-    tuned = [Merge(method, method, full=method in ("ties", "sar"), tuned=True) for method in methods]
+    tuned = [Merge(method, method, full=method in FEW, tuned=True) for method in methods]
     found = [SUM, MEAN, *tuned]
-    if arm not in ("rlvr", "sft"):
-        return [replace(m, full=False) for m in found if m.label in FEW]
-    if arm == "rlvr":
-        found += [Merge(m.label, m.method, m.settings, "bf16", tuned=m.tuned) for m in found if m.label in ROUNDED]
-        if what == "fusion":
-            found += [*ABLATIONS, *AGREEMENTS, *(replace(m, dtype="bf16") for m in ABLATIONS if m.label in IN_BF16)]
+    if arm != "rlvr":
+        return [replace(m, full=False) for m in found if m.label in (FEW if arm == "sft" else UNTUNED)]
+    found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]
+    if what == "fusion":
+        found += [*ABLATIONS, *AGREEMENTS]
     return found
 
 
-FLOORS = (1e-3, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2, 0.1, 1.0)
-"""Of the Fisher mean, whose grid in the table has half as many tries; the default comes first."""
-EPSILONS = (1e-5, 0.0, 1e-6, 3e-6, 3e-5, 5e-5, 1e-4, 2e-4)
-"""Of RAM: updates at a rate of 1e-5 are of 1e-4, and the grid of the table, for one of 1e-4, would drop all of them."""
+OWN: dict[str, tuple[Setting, ...]] = {
+    "task_arithmetic": ({},),
+    "ties": tuple({"density": density} for density in (1.0, 0.8, 0.5, 0.2)),
+    "dare_ties": tuple({"density": density} for density in (1.0, 0.8, 0.5, 0.2)),
+    "ram": tuple({"epsilon": epsilon} for epsilon in (1e-5, 0.0, 3e-5, 1e-4)),
+    "ramplus_tl": tuple({"r": r} for r in (0.1, 0.5, 1.0, 2.0)),
+    "fisher": tuple({"floor": floor} for floor in (1e-3, 1e-4, 1e-2, 0.1)),
+    "sar": tuple({"density": density} for density in (0.8, 1.0, 0.5, 0.2)),
+}
+"""What is tried of each method first: its default and three others of the parameter that shapes the result most."""
+SCALES = (0.5, 0.7, 1.4, 2.0)
+"""What the update of the best of them is multiplied by afterwards: an axis that all methods have, outside of them."""
+MORE_SCALES = (0.3, 0.6, 0.85)
+"""Of a method that has no parameter but this."""
 
 
-def settings_of(method: str) -> tuple[Setting, ...]:
-    """What is tried of a method on the development pair: the grid of the table of methods, without weights of single
-    domains, as pairs of one domain have none.
-    """
-    if method == "fisher":
-        return tuple({"floor": floor} for floor in FLOORS)
-    if method == "ram":
-        return tuple({"epsilon": epsilon} for epsilon in EPSILONS)
-    if method == "ramplus_tl":
-        return tuple({"r": r, "epsilon": epsilon} for r in (0.1, 0.5, 1.0, 2.0) for epsilon in (1e-5, 1e-4))
-    return tuple(setting for setting in grid_of(method) if not any(isinstance(v, tuple) for v in setting.values()))
+def first_tries(method: str) -> list[tuple[Setting, float]]:
+    """(settings, scale): four of the method's own, or as many scales where it has none."""
+    needed = required(get_method(method))
+    own = [needed | setting for setting in OWN[method]]
+    return [(setting, 1.0) for setting in own] + [(needed, scale) for scale in MORE_SCALES if len(own) == 1]
+
+
+def later_tries(best: Setting) -> list[tuple[Setting, float]]:
+    """The best of them at other scales."""
+    return [(best, scale) for scale in SCALES]
 
 
 def write_merge(merge: Merge, base: Path, experts: dict[str, Path], fishers: dict[str, Path], out: Path) -> None:
-    """Writes the recipe, as a user would write it."""
+    """Writes the recipe, as a user would write it, of a merge kept in fp32: what it is rounded to comes last."""
     contender = Contender(merge.label, merge.method, dict(merge.settings), merge.inputs)
     write_recipe(contender, base, experts, {"fisher": fishers}, out)
     recipe: dict[str, Any] = yaml.safe_load(out.read_text())
-    out.write_text(yaml.safe_dump({**recipe, "dtype": WORDS[merge.dtype]}, sort_keys=False))
+    out.write_text(yaml.safe_dump({**recipe, "dtype": "float32"}, sort_keys=False))

@@ -8,7 +8,8 @@ from typing import Any
 
 from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
-from rlmerge.lab.hypotheses import METRICS, Numbers, controls, hypotheses, matches
+from rlmerge.lab.curves import means, read_log
+from rlmerge.lab.hypotheses import BOTH, METRICS, Numbers, controls, hypotheses, masters, matches
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import StudyPreset, expert, study_cells
 
@@ -29,6 +30,7 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
         "curves": _curves(root, preset),
         "experts": _experts(numbers),
         "matches": matches(numbers),
+        "masters": masters(numbers),
         "controls": controls(numbers),
         **hypotheses(numbers),
     }
@@ -43,14 +45,20 @@ def _experts(numbers: Numbers) -> Row:
     names = ["base"]
     for seed in numbers.preset.seeds:
         names += [expert(arm, domain, seed) for arm in numbers.preset.arms for domain in DOMAINS]
-    return {
-        name: {
-            domain: {metric: float(numbers.score(f"measure-{name}", domain, metric).mean()) for metric in METRICS}
-            for domain in DOMAINS
-        }
-        for name in names
-        if is_done(numbers.root, Cell(f"measure-{name}", ""))
-    }
+    found: Row = {}
+    for name in names:
+        if is_done(numbers.root, Cell(f"measure-{name}", "")):
+            tasks = read_cell(numbers.root, f"measure-{name}")["tasks"]
+            found[name] = {
+                domain: {
+                    metric: float(numbers.score(f"measure-{name}", domain, metric).mean())
+                    for metric in METRICS
+                    if metric in BOTH or tasks[numbers.preset.tasks[domain]]["right"]
+                }
+                for domain in DOMAINS
+                if numbers.preset.tasks[domain] in tasks
+            }
+    return found
 
 
 def _curves(root: Path, preset: StudyPreset) -> Row:
@@ -59,14 +67,7 @@ def _curves(root: Path, preset: StudyPreset) -> Row:
     for cell in study_cells(preset):
         log = root / "models" / cell.name / "log.jsonl"
         if cell.kind in ("rlvr", "joint") and log.exists():
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
-            keys = ("reward", "entropy", "kl", "length", "live_groups")
-            found[cell.name] = [
-                {"step": lines[start : start + 10][-1]["step"] + 1}
-                | {key: round(sum(one[key] for one in some) / len(some), 4) for key in keys}
-                for start in range(0, len(lines), 10)
-                if (some := lines[start : start + 10])
-            ]
+            found[cell.name] = means(read_log(log), ("reward", "entropy", "kl", "length", "live_groups"))
     return found
 
 
@@ -83,12 +84,17 @@ def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
     lines += [
         f"{preset.problems} problems of a domain ({preset.split}{f', half {preset.half}' if preset.half else ''}), "
         f"greedy; {preset.samples} samples of the first {preset.sampled} at temperature 1, with the same random "
-        "numbers for all models; the likelihood of a token of a right solution (trace, nats). "
+        f"numbers for all models; *mass*: the probability that the answer is one of the right texts that the base was "
+        f"seen to write ({preset.attempts} samples of each of the first {preset.texts} problems, beside the solution "
+        "it comes with), a bound of pass@1 from below, without noise of samples. In points. Experts are bf16 "
+        "checkpoints, merges are kept in fp32 but where it says bf16, all is computed in fp32. "
         "[ ] are 95 % intervals. docs/study/protocol.md says what is asked, and what would refute it.",
         "",
         f"![Share of the gain that merges keep]({page.with_suffix('.svg').name})",
         "",
     ]
+    if not rehearsal:
+        lines += ["## In words", "", *as_markdown([["claim", "is"], *map(list, found["words"].items())]), ""]
     lines += _experts_lines(found)
     for name, make in (("H1", _h1), ("H2", _h2), ("H3", _h3), ("H4", _h4), ("H5", _h5), ("H6", _h6)):
         if name in found:
@@ -109,24 +115,30 @@ TITLES = {
 def _experts_lines(found: Row) -> list[str]:
     head = ["model", *(f"{domain} {metric}" for domain in DOMAINS for metric in METRICS)]
     rows = [
-        [name, *(_score(scores[domain][metric], metric) for domain in DOMAINS for metric in METRICS)]
+        [name, *(_score(scores.get(domain, {}).get(metric)) for domain in DOMAINS for metric in METRICS)]
         for name, scores in found["experts"].items()
     ]
     lines = ["## Experts", "", *as_markdown([head, *rows]), ""]
     for row in found["controls"]:
         names = list(row[DOMAINS[0]])
         head = [f"seed {row['seed']}", *names]
-        rows = [[domain, *(_score(row[domain][name]["greedy"], "greedy") for name in names if name in row[domain])]
+        rows = [[domain, *(_score(row[domain][name]["greedy"]) for name in names if name in row[domain])]
                 for domain in DOMAINS]  # fmt: skip
         lines += ["Equal compute without merging, greedy:", "", *as_markdown([head, *rows]), ""]
     if found["matches"]:
-        head = ["run", "steps by accuracy", "steps by norm", "RLVR's accuracy", "RLVR's norm"]
+        head = ["run", "steps by accuracy", "steps by norm", "RLVR's accuracy", "RLVR's norm", "matched", "matched"]
         rows = [
             [name.removeprefix("match-"), str(one["accuracy"]), str(one["norm"]),
-             _score(one["aim"]["greedy"], "greedy"), f"{one['aim']['norm']:.2f}"]
+             _score(one["aim"]["greedy"]), f"{one['aim']['norm']:.2f}",
+             _score(one["seen"][str(one["accuracy"])]["greedy"]), f"{one['seen'][str(one['norm'])]['norm']:.2f}"]
             for name, one in found["matches"].items()
         ]  # fmt: skip
         lines += ["SFT, matched through its checkpoints:", "", *as_markdown([head, *rows]), ""]
+    if found["masters"]:
+        rows = [[arm, str(one["runs"]), f"{100 * one['mean']:.1f}", _interval(one["less"], 100)]
+                for arm, one in found["masters"].items()]  # fmt: skip
+        lines += ["Points of greedy accuracy that the fp32 masters lack beside the bf16 models that were trained:", "",
+                  *as_markdown([["arm", "runs", "mean", "over runs"], *rows]), ""]  # fmt: skip
     return lines
 
 
@@ -134,15 +146,21 @@ def _h1(found: Row) -> list[str]:
     rows = []
     for dtype, arms in found.items():
         for arm, one in arms.items():
-            more = one["more_than_rlvr"]
-            rows.append([arm, dtype, f"{100 * one['mean']:.1f} %", _interval(more, 100), one.get("verdict", "")])
+            more = one["more"]
+            rows.append(
+                [arm, dtype, f"{100 * one['mean']:.1f} %", _interval(more, 100), more["verdict"] if more else ""]
+            )
     return as_markdown([["arm", "stored", "weights changed", "more than RLVR, points", "verdict"], *rows])
 
 
-def _h2(found: list[Row]) -> list[str]:
+def _h2(found: Row) -> list[str]:
     keys = ("cosine", "jaccard", "conflict_overlap")
-    rows = [[one["set"], one["dtype"], *(_plain(value) for key in keys for value in one[key])] for one in found]
-    return as_markdown([["set", "stored", "cosine", "null", "Jaccard", "null", "conflict", "null"], *rows])
+    rows = [
+        [one["set"], one["dtype"], *(_plain(value) for key in keys for value in one[key])] for one in found["pairs"]
+    ]
+    head = ["set", "stored", "cosine", "null", "Jaccard", "null", "conflict", "null"]
+    claims = [[one["what"], one["claim"], _interval(one["row"], 1, 3), one["verdict"]] for one in found["claims"]]
+    return [*as_markdown([head, *rows]), "", *as_markdown([["sets", "claim", "by", "verdict"], *claims])]
 
 
 def _h3(found: list[Row]) -> list[str]:
@@ -160,7 +178,7 @@ def _h4(found: list[Row]) -> list[str]:
     rows = []
     for one in found:
         for label, row in one["less"].items():
-            rows.append([one["what"], one["metric"], label, _metric_interval(row, one["metric"]), row["verdict"]])
+            rows.append([one["what"], one["metric"], label, _interval(row, 100), row["verdict"]])
         rows.append([one["what"], one["metric"], "**all of them**", f"p = {one['p']:.3g}", one["verdict"]])
     return as_markdown([["set", "metric", "SAR less", "difference", "verdict"], *rows])
 
@@ -168,10 +186,10 @@ def _h4(found: list[Row]) -> list[str]:
 def _pairs(found: list[Row], first: str) -> list[str]:
     rows = [
         ["/".join(one["one"]), "/".join(one["other"])]
-        + [text for m in ("greedy", "trace") for text in (_metric_interval(one[m], m), one[m]["verdict"])]
+        + [text for m in BOTH for text in (_interval(one[m], 100), one[m]["verdict"])]
         for one in found
     ]
-    return as_markdown([[first, "less", "greedy", "verdict", "trace", "verdict"], *rows])
+    return as_markdown([[first, "less", "greedy", "verdict", "mass", "verdict"], *rows])
 
 
 def _h5(found: list[Row]) -> list[str]:
@@ -187,23 +205,18 @@ def _tuning_lines(found: Row) -> list[str]:
     for method, tried in found["tuning"].items():
         for one in tried:
             setting = ", ".join(f"{key} {value}" for key, value in one["setting"].items()) or "defaults"
-            chosen = "**chosen**" if one["setting"] == found["frozen"][method] else ""
-            rows.append([method, setting, *(f"{100 * v:.1f}" for v in one["greedy"]),
-                         *(f"{v:.3f}" for v in one["trace"]), chosen])  # fmt: skip
-    head = ["method", "setting", *(f"{domain} {what}" for what in ("greedy", "trace") for domain in DOMAINS), ""]
+            chosen = "**chosen**" if {key: one[key] for key in ("setting", "scale")} == found["frozen"][method] else ""
+            rows.append([method, setting, f"{one['scale']:g}", *(f"{100 * v:.1f}" for v in one["greedy"]), chosen])
+    head = ["method", "setting", "scale", *(f"{domain} greedy" for domain in DOMAINS), ""]
     return ["## Tuning, on the development pair", "", *as_markdown([head, *rows])]
 
 
-def _score(value: float, metric: str) -> str:
-    return f"{value:.3f}" if metric == "trace" else f"{100 * value:.1f}"
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
-
-
-def _metric_interval(one: Row, metric: str) -> str:
-    return _interval(one, 1, 3) if metric == "trace" else _interval(one, 100, 1)
 
 
 def _interval(one: Row | None, scale: float = 1, digits: int = 1) -> str:
@@ -223,7 +236,7 @@ def write_plot(found: Row, out: Path) -> None:
     labels = list(dict.fromkeys(one["merge"] for one in rows))
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(labels)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, ("greedy", "trace")):
+    for axes, metric in zip(panels, BOTH):
         shown = {one["merge"]: one["kept"] for one in rows if one["metric"] == metric}
         arms = list(next(iter(shown.values()))) if shown else []
         for number, arm in enumerate(arms):
@@ -238,7 +251,7 @@ def write_plot(found: Row, out: Path) -> None:
                 axes.plot([100 * one["value"]], [place + shift], "o", color=COLOURS[arm], markersize=4)
             axes.plot([], [], "o-", color=COLOURS[arm], markersize=4, label=arm)
         axes.axvline(100, color="#777777", linewidth=0.8)
-        axes.set_title({"greedy": "greedy accuracy", "trace": "likelihood of right solutions"}[metric], fontsize=9)
+        axes.set_title({"greedy": "greedy accuracy", "mass": "probability of known right texts"}[metric], fontsize=9)
         axes.set_xlabel("share of the single experts' gain that is kept, %", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)

@@ -11,20 +11,24 @@ from rlmerge.lab.study_merges import BASELINES
 METHODS = ("sar", *BASELINES)
 SECONDS = {
     "base": 900,
-    "rlvr": 1200,
-    "joint": 2400,
+    "texts": 600,
+    "rlvr": 1500,
+    "joint": 3000,
     "sft": 700,
     "rft": 700,
     "fisher": 120,
     "permuted": 15,
     "jitter": 15,
     "match": 300,
-    "measure": 175,
-    "tune": 700,
+    "measure": 500,
+    "own": 150,
+    "tune": 1200,
     "frozen": 1,
     "geometry": 60,
-    "merge": 75,
-    "sampled": 175,
+    "merge": 180,
+    "half": 90,
+    "sampled": 450,
+    "clean": 1,
 }
 """What cells take on one thread, estimated from the pilot."""
 
@@ -33,7 +37,7 @@ CONFIRMATION = StudyPreset(
         **vars(SMALL), "name": "confirmation", "seeds": (11, 12, 13, 14, 15, 16), "problems": 400, "fisher": 96,
         "seconds": {**SMALL.seconds, **SECONDS}, "methods": METHODS,
     },
-    development=10, controlled=(11, 12), sampled=50,
+    development=10, controlled=(11, 12),
     split="test", half="A", seal="to be drawn when the protocol is frozen",
 )  # fmt: skip
 """What docs/study/protocol.md describes. Seeds 1 to 6 are the pilot's, whose experts have been seen. It is
@@ -49,7 +53,8 @@ SKETCH = StudyPreset(
         **vars(TINY), "name": "sketch", "seeds": (0, 1), "steps": 40, "problems": 100, "fisher": 64,
         "seconds": {**TINY.seconds, **dict.fromkeys(SECONDS, 10.0)}, "methods": METHODS,
     },
-    kept=(10, 20, 30, 40), averaged=(20, 30, 40), tuning=60, samples=4, controlled=(0,),
+    kept=(10, 20, 30, 40), matching=60, averaged=(20, 30, 40), tuning=60, samples=4, texts=40, attempts=16,
+    controlled=(0,),
 )  # fmt: skip
 """A tiny model, minutes: that the parts work together, and no evidence."""
 

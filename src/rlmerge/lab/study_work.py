@@ -13,6 +13,7 @@ from typing import Any
 
 from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, read_cell
 from rlmerge.lab.errors import LabError
+from rlmerge.lab.grids import Setting
 from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.study import (
@@ -23,10 +24,12 @@ from rlmerge.lab.study import (
     domain_of,
     expert,
     folder_of,
+    pairs,
     sets,
     tuning_set,
 )
-from rlmerge.lab.study_merges import Merge, merges_of, settings_of, write_merge
+from rlmerge.lab.study_merges import Merge, first_tries, later_tries, merges_of, write_merge
+from rlmerge.lab.texts import find_texts, read_texts
 
 FISHER = "fisher.safetensors"
 ATTEMPTS = 64
@@ -43,24 +46,22 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         _estimate(root, preset, name)
     elif cell.kind in ("permuted", "jitter"):
         _spoil(root, cell.kind, name)
+    elif cell.kind == "texts":
+        yield from _texts(root, preset)
     elif cell.kind == "match":
         yield from _match(root, preset, name)
-    elif cell.kind == "measure":
-        if name.startswith("average-"):
-            _average(root, preset, name)
-        if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
-            _keep_matched(root, preset, name)
-        # as what is merged: the fp32 masters (of the base, bf16, where all begin)
-        folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, "fp32")
-        yield "tasks", measured(folder, measuring(preset), both_tasks(preset))
+    elif cell.kind in ("measure", "own"):
+        yield from _single(root, preset, cell.name.removeprefix("measure-"), cell.kind == "measure")
     elif cell.kind == "tune":
         yield from _tune(root, preset, name)
     elif cell.kind == "frozen":
-        yield "settings", {one: read_cell(root, f"tune-{one}")["setting"] for one in preset.methods}
+        yield "settings", {one: read_cell(root, f"tune-{one}")["chosen"] for one in preset.methods}
     elif cell.kind == "geometry":
         yield from _geometry(root, preset, next(one for one in sets(preset) if one.name == name))
-    elif cell.kind in ("merge", "sampled"):
+    elif cell.kind in ("merge", "half", "sampled"):
         yield from _merge(root, preset, cell.name.removeprefix("merge-"))
+    elif cell.kind == "clean":
+        _clean(root, preset, int(name))
     else:
         yield from lab_work(root, preset, cell)
 
@@ -100,9 +101,8 @@ def _sft(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab.optimizer import Rate
 
     domain, seed = name.split("-")[1:]
-    settings = supervised.Sft(
-        preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), preset.kept
-    )
+    kept = preset.kept if set(preset.arms) & set(MATCHED) else ()
+    settings = supervised.Sft(preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), kept)
     supervised.sft(model_of(root, "base"), root / "models" / name, settings)
 
 
@@ -126,21 +126,34 @@ TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
 
 
 def _average(root: Path, preset: StudyPreset, name: str) -> None:
-    """The mean of one run's checkpoints, in fp32 and rounded once; they go when it is there."""
+    """The mean of one run's checkpoints, kept in fp32 as merges are; they go when it is there."""
     from rlmerge.api import merge_to_folder
     from rlmerge.recipe import parse_recipe
 
-    made = root / "models" / name
+    made = root / "models" / name / "fp32"
     run_of = root / "models" / name.replace("average-", "rlvr-", 1)
-    for dtype, word in (("fp32", "float32"), ("bf16", "bfloat16")):
-        models = [{"model": str(run_of / "steps" / str(step) / "fp32")} for step in preset.averaged]
-        text = json.dumps({"merge_method": "linear", "dtype": word, "models": models, "parameters": {"weight": 1.0}})
-        made.mkdir(parents=True, exist_ok=True)
-        if not (made / dtype).exists():
-            merge_to_folder(parse_recipe(text, folder=root), made / dtype, threads=1)
+    models = [{"model": str(run_of / "steps" / str(step) / "bf16")} for step in preset.averaged]
+    text = json.dumps({"merge_method": "linear", "dtype": "float32", "models": models, "parameters": {"weight": 1.0}})
+    made.parent.mkdir(parents=True, exist_ok=True)
+    if not made.exists():
+        merge_to_folder(parse_recipe(text, folder=root), made, threads=1)
     for step in preset.averaged:
         if step != preset.steps:
             shutil.rmtree(run_of / "steps" / str(step), ignore_errors=True)
+
+
+def _clean(root: Path, preset: StudyPreset, first: int) -> None:
+    """Removes what was needed for the merges of a pair of seeds alone: fp32 masters, and Fishers. The bf16 models stay,
+    and seeds make the rest again.
+    """
+    seeds = next(pair for pair in pairs(preset.seeds) if pair[0] == first)
+    for model in (root / "models").iterdir():
+        if model.name.rsplit("-", 1)[-1] in map(str, seeds):
+            for folder in (model, *(model / "steps").glob("*")):
+                shutil.rmtree(folder / "fp32", ignore_errors=True)
+            if int(model.name.rsplit("-", 1)[-1]) != preset.development:
+                for kind in ("fisher", "permuted", "jitter"):
+                    shutil.rmtree(input_of(root, kind, model.name), ignore_errors=True)
 
 
 # -- Fishers -----------------------------------------------------------------------------------------------------------
@@ -184,6 +197,33 @@ def measuring(preset: StudyPreset, full: bool = True) -> Measuring:
     )  # fmt: skip
 
 
+def _validation(preset: StudyPreset, problems: int) -> Measuring:
+    """Where choices are made: greedy answers to validation problems."""
+    return Measuring("validation", problems, 0, "", 0, 0, preset.max_new_tokens, preset.eval_batch)
+
+
+def _texts(root: Path, preset: StudyPreset) -> Iterator[tuple[str, Any]]:
+    tasks = {spec: measuring(preset).task(spec) for spec in both_tasks(preset)}
+    yield from find_texts(root, model_of(root, "base"), tasks, preset.texts, preset.attempts, preset.max_new_tokens)
+
+
+def _single(root: Path, preset: StudyPreset, name: str, full: bool) -> Iterator[tuple[str, Any]]:
+    """A model that is no merge of experts: in full and on both tasks, or greedily on its own."""
+    dtype, tasks = "bf16", both_tasks(preset)
+    if name.startswith("average-"):
+        _average(root, preset, name)
+        dtype = "fp32"
+    if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
+        _keep_matched(root, preset, name)
+    folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, dtype)
+    if not full:
+        tasks = (preset.tasks[domain_of(name)],)
+    yield "tasks", measured(folder, measuring(preset, full), tasks, read_texts(root, tasks))
+    if name.rsplit("-", 2)[0] in ("rlvr", "rft", "sft"):
+        own, master = (preset.tasks[domain_of(name)],), folder_of(root, preset, name, "fp32")
+        yield "master", measured(master, measuring(preset, False), own, read_texts(root, own))
+
+
 def sealed_seed(seal: str) -> int:
     """The seed that a text stands for: nobody can choose the text for its problems, as a hash is between."""
     return int(hashlib.sha256(f"rlmerge/study/{seal}".encode()).hexdigest()[:12], 16)
@@ -196,15 +236,14 @@ def _match(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
     domain, seed = name.rsplit("-", 1)
     sft, rlvr = (expert(arm, domain, int(seed)) for arm in ("sft", "rlvr"))
     task = (preset.tasks[domain],)
-    how = Measuring("validation", preset.tuning, 0, "", 0, 0, preset.max_new_tokens, preset.eval_batch)
     base = model_of(root, "base")
 
     def looked_at(folder: Path) -> dict[str, float]:
-        scores = measured(folder / "fp32", how, task)[task[0]]
-        return {"greedy": scores["greedy"].count("1") / preset.tuning, "norm": _distance(base, folder / "fp32")}
+        letters = measured(folder, _validation(preset, preset.matching), task)[task[0]]["greedy"]
+        return {"greedy": letters.count("1") / len(letters), "norm": _distance(base, folder)}
 
-    aim = looked_at(folder_of(root, preset, rlvr).parent)
-    seen = {step: looked_at(root / "models" / sft / "steps" / str(step)) for step in preset.kept}
+    aim = looked_at(folder_of(root, preset, rlvr))
+    seen = {step: looked_at(root / "models" / sft / "steps" / str(step) / "bf16") for step in preset.kept}
     steps = np.array(preset.kept)
     for what, key in (("accuracy", "greedy"), ("norm", "norm")):
         off = np.array([abs(seen[step][key] - aim[key]) for step in preset.kept])
@@ -223,7 +262,7 @@ def _keep_matched(root: Path, preset: StudyPreset, name: str) -> None:
 
 
 def _distance(base: Path, model: Path) -> float:
-    """L2 norm of an update, in fp64, tensor by tensor. The base is bf16, as experts begin there; the model is fp32."""
+    """L2 norm of an update, in fp64, tensor by tensor."""
     from safetensors import safe_open
 
     total = 0.0
@@ -249,21 +288,28 @@ def _geometry(root: Path, preset: StudyPreset, one: Set) -> Iterator[tuple[str, 
 
 
 def _tune(root: Path, preset: StudyPreset, method: str) -> Iterator[tuple[str, Any]]:
-    """The settings of a method on the development pair, fp32, validation problems; the best mean accuracy wins, of
-    equal ones the one that finds right solutions likelier.
+    """Settings of a method on the development pair, kept in fp32, validation problems: four of its own, then the best
+    of them at four scales. The best mean accuracy wins, of equal ones the first.
     """
-    one, tried = tuning_set(preset), []
-    how = Measuring("validation", preset.tuning, 0, "", 0, 0, preset.max_new_tokens, preset.eval_batch)
-    for number, setting in enumerate(settings_of(method)[: preset.tries]):
-        merge = Merge(f"try-{method}-{number}", method, setting)
-        recipe = _recipe(root, preset, one, merge, f"tune-{method}-{number}")
-        scores = measured(recipe, how, both_tasks(preset)).values()
+    tried: list[dict[str, Any]] = []
+
+    def attempt(setting: Setting, scale: float) -> None:
+        merge = Merge(f"try-{method}-{len(tried)}", method, setting)
+        recipe = _recipe(root, preset, tuning_set(preset), merge, f"tune-{method}-{len(tried)}")
+        scaled = (model_of(root, "base"), scale)
+        scores = measured(recipe, _validation(preset, preset.tuning), both_tasks(preset), scaled=scaled).values()
         greedy = [found["greedy"].count("1") / len(found["greedy"]) for found in scores]
-        trace = [sum(found["trace"]) / len(found["trace"]) for found in scores]
-        tried.append({"setting": setting, "greedy": greedy, "trace": trace})
-    best = max(tried, key=lambda row: (round(sum(row["greedy"]), 9), sum(row["trace"])))
+        tried.append({"setting": setting, "scale": scale, "greedy": greedy})
+
+    def best() -> dict[str, Any]:
+        return max(tried, key=lambda row: round(sum(row["greedy"]), 9))
+
+    for setting, scale in first_tries(method)[: preset.tries]:
+        attempt(setting, scale)
+    for setting, scale in later_tries(best()["setting"])[: preset.tries - len(tried)]:
+        attempt(setting, scale)
     yield "tried", tried
-    yield "setting", best["setting"]
+    yield "chosen", {key: best()[key] for key in ("setting", "scale")}
 
 
 def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, Any]]:
@@ -271,13 +317,13 @@ def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
     one = next(found for found in sets(preset) if found.name == whole)
     merge = next(m for m in merges_of(one.what, one.arm, preset.methods) if (m.label, m.dtype) == (label, dtype))
     if merge.tuned:
-        merge = replace(merge, settings=read_cell(root, "frozen")["settings"][merge.method])
+        frozen = read_cell(root, "frozen")["settings"][merge.method]
+        merge = replace(merge, settings=frozen["setting"], scale=frozen["scale"])
     recipe = _recipe(root, preset, one, merge, name)
-    tasks = both_tasks(preset)
-    if one.what == "single":
-        tasks = (preset.tasks[domain_of(one.members[0])],)
-    yield "settings", merge.settings
-    yield "tasks", measured(recipe, measuring(preset, merge.full), tasks)
+    tasks = tuple(preset.tasks[domain] for domain in one.domains)
+    yield "settings", {"setting": merge.settings, "scale": merge.scale}
+    scaled, texts = (model_of(root, "base"), merge.scale), read_texts(root, tasks)
+    yield "tasks", measured(recipe, measuring(preset, merge.full), tasks, texts, scaled, merge.dtype == "bf16")
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -290,8 +336,8 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _recipe(root: Path, preset: StudyPreset, one: Set, merge: Merge, name: str) -> Path:
-    """Writes recipes/NAME.yml; experts, and the base they are compared with, in the dtype of the merge."""
-    experts = {member: folder_of(root, preset, member, merge.dtype) for member in one.members}
+    """Writes recipes/NAME.yml."""
+    experts = {member: folder_of(root, preset, member) for member in one.members}
     fishers = {}
     for place, member in enumerate(one.members):
         if merge.fisher in ("permuted", "jitter"):
