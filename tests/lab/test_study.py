@@ -59,6 +59,13 @@ def test_everybody_has_as_many_tries() -> None:
     assert len(set(labels)) == len(labels)
 
 
+def test_settings_that_were_frozen_before_need_no_development_pair() -> None:
+    frozen = {method: {"setting": {}, "scale": 1.0} for method in METHODS}
+    names = {cell.name for cell in study_cells(replace(CONFIRMATION, frozen=frozen))}
+    assert not [name for name in names if name.startswith("tune-") or f"-{CONFIRMATION.development}" in name]
+    assert "frozen" in names
+
+
 def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
     with pytest.raises(LabError, match="half"):
         study_cells(replace(SMALLEST, half="C"))

@@ -23,6 +23,8 @@ ARMS = ("rlvr", "rft", "sft", "sft-accuracy", "sft-norm")
 CONTROLS = ("twice", "average", "joint")
 """A run of twice the steps; the mean of one run's checkpoints; RL on both domains, as many steps as two runs."""
 MATCHED = {"sft-accuracy": "accuracy", "sft-norm": "norm"}
+LOOKED_AT = "sft-norm"
+"""Has its geometry alone measured: what H1 asks of it. Its merges would not fit into the hours that there are."""
 HALVES = ("A", "B")
 
 
@@ -41,6 +43,7 @@ class StudyPreset(Preset):
     samples       of a problem at temperature 1, for the first `sampled` problems, of what is measured in full
     texts         problems of a domain for which right texts of the base are looked for, in `attempts` samples each
     methods       that are tuned, SAR among them; tries: settings of each
+    frozen        what tuning has chosen before, by method; None: the development pair is trained and they are tuned
     """
 
     development: int = 0
@@ -60,6 +63,7 @@ class StudyPreset(Preset):
     texts: int = 100
     attempts: int = 32
     tries: int = 8
+    frozen: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +133,15 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
         *(Cell(f"fisher-base-{domain}", "fisher", ("base",)) for domain in DOMAINS),
         Cell("measure-base", "measure", ("texts",)),
     ]
-    for domain in DOMAINS:
-        found += _experts(preset, domain, preset.development)
-    tunes = [Cell(f"tune-{method}", "tune", _fishers(tuning_set(preset).members)) for method in preset.methods]
+    tunes: list[Cell] = []
+    if preset.frozen is None:
+        for domain in DOMAINS:
+            found += _experts(preset, domain, preset.development)
+        tunes = [Cell(f"tune-{method}", "tune", _fishers(tuning_set(preset).members)) for method in preset.methods]
     found += [*tunes, Cell("frozen", "frozen", tuple(cell.name for cell in tunes))]
     for pair in pairs(preset.seeds):
         for seed in pair:
-            if seed != preset.development:
+            if preset.frozen is not None or seed != preset.development:
                 found += [cell for domain in DOMAINS for cell in _experts(preset, domain, seed)]
             if "joint" in preset.controls and seed in preset.controlled:
                 found += [Cell(f"joint-{seed}", "joint", ("base",)), _measure(f"joint-{seed}", f"joint-{seed}")]
@@ -174,7 +180,12 @@ def _check(preset: StudyPreset) -> None:
 def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
     """Runs of a domain and seed, their Fishers and measurements; RLVR alone where the seed does not confirm."""
     own = expert("rlvr", domain, seed)
-    found = [Cell(own, "rlvr", ("base",)), Cell(f"fisher-{own}", "fisher", (own,)), _measure(own, own)]
+    goes_on = seed in preset.controlled and bool(preset.controls)
+    found = [
+        Cell(own, "twice" if goes_on else "rlvr", ("base",)),
+        Cell(f"fisher-{own}", "fisher", (own,)),
+        _measure(own, own),
+    ]
     if seed not in preset.seeds:
         return found
     for kind in ("permuted", "jitter"):
@@ -189,7 +200,7 @@ def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
         if matched:
             found.append(Cell(match, "match", (own, name)))
         found += [Cell(f"fisher-{name}", "fisher", (name,)), _measure(name, match if matched else name)]
-        found += [_measure(expert(arm, domain, seed), match) for arm in matched]
+        found += [_measure(expert(arm, domain, seed), match) for arm in matched if arm != LOOKED_AT]
     for control in ("twice", "average"):
         if control in preset.controls and seed in preset.controlled:
             found.append(_measure(expert(control, domain, seed), own))

@@ -76,10 +76,12 @@ ROUNDED = ("mean", "sar")
 
 def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
     """All merges of a set: `what` is 'fusion' or 'single'; those that switch something off for fusions of RLVR alone.
-    Arms that only say what RLVR is compared with have fewer, and are not sampled.
+    Arms that only say what RLVR is compared with have fewer, and are not sampled; one has its geometry alone.
     """
     tuned = [Merge(method, method, full=method in FEW, tuned=True) for method in methods]
     found = [SUM, MEAN, *tuned]
+    if arm == "sft-norm":
+        return []
     if arm != "rlvr":
         return [replace(m, full=False) for m in found if m.label in (FEW if arm == "sft" else UNTUNED)]
     found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]

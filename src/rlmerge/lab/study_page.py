@@ -26,7 +26,9 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
         "split": preset.split,
         "half": preset.half,
         "frozen": read_cell(root, "frozen")["settings"],
-        "tuning": {method: read_cell(root, f"tune-{method}")["tried"] for method in preset.methods},
+        "tuning": {
+            method: read_cell(root, f"tune-{method}")["tried"] for method in preset.methods if preset.frozen is None
+        },
         "curves": _curves(root, preset),
         "experts": _experts(numbers),
         "matches": matches(numbers),
@@ -66,7 +68,7 @@ def _curves(root: Path, preset: StudyPreset) -> Row:
     found = {}
     for cell in study_cells(preset):
         log = root / "models" / cell.name / "log.jsonl"
-        if cell.kind in ("rlvr", "joint") and log.exists():
+        if cell.kind in ("rlvr", "twice", "joint") and log.exists():
             found[cell.name] = means(read_log(log), ("reward", "entropy", "kl", "length", "live_groups"))
     return found
 
@@ -208,6 +210,8 @@ def _tuning_lines(found: Row) -> list[str]:
             chosen = "**chosen**" if {key: one[key] for key in ("setting", "scale")} == found["frozen"][method] else ""
             rows.append([method, setting, f"{one['scale']:g}", *(f"{100 * v:.1f}" for v in one["greedy"]), chosen])
     head = ["method", "setting", "scale", *(f"{domain} greedy" for domain in DOMAINS), ""]
+    if not rows:
+        return ["Settings were frozen before: docs/study/rehearsal.md has how they were chosen."]
     return ["## Tuning, on the development pair", "", *as_markdown([head, *rows])]
 
 

@@ -55,7 +55,8 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     elif cell.kind == "tune":
         yield from _tune(root, preset, name)
     elif cell.kind == "frozen":
-        yield "settings", {one: read_cell(root, f"tune-{one}")["chosen"] for one in preset.methods}
+        tuned = preset.frozen or {one: read_cell(root, f"tune-{one}")["chosen"] for one in preset.methods}
+        yield "settings", {one: tuned[one] for one in preset.methods}
     elif cell.kind == "geometry":
         yield from _geometry(root, preset, next(one for one in sets(preset) if one.name == name))
     elif cell.kind in ("merge", "half", "sampled"):
@@ -74,7 +75,7 @@ def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
 
     domain, seed = name.split("-")[1:]
     steps, keep = preset.steps, (preset.steps,)
-    if int(seed) in preset.controlled and preset.controls:
+    if int(seed) in preset.controlled and preset.controls:  # a 'twice' cell
         steps, keep = 2 * steps, tuple(sorted({*preset.averaged, preset.steps}))
     settings = _rl_settings(preset, preset.tasks[domain], int(seed), steps, keep)
     rlvr(model_of(root, "base"), root / "models" / name, settings)
@@ -121,7 +122,7 @@ def _rft(root: Path, preset: StudyPreset, name: str) -> None:
 
 
 TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
-    "rlvr": _rlvr, "joint": _joint, "sft": _sft, "rft": _rft,
+    "rlvr": _rlvr, "twice": _rlvr, "joint": _joint, "sft": _sft, "rft": _rft,
 }  # fmt: skip
 
 
