@@ -108,6 +108,7 @@ def sums_in(folder: Path) -> int:
     return len(list(folder.glob("sums-*.safetensors"))) if folder.is_dir() else 0
 
 
+@pytest.mark.long  # a merge that is killed on Ray is in tests/execute
 def test_the_command_is_killed_and_given_again(cluster, home: Path, tmp_path: Path) -> None:
     """What its processes had added up is not added up again."""
     done = tmp_path / "done"

@@ -125,6 +125,7 @@ def right(root: Path, name: str, domain: str) -> np.ndarray:
     return np.array(found.c)[np.argsort(found.ids)]
 
 
+@pytest.mark.long  # cells of a run that is killed are in test_cells
 def test_a_table_that_is_killed_is_continued(tmp_path: Path) -> None:
     root = tmp_path / "table"
     killed_run(root)
