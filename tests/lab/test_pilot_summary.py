@@ -21,7 +21,7 @@ PRESET: PilotPreset = replace(
     regimes=(
         Regime(
             "seeds", "pairs", tuple(Expert(f"{task[0]}{seed}", task, seed) for seed in (1, 2) for task in TASKS),
-            (("pair1", ("m1", "c1")), ("pair2", ("m2", "c2"))),
+            (("pair1", ("m1", "c1")), ("pair2", ("m2", "c2"))), masters=True,
         ),
     ),
 )  # fmt: skip

@@ -61,12 +61,16 @@ class Expert:
 
 @dataclass(frozen=True)
 class Regime:
-    """Experts that differ in a certain way, and the sets of them that are merged, by name."""
+    """Experts that differ in a certain way, and the sets of them that are merged, by name.
+
+    masters   whether the mean of the fp32 masters is measured, too
+    """
 
     name: str
     why: str
     experts: tuple[Expert, ...]
     sets: tuple[tuple[str, tuple[str, ...]], ...]
+    masters: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ def sets_of(preset: PilotPreset) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def merges_of(preset: PilotPreset, whole: str) -> list[tuple[str, str]]:
+    """(dtype, label) of every merge of a set."""
+    found = [(dtype, one.label) for dtype in DTYPES for one in preset.merges]
+    regime = next(one for one in preset.regimes if one.name == whole.split(".")[0])
+    return found + [(MASTERS, one.label) for one in preset.merges if regime.masters and one.label == "mean"]
+
+
 def tasks_of(preset: PilotPreset, members: tuple[str, ...]) -> tuple[str, ...]:
     """The tasks of some experts, each once."""
     experts = experts_of(preset)
@@ -146,11 +157,11 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
         for name, members in regime.sets:
             whole = f"{regime.name}.{name}"
             found[f"geometry-{whole}"] = Cell(f"geometry-{whole}", "geometry", members)
-            for contender in preset.merges:
-                needs = members if not contender.inputs else tuple(f"fisher-{member}" for member in members)
-                for dtype in (*DTYPES, *((MASTERS,) if contender.label == "mean" else ())):
-                    cell = f"merge-{whole}-{dtype}-{contender.label}"
-                    found[cell] = Cell(cell, "merge", (*needs, "texts"))
+            contenders = {one.label: one for one in preset.merges}
+            for dtype, label in merges_of(preset, whole):
+                needs = members if not contenders[label].inputs else tuple(f"fisher-{member}" for member in members)
+                cell = f"merge-{whole}-{dtype}-{label}"
+                found[cell] = Cell(cell, "merge", (*needs, "texts"))
     return list(found.values())
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, MASTERS, PilotPreset, experts_of, pilot_cells, sets_of
+from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, pilot_cells, sets_of
 from rlmerge.lab.power import detectable, parts_of, power, upper_parts
 
 GATE = 0.05
@@ -61,14 +61,8 @@ def _passes(loss: Row) -> bool:
 
 
 def _whole(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
-    merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in _merges(preset)]
+    merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in merges_of(preset, name)]
     return _done(root, f"geometry-{name}", "measure-base", *merges, *(f"measure-{member}" for member in members))
-
-
-def _merges(preset: PilotPreset) -> list[tuple[str, str]]:
-    """(dtype, label) of every merge of a set."""
-    found = [(dtype, one.label) for dtype in DTYPES for one in preset.merges]
-    return found + [(MASTERS, one.label) for one in preset.merges if one.label == "mean"]
 
 
 def _done(root: Path, *names: str) -> bool:
@@ -108,7 +102,7 @@ def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
 def _set(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> Row:
     geometry = read_cell(root, f"geometry-{name}")
     merges: Row = {}
-    for dtype, label in _merges(preset):
+    for dtype, label in merges_of(preset, name):
         merges.setdefault(dtype, {})[label] = _merge(root, preset, f"merge-{name}-{dtype}-{label}", members)
     return {"members": list(members), "geometry": _geometry(geometry["coordinates"]), "merges": merges}
 

@@ -32,6 +32,7 @@ REGIMES = (
             ("four", ("m1", "m2", "c1", "c2")),
             ("six", ("m1", "m2", "m3", "c1", "c2", "c3")),
         ),
+        masters=True,
     ),
     Regime(
         "hot",
