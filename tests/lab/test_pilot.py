@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from tests.lab.demo_base import put_base
 
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.pilot import MERGES, Expert, PilotPreset, Regime, pilot_cells, run_pilot, tasks_of
+from rlmerge.lab.pilot import (
+    MERGES,
+    ColdBase,
+    Expert,
+    PilotPreset,
+    Regime,
+    pilot_cells,
+    run_pilot,
+    tasks_from,
+    tasks_of,
+)  # fmt: skip
 from rlmerge.lab.pilot_page import write_page
 from rlmerge.lab.regimes import PLUMBING
 
@@ -26,6 +38,10 @@ SEEDS = Regime(
     "seeds", "two runs that differ by more than a seed",
     (Expert("m1", "math:0", 1), Expert("m2", "math:0", 2, temperature=0.8, advantage="rloo", lora=2)),
     (("both", ("m1", "m2")),),
+)  # fmt: skip
+OTHERS = Regime(
+    "others", "another cold start, merged onto what both began with",
+    (Expert("m1", "math:0", 1), Expert("k1", "code:0", 1, base="second")), (("both", ("m1", "k1")),), onto="pretrain",
 )  # fmt: skip
 SMALL = PilotPreset(
     **{
@@ -60,6 +76,19 @@ def test_regimes_that_contradict_themselves(regime, message):
         pilot_cells(replace(SMALL, regimes=(PAIR, regime)))
 
 
+def test_another_cold_start_has_cells_of_its_own():
+    both = replace(SMALL, regimes=(OTHERS,), bases=(ColdBase("second", ("math:0", "code:0"), 1),))
+    cells = {cell.name: cell for cell in pilot_cells(both)}
+    assert cells["k1"].needs == cells["texts-second"].needs == ("second",)
+    assert cells["measure-k1"].needs == ("k1", "texts-second")
+    assert cells["merge-others.both-fp32-mean"].needs[-1] == "texts"
+    shared = replace(both, bases=(ColdBase("second", ("math:0", "code:0"), 1, texts="base"),))
+    cells = {cell.name: cell for cell in pilot_cells(shared)}
+    assert "texts-second" not in cells
+    assert cells["measure-k1"].needs == ("k1", "texts")
+    assert tasks_from(shared, "base") == ("math:0", "code:0")
+
+
 def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     pytest.importorskip("peft")
     root = tmp_path / "pilot"
@@ -80,6 +109,13 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     assert before.items() <= after.items()
     assert "merge-seeds.both-fp32-sar.json" in after
+    third = replace(SMALL, regimes=(PAIR, OTHERS), bases=(ColdBase("second", ("math:0", "code:0"), 1),))
+    shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
+    run_pilot(root, third, 1, only=("others",))
+    said = yaml.safe_load((root / "recipes" / "others.both-fp32-mean.yml").read_text())
+    assert "pretrain" in said["base_model"]
+    assert json.loads((root / "models" / "second" / "run.json").read_text())["seed"] == 1
+    assert write_page(root, third, tmp_path / "third.md")["sets"]["others.both"]["members"] == ["m1", "k1"]
     assert json.loads((root / "models" / "m2" / "run.json").read_text())["lora"] == 2
     page = write_page(root, replace(SMALL, regimes=(PAIR, SEEDS)), tmp_path / "pilot.md")
     assert set(page["sets"]) == {"pair.fusion", "seeds.both"}

@@ -43,6 +43,7 @@ rounding does, and costs a fifth."""
 class Expert:
     """One run from the common base; what is None is the preset's. `task` is also what it is measured on.
 
+    base   the cold start that it begins with
     kind   'rlvr', 'sft' on gold solutions, or 'rft' on the verified samples of the RLVR run `of`
     """
 
@@ -57,6 +58,19 @@ class Expert:
     lora: int = 0
     kind: str = "rlvr"
     of: str = ""
+    base: str = "base"
+
+
+@dataclass(frozen=True)
+class ColdBase:
+    """Another cold start than the preset's: other tasks, or another seed. texts: whose right texts measure its experts;
+    '': its own.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    seed: int = 0
+    texts: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Regime:
     """Experts that differ in a certain way, and the sets of them that are merged, by name.
 
     masters   whether the mean of the fp32 masters is measured, too
+    onto      the model whose weights are taken off and added to; '': where the first expert began
     """
 
     name: str
@@ -71,18 +86,20 @@ class Regime:
     experts: tuple[Expert, ...]
     sets: tuple[tuple[str, tuple[str, ...]], ...]
     masters: bool = False
+    onto: str = ""
 
 
 @dataclass(frozen=True)
 class PilotPreset(Preset):
     """Sizes of the pilot.
 
-    regimes   in the order in which they are tried
+    regimes   in the order in which they are tried; bases: cold starts that some of them need
     samples   of a problem at temperature 1, of base and experts
     texts     problems of a task for which right texts of the base are looked for, in `attempts` samples each
     """
 
     regimes: tuple[Regime, ...] = ()
+    bases: tuple[ColdBase, ...] = ()
     samples: int = 0
     texts: int = 100
     attempts: int = 32
@@ -144,14 +161,15 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
         cell.name: cell
         for cell in (Cell("pretrain", "pretrain", threads=2), Cell("base", "base", ("pretrain",), threads=2))
     }
-    found["texts"] = Cell("texts", "texts", ("base",))
-    found["measure-base"] = Cell("measure-base", "measure", ("texts",))
     for regime in preset.regimes:
+        for base in dict.fromkeys(expert.base for expert in regime.experts):
+            for cell in _base_cells(preset, base):
+                found.setdefault(cell.name, cell)
         for expert in regime.experts:
             for cell in (
-                Cell(expert.name, expert.kind, (expert.of or "base",)),
+                Cell(expert.name, expert.kind, (expert.of or expert.base,)),
                 Cell(f"fisher-{expert.name}", "fisher", (expert.name,)),
-                Cell(f"measure-{expert.name}", "measure", (expert.name, "texts")),
+                Cell(f"measure-{expert.name}", "measure", (expert.name, texts_cell(preset, expert.base))),
             ):
                 found[cell.name] = cell
         for name, members in regime.sets:
@@ -161,17 +179,50 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
             for dtype, label in merges_of(preset, whole):
                 needs = members if not contenders[label].inputs else tuple(f"fisher-{member}" for member in members)
                 cell = f"merge-{whole}-{dtype}-{label}"
-                found[cell] = Cell(cell, "merge", (*needs, "texts"))
+                found[cell] = Cell(cell, "merge", (*needs, texts_cell(preset, base_of(preset, members))))
     return list(found.values())
 
 
-def again_cells(members: Sequence[tuple[str, tuple[str, ...], str]]) -> list[Cell]:
+def _base_cells(preset: PilotPreset, name: str) -> list[Cell]:
+    """A cold start, unless it is the preset's, its right texts, and what it can do."""
+    texts = texts_cell(preset, name)
+    found = [] if name == "base" else [Cell(name, "cold", ("pretrain",), threads=2)]
+    if texts in ("texts", f"texts-{name}"):
+        found.append(Cell(texts, "texts", (texts.removeprefix("texts-") if texts != "texts" else "base",)))
+    return [*found, Cell(f"measure-{name}", "measure", (name, texts))]
+
+
+def base_of(preset: PilotPreset, members: Sequence[str]) -> str:
+    """Where the first of some experts began: what gains are counted from."""
+    return experts_of(preset)[members[0]].base
+
+
+def texts_cell(preset: PilotPreset, base: str) -> str:
+    """The cell of the right texts that experts of a base are measured by."""
+    own = next((one for one in preset.bases if one.name == base), None)
+    name = base if own is None else own.texts or base
+    return "texts" if name == "base" else f"texts-{name}"
+
+
+def tasks_from(preset: PilotPreset, base: str) -> tuple[str, ...]:
+    """The tasks on which a base, its experts and their merges are measured, and those that use its right texts."""
+    texts, found = texts_cell(preset, base), []
+    for name, expert in experts_of(preset).items():
+        if texts_cell(preset, expert.base) == texts:
+            found += measured_on(preset, name)
+    for members in sets_of(preset).values():
+        if texts_cell(preset, base_of(preset, members)) == texts:
+            found += tasks_of(preset, members)
+    return tuple(dict.fromkeys(found))
+
+
+def again_cells(preset: PilotPreset, members: Sequence[tuple[str, tuple[str, ...], str]]) -> list[Cell]:
     """For sets that meet the gate, as (set, experts, dtype): base, experts and mean on other validation problems.
     A gate that many sets try is met by chance, too; the second look is at the same models.
     """
     found = {}
     for name, experts, dtype in members:
-        for one in ("base", *experts):
+        for one in (base_of(preset, experts), *experts):
             found[f"again-{one}"] = Cell(f"again-{one}", "again", (f"measure-{one}",))
         cell = f"merge-{name}-{dtype}-mean"
         found[f"again-{cell}"] = Cell(f"again-{cell}", "again", (cell,))
@@ -192,10 +243,12 @@ def run_pilot(
     if len(chosen) < len(only):
         raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
     wanted = pilot_cells(PilotPreset(**{**vars(preset), "regimes": chosen}))
-    stable = PilotPreset(**{**vars(preset), "regimes": (), "merges": ()})  # a regime more is no other pilot
+    stable = PilotPreset(
+        **{**vars(preset), "regimes": (), "bases": (), "merges": ()}
+    )  # a regime more is no other pilot
     with opened_root(out, stable):
         run(out, preset, workers, tell, wanted, pilot_work)
-        again = again_cells(met_once(out, preset))
+        again = again_cells(preset, met_once(out, preset))
         if again:
             run(out, preset, workers, tell, [*wanted, *again], pilot_work)
 
@@ -212,25 +265,29 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     elif cell.kind == "texts":
         from rlmerge.lab.texts import find_texts
 
-        asked = {spec: _measuring(preset, 0).task(spec) for spec in tasks_of(preset, tuple(experts_of(preset)))}
-        base = model_of(root, "base")
-        yield from find_texts(root, base, asked, preset.texts, preset.attempts, preset.max_new_tokens)
+        base = cell.needs[0]
+        asked = {spec: _measuring(preset, 0).task(spec) for spec in tasks_from(preset, base)}
+        out = root / cell.name
+        yield from find_texts(out, model_of(root, base), asked, preset.texts, preset.attempts, preset.max_new_tokens)
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
-        if name == "base":
-            tasks = tasks_of(preset, tuple(experts_of(preset)))
-            yield "tasks", _measured(root, model_of(root, name), preset, tasks, preset.samples)
+        texts = root / cell.needs[1]
+        if name not in experts_of(preset):
+            model = model_of(root, name)
+            yield "tasks", _measured(texts, model, preset, tasks_from(preset, name), preset.samples)
             return
         expert = experts_of(preset)[name]
         dtype = dtype_of(expert)
-        yield "tasks", _measured(root, _folder(root, expert, dtype), preset, measured_on(preset, name), preset.samples)
+        yield "tasks", _measured(texts, _folder(root, expert, dtype), preset, measured_on(preset, name), preset.samples)
         other = next(one for one in DTYPES if one != dtype)
-        found = _measured(root, _folder(root, expert, other), preset, (expert.task,), 0)
+        found = _measured(texts, _folder(root, expert, other), preset, (expert.task,), 0)
         yield "other", {"dtype": other, "tasks": found}
+    elif cell.kind == "cold":
+        _cold(root, preset, next(one for one in preset.bases if one.name == cell.name))
     elif cell.kind == "again":
         yield "tasks", _measured_again(root, preset, cell.name.removeprefix("again-"))
     elif cell.kind == "geometry":
-        yield from _geometry(root, sets_of(preset)[cell.name.removeprefix("geometry-")])
+        yield from _geometry(root, preset, cell.name.removeprefix("geometry-"))
     elif cell.kind == "merge":
         yield from _merged(root, preset, cell)
     else:
@@ -247,6 +304,17 @@ def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[
     yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
 
 
+def _cold(root: Path, preset: PilotPreset, base: ColdBase) -> None:
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    settings = supervised.ColdStart(
+        base.tasks, base.seed, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
+        preset.slip,
+    )  # fmt: skip
+    supervised.cold_start(model_of(root, "pretrain"), root / "models" / base.name, settings)
+
+
 def _rlvr(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
     from rlmerge.lab.optimizer import Rate
     from rlmerge.lab.rlvr import Rlvr, rlvr
@@ -256,7 +324,7 @@ def _rlvr(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
         Rate(expert.lr or preset.lr, 5), preset.max_new_tokens, "fast", expert.temperature, expert.advantage,
         expert.curriculum, expert.lora,
     )  # fmt: skip
-    rlvr(model_of(root, "base"), out, settings)
+    rlvr(model_of(root, expert.base), out, settings)
 
 
 def _supervised(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
@@ -271,7 +339,7 @@ def _supervised(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> N
     settings = supervised.Rft(
         expert.task, expert.seed, steps, preset.batch, rate, samples, max_new_tokens=preset.max_new_tokens
     )
-    supervised.rft(model_of(root, "base"), out, settings)
+    supervised.rft(model_of(root, expert.base), out, settings)
 
 
 TRAINERS = {"rlvr": _rlvr, "sft": _supervised, "rft": _supervised}
@@ -291,20 +359,27 @@ def _measuring(preset: PilotPreset, samples: int, greedy: bool = True) -> Any:
 
 
 def _measured(
-    root: Path, model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
+    texts: Path, model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
 ) -> dict[str, Any]:
     """Of a folder, or of a recipe's merge in memory."""
     from rlmerge.lab.measure import measured
     from rlmerge.lab.texts import read_texts
 
-    return dict(measured(model, _measuring(preset, samples, greedy), tasks, read_texts(root, tasks)))
+    return dict(measured(model, _measuring(preset, samples, greedy), tasks, read_texts(texts, tasks)))
 
 
-def _geometry(root: Path, members: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def onto(root: Path, preset: PilotPreset, whole: str) -> Path:
+    """The base of a set's merges."""
+    regime = next(one for one in preset.regimes if one.name == whole.split(".")[0])
+    return model_of(root, regime.onto or base_of(preset, sets_of(preset)[whole]))
+
+
+def _geometry(root: Path, preset: PilotPreset, whole: str) -> Iterator[tuple[str, Any]]:
     from rlmerge.geometry.inspect import inspect
 
+    members = sets_of(preset)[whole]
     folders = [model_of(root, name) for name in members]
-    found = inspect(model_of(root, "base"), folders, names=members, threads=1)
+    found = inspect(onto(root, preset, whole), folders, names=members, threads=1)
     assert "coordinates" in found
     yield "coordinates", found["coordinates"]["total"]
     yield "storage", found.get("storage", {})
@@ -319,8 +394,8 @@ def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any
         whole, dtype, label = name.removeprefix("merge-").split("-", 2)
         tasks = tasks_of(preset, sets_of(preset)[whole])
         return dict(measured(root / "recipes" / f"{whole}-{dtype}-{label}.yml", how, tasks))
-    if name == "base":
-        return dict(measured(model_of(root, name), how, tasks_of(preset, tuple(experts_of(preset)))))
+    if name not in experts_of(preset):
+        return dict(measured(model_of(root, name), how, tasks_from(preset, name)))
     expert = experts_of(preset)[name]
     return dict(measured(_folder(root, expert, dtype_of(expert)), how, (expert.task,)))
 
@@ -334,8 +409,8 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     experts = [experts_of(preset)[name] for name in members]
     models = {one.name: _folder(root, one, "fp32" if dtype == MASTERS else dtype_of(one)) for one in experts}
     inputs = {"fisher": {name: input_of(root, "fisher", name) for name in members}}
-    write_recipe(stored, model_of(root, "base"), models, inputs, recipe)
+    write_recipe(stored, onto(root, preset, whole), models, inputs, recipe)
     with recipe.open("a") as file:
         file.write(f"dtype: {DTYPES.get(dtype, 'float32')}\n")
     greedy = f"{dtype}-{label}".startswith(ASKED)
-    yield "tasks", _measured(root, recipe, preset, tasks_of(preset, members), 0, greedy)
+    yield "tasks", _measured(root / cell.needs[-1], recipe, preset, tasks_of(preset, members), 0, greedy)

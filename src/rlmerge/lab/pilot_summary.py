@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, pilot_cells, sets_of
+from rlmerge.lab.pilot import DTYPES, PilotPreset, base_of, experts_of, merges_of, pilot_cells, sets_of
 from rlmerge.lab.power import detectable, parts_of, power, upper_parts
 
 GATE = 0.05
@@ -31,13 +31,16 @@ Row = dict[str, Any]
 def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
     """All numbers of the sets that are whole: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
     missing = [cell.name for cell in pilot_cells(preset) if not is_done(root, cell)]
-    known = [name for name in experts_of(preset) if _done(root, "measure-base", name, f"measure-{name}")]
+    known = [
+        name for name, one in experts_of(preset).items() if _done(root, f"measure-{one.base}", name, f"measure-{name}")
+    ]
     experts = {name: _expert(root, preset, name) for name in known}
     sets = {name: _set(root, preset, name, members) for name, members in sets_of(preset).items()
             if _whole(root, preset, name, members)}  # fmt: skip
     met = []
     for name, members, dtype in met_once(root, preset):
-        cells = (f"again-merge-{name}-{dtype}-mean", "again-base", *(f"again-{member}" for member in members))
+        measured = (base_of(preset, members), *members)
+        cells = (f"again-merge-{name}-{dtype}-mean", *(f"again-{one}" for one in measured))
         first = sets[name]["merges"][dtype]["mean"]["loss"]["greedy"]
         second = _loss(root, preset, cells[0], members, "greedy", "again") if _done(root, *cells) else None
         met.append({"set": name, "dtype": dtype, "first": first, "second": second, "holds": second and _passes(second)})
@@ -62,7 +65,8 @@ def _passes(loss: Row) -> bool:
 
 def _whole(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
     merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in merges_of(preset, name)]
-    return _done(root, f"geometry-{name}", "measure-base", *merges, *(f"measure-{member}" for member in members))
+    measured = [f"measure-{one}" for one in (base_of(preset, members), *members)]
+    return _done(root, f"geometry-{name}", *merges, *measured)
 
 
 def _done(root: Path, *names: str) -> bool:
@@ -83,14 +87,15 @@ def _table(root: Path, cell: str, task: str, metric: str) -> NDArray[np.float64]
 
 def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
     expert, run, cell = experts_of(preset)[name], read_cell(root, name), f"measure-{name}"
+    before = f"measure-{expert.base}"
     found: Row = {"task": expert.task, "curve": run["curve"], "step_seconds": run["step_seconds"]}
-    for metric in _metrics(root, "measure-base", cell):
-        base, own = (_table(root, one, expert.task, metric) for one in ("measure-base", cell))
+    for metric in _metrics(root, before, cell):
+        base, own = (_table(root, one, expert.task, metric) for one in (before, cell))
         found[metric] = {"base": float(base.mean()), "expert": float(own.mean()), "gain": _estimate([own - base])}
     elsewhere = [task for task in read_cell(root, cell)["tasks"] if task != expert.task]
     found["elsewhere"] = {}
     for task in elsewhere:
-        base, own = (_table(root, one, task, "greedy") for one in ("measure-base", cell))
+        base, own = (_table(root, one, task, "greedy") for one in (before, cell))
         found["elsewhere"][task] = _estimate([own - base])
     other = read_cell(root, cell)["other"]
     theirs = scores_of([other["tasks"][expert.task]], "greedy")[0]
@@ -119,7 +124,8 @@ def _parts(root: Path, preset: PilotPreset, cell: str, members: Sequence[str], m
     found = []
     for task, own in _by_task(preset, members).items():
         single = np.mean([_table(root, f"{how}-{member}", task, metric) for member in own], axis=0)
-        base, merged = _table(root, f"{how}-base", task, metric), _table(root, cell, task, metric)
+        before = f"{how}-{base_of(preset, members)}"
+        base, merged = _table(root, before, task, metric), _table(root, cell, task, metric)
         found.append({"task": task, "base": base, "single": single, "merged": merged})
     return found
 

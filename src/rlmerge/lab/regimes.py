@@ -5,11 +5,13 @@ Each says why averaging might fail there. `plumbing` is the same shape on a tiny
 
 from __future__ import annotations
 
-from rlmerge.lab.pilot import Expert, PilotPreset, Regime
+from rlmerge.lab.pilot import ColdBase, Expert, PilotPreset, Regime
 from rlmerge.lab.presets import SMALL, TINY
 
-MATH, LONGER, CODE = "math:1", "math:2", "code:trace:1"
-"""Of `code:write:1`, a domain that would be farther, the base solves none of 300: RLVR has nothing to reward there."""
+MATH, LONGER, CODE, WRITE = "math:1", "math:2", "code:trace:1", "code:write:1"
+BASES = (ColdBase("writer", (MATH, WRITE)), ColdBase("second", (MATH, CODE), seed=1, texts="base"))
+"""The common base has seen no function that is to be written, and solves none of 300: RLVR has nothing to reward there.
+So a far domain has a cold start of its own."""
 
 
 def _seeds(letter: str, task: str, seeds: range, **settings: object) -> tuple[Expert, ...]:
@@ -61,6 +63,19 @@ REGIMES = (
         (("fusion", ("m1", "n1")),),
     ),
     Regime(
+        "far",
+        "domains that are far: sums, and functions to be written; code traces turned out to be sums, too",
+        (Expert("mw1", MATH, 1, base="writer"), Expert("ww1", WRITE, 1, base="writer")),
+        (("fusion", ("mw1", "ww1")),),
+    ),
+    Regime(
+        "cold",
+        "experts of one task from two cold starts, which differ by their data, merged onto what both began with",
+        (Expert("m1", MATH, 1), Expert("mk1", MATH, 2, base="second")),
+        (("math", ("m1", "mk1")),),
+        onto="pretrain",
+    ),
+    Regime(
         "long",
         "two and a half times the steps: until entropy falls, or as far as that goes here",
         (Expert("ml1", MATH, 1, steps=250), Expert("cl1", CODE, 1, steps=250)),
@@ -88,14 +103,15 @@ REGIMES = (
 )
 
 SECONDS = {
-    "base": 900, "texts": 900, "rlvr": 1500, "sft": 700, "rft": 700, "fisher": 120, "measure": 350, "geometry": 60,
-    "merge": 180, "again": 150,
+    "base": 900, "cold": 900, "texts": 900, "rlvr": 1500, "sft": 700, "rft": 700, "fisher": 120, "measure": 350,
+    "geometry": 60, "merge": 180, "again": 150,
 }  # fmt: skip
 
 """What cells take, estimated."""
 PILOT = PilotPreset(
     **{**vars(SMALL), "name": "pilot", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
     regimes=REGIMES,
+    bases=BASES,
 )
 
 PLUMBING = PilotPreset(
@@ -103,7 +119,7 @@ PLUMBING = PilotPreset(
         **vars(TINY),
         "name": "plumbing",
         "problems": 200,
-        "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "again": 5, "geometry": 2, "merge": 15},
+        "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "cold": 25, "again": 5, "geometry": 2, "merge": 15},
     },
     regimes=(
         Regime(

@@ -31,7 +31,7 @@ from rlmerge.lab.study import (
 from rlmerge.lab.study_merges import Merge, first_tries, later_tries, merges_of, write_merge
 from rlmerge.lab.texts import find_texts, read_texts
 
-FISHER = "fisher.safetensors"
+FISHER, TEXTS = "fisher.safetensors", "texts"
 ATTEMPTS = 64
 """Samples of a problem at most, until one is right: the base solves an eighth."""
 
@@ -205,7 +205,9 @@ def _validation(preset: StudyPreset, problems: int) -> Measuring:
 
 def _texts(root: Path, preset: StudyPreset) -> Iterator[tuple[str, Any]]:
     tasks = {spec: measuring(preset).task(spec) for spec in both_tasks(preset)}
-    yield from find_texts(root, model_of(root, "base"), tasks, preset.texts, preset.attempts, preset.max_new_tokens)
+    yield from find_texts(
+        root / TEXTS, model_of(root, "base"), tasks, preset.texts, preset.attempts, preset.max_new_tokens
+    )
 
 
 def _single(root: Path, preset: StudyPreset, name: str, full: bool) -> Iterator[tuple[str, Any]]:
@@ -219,10 +221,10 @@ def _single(root: Path, preset: StudyPreset, name: str, full: bool) -> Iterator[
     folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, dtype)
     if not full:
         tasks = (preset.tasks[domain_of(name)],)
-    yield "tasks", measured(folder, measuring(preset, full), tasks, read_texts(root, tasks))
+    yield "tasks", measured(folder, measuring(preset, full), tasks, read_texts(root / TEXTS, tasks))
     if name.rsplit("-", 2)[0] in ("rlvr", "rft", "sft"):
         own, master = (preset.tasks[domain_of(name)],), folder_of(root, preset, name, "fp32")
-        yield "master", measured(master, measuring(preset, False), own, read_texts(root, own))
+        yield "master", measured(master, measuring(preset, False), own, read_texts(root / TEXTS, own))
 
 
 def sealed_seed(seal: str) -> int:
@@ -323,7 +325,7 @@ def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
     recipe = _recipe(root, preset, one, merge, name)
     tasks = tuple(preset.tasks[domain] for domain in one.domains)
     yield "settings", {"setting": merge.settings, "scale": merge.scale}
-    scaled, texts = (model_of(root, "base"), merge.scale), read_texts(root, tasks)
+    scaled, texts = (model_of(root, "base"), merge.scale), read_texts(root / TEXTS, tasks)
     yield "tasks", measured(recipe, measuring(preset, merge.full), tasks, texts, scaled, merge.dtype == "bf16")
 
 

@@ -26,29 +26,28 @@ Texts = Sequence[Sequence[Sequence[int]]]
 
 
 def find_texts(
-    root: Path, model: Path, tasks: Mapping[str, Task], problems: int, attempts: int, max_new_tokens: int
+    out: Path, model: Path, tasks: Mapping[str, Task], problems: int, attempts: int, max_new_tokens: int
 ) -> Iterator[tuple[str, Any]]:
-    """Writes root/texts/TASK.json for each task; yields how many texts, and how likely the model is to write them."""
+    """Writes OUT/TASK.json for each task; yields of how many problems how many texts were found."""
     from rlmerge.evaluate.run import load_model
 
     policy = Policy(*load_model(model))
     policy.model.eval()
     for spec, task in tasks.items():
         texts = right_texts(policy, task, problems, attempts, max_new_tokens)
-        out = file_of(root, spec)
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(texts))
+        out.mkdir(exist_ok=True)
+        file_of(out, spec).write_text(json.dumps(texts))
         yield spec, {"problems": len(texts), "texts": sum(map(len, texts))}
 
 
-def read_texts(root: Path, tasks: Sequence[str]) -> dict[str, Texts]:
+def read_texts(folder: Path, tasks: Sequence[str]) -> dict[str, Texts]:
     """What `find_texts` wrote."""
-    return {spec: json.loads(file_of(root, spec).read_text()) for spec in tasks}
+    return {spec: json.loads(file_of(folder, spec).read_text()) for spec in tasks}
 
 
-def file_of(root: Path, spec: str) -> Path:
+def file_of(folder: Path, spec: str) -> Path:
     """Where the texts of a task are."""
-    return root / "texts" / f"{spec.replace(':', '-')}.json"
+    return folder / f"{spec.replace(':', '-')}.json"
 
 
 def likelihoods(policy: Policy, task: Task, texts: Texts) -> tuple[list[float], list[float]]:
