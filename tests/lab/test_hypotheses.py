@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlmerge.evaluate.statistics import paired_difference
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.hypotheses import INTEREST, Numbers, hypotheses
 from rlmerge.lab.study import sets, study_cells
 from rlmerge.lab.study_presets import SKETCH
@@ -46,6 +48,10 @@ def test_one_word_for_several() -> None:
     assert all_of([row(0.05), row(0.0095)]) == "open", "under 2 points by 2.1 errors: of two, that is no refutation"
     assert all_of([row(0.0095)]) == "refuted", "alone it is"
     assert all_of([row(0.05), None]) == "open"
+    assert all_of([row(0.0095), None]) == "open", "what is not known counts in Holm's adjustment"
+    small, unknown = row(0.01, 0.002), row(0.03, 0.02)
+    assert (small["verdict"], unknown["verdict"]) == ("holds, below interest", "open")
+    assert all_of([small, unknown]) == "open", "nothing here says that one of them is not above 0"
     assert all_of([None, row(-0.05)]) == "refuted"
     assert all_of([]) == "open"
 
@@ -113,39 +119,52 @@ def test_an_interval_is_about_its_centre() -> None:
 
 PRESET = replace(
     SKETCH, seeds=(1, 2, 3, 4, 5, 6), problems=300, texts=50, methods=("sar", "ties"), controls=(), caliper=0.03,
-    arms=("rlvr", "rft", "sft", "sft-accuracy"),
+    arms=("rlvr", "rft", "sft", "sft-accuracy", "sft-norm"),
 )  # fmt: skip
+
+
+def level_of(cell: str, arm: str, seeds: tuple[int, ...], domain: str) -> float:
+    """The share of right answers in the made-up world: averaging costs RLVR half of its gain and SFT nothing, SAR is
+    above all, the Fisher matters, rounding costs 4 points. Every seed and domain is different.
+    """
+    other = 0.01 * seeds[0] + (0.03 if domain == "code" else 0.0)
+    if cell.startswith("measure-"):
+        return 0.6 + other if f"-{domain}-" in cell else 0.35 + other
+    if arm != "rlvr":
+        return 0.6 + other
+    if cell.endswith(("fp32-sar", "F-delta2")) or "-agree-" in cell:
+        return 0.55 + other
+    return (0.41 if cell.endswith("bf16-mean") else 0.45) + other
 
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cells of a world in which averaging costs RLVR 15 points of 30 and SFT none, SAR is 10 above all, the Fisher
-    matters, rounding does not, and one matched checkpoint is far off.
-    """
+    """Cells of that world, in which one checkpoint matched by accuracy is far off."""
     root = tmp_path_factory.mktemp("study")
     (root / "cells").mkdir()
     random = np.random.default_rng(0)
-    ease = {domain: random.random(300) for domain in PRESET.tasks}
+    ease = {domain: (random.permutation(300) + 0.5) / 300 for domain in PRESET.tasks}
 
-    def scores(level: float, domains: tuple[str, ...]) -> dict:
+    def scores(level: dict[str, float]) -> dict:
         found = {}
-        for domain in domains:
-            right = ease[domain] + random.normal(0, 0.03, 300) < level
-            mass = np.clip(level - ease[domain][:50] + 0.5, 0, 1)
+        for domain, one in level.items():
+            right = ease[domain] + random.normal(0, 0.02, 300) < one
+            mass = np.clip(one - ease[domain][:50] + 0.5, 0, 1)
             found[PRESET.tasks[domain]] = {
-                "greedy": "".join("01"[int(one)] for one in right), "samples": 4, "right": [int(4 * level)] * 40,
-                "mass": mass.tolist(), "trace": [-1.0] * 50,
+                "problems": domain, "greedy": "".join("01"[int(one)] for one in right), "samples": 4,
+                "right": [int(4 * one)] * 40, "mass": mass.tolist(), "trace": [-1.0] * 50,
             }  # fmt: skip
         return found
 
-    both = tuple(PRESET.tasks)
     by_name = {one.name: one for one in sets(PRESET)}
     for cell in study_cells(PRESET):
         note: dict = {}
         if cell.name == "measure-base":
-            note = {"tasks": scores(0.3, both)}
+            note = {"tasks": scores(dict.fromkeys(PRESET.tasks, 0.3))}
         elif cell.name.startswith("measure-"):
-            note = {"tasks": scores(0.6, both), "master": scores(0.5, both)}
+            seed = int(cell.name.rsplit("-", 1)[1])
+            note = {"tasks": scores({domain: level_of(cell.name, "", (seed,), domain) for domain in PRESET.tasks}),
+                    "master": scores(dict.fromkeys(PRESET.tasks, 0.5))}  # fmt: skip
         elif cell.kind == "match":
             off = 0.2 if cell.name == "match-code-4" else 0.01
             note = {"accuracy": 10, "norm": 20, "aim": {"greedy": 0.6, "norm": 1.0},
@@ -153,6 +172,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif cell.kind == "geometry":
             one = by_name[cell.name.removeprefix("geometry-")]
             support, cosine = (0.1, 0.02) if one.arm == "rlvr" else (0.3, 0.3)
+            support = 0.02 if one.arm == "sft-accuracy" else support
             pair = {"cosine": cosine + 0.001 * one.seeds[0], "jaccard": 0.1, "conflict_overlap": 0.5}
             own = {
                 "experts": {name: {"support": support + 0.001 * one.seeds[0]} for name in one.members},
@@ -161,9 +181,9 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
             note = {"bf16": own, "fp32": own}
         elif cell.kind in ("merge", "half", "sampled"):
             one = by_name[cell.name.removeprefix("merge-").split("-fp32-")[0].split("-bf16-")[0]]
-            level = 0.45 if one.arm == "rlvr" else 0.6
-            level = 0.55 if cell.name.endswith(("sar", "F-delta2")) and one.arm == "rlvr" else level
-            note = {"tasks": scores(level, one.domains)}
+            note = {
+                "tasks": scores({domain: level_of(cell.name, one.arm, one.seeds, domain) for domain in one.domains})
+            }
         (root / "cells" / f"{cell.name}.json").write_text(json.dumps({"cell": cell.name, "seconds": 1.0, **note}))
     return root
 
@@ -171,18 +191,44 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_made_up_world_comes_back(made_up: Path) -> None:
     found = hypotheses(Numbers(made_up, PRESET))
     said = found["words"]
-    assert said["H1 in bf16"] == "holds"
+    assert said["H1 in bf16"] == "holds", "an early checkpoint is sparser, and not asked"
     assert said["H2 fusion: |cosine| is below 0.1"] == "holds"
     assert said["H2 fusion: |cosine| is less than SFT's"] == "holds"
     assert said["H2 single: signs conflict more than by chance"] == "refuted"
     assert said["H3 fusion"] == said["H3 single"] == "holds"
-    assert said["H4 fusion"] == said["H4 single"] == "holds"
-    assert said["H5"] == "holds"
-    assert said["H6 rounding"] in ("refuted", "open")
-    mean = next(
-        one for one in found["H3"] if (one["what"], one["merge"], one["metric"]) == ("fusion", "mean", "greedy")
-    )
-    assert mean["kept"]["rlvr"]["value"] == pytest.approx(0.5, abs=0.07)
-    assert mean["kept"]["sft"]["value"] == pytest.approx(1.0, abs=0.07)
+    assert said["H4 fusion"] == "holds"
+    assert said["H4 single"] == "refuted", "each of the two experts is better than their merge"
+    assert said["H5"] == said["H6 rounding"] == said["H6 conflict"] == "holds"
+    assert said["H6 dilution"] in ("open", "refuted")
+    key = ("fusion", "mean", "greedy")
+    mean = next(one for one in found["H3"] if (one["what"], one["merge"], one["metric"]) == key)
+    assert mean["kept"]["rlvr"]["value"] == pytest.approx(0.19 / 0.34, abs=0.05)
+    assert mean["kept"]["sft"]["value"] == pytest.approx(1.0, abs=0.05)
     assert (mean["kept"]["sft"]["sets"], mean["kept"]["sft-accuracy"]["sets"]) == (6, 5), "one is outside the caliper"
-    assert mean["more"]["sft-accuracy"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert mean["more"]["sft-accuracy"]["value"] == pytest.approx(1 - 0.19 / 0.34, abs=0.08)
+    alone = found["H4"][0]["less"]["math expert alone"]
+    assert alone["value"] == pytest.approx(0.55 - (0.6 + 0.35) / 2, abs=0.03)
+
+
+def test_rows_are_seeds_and_columns_both_domains(made_up: Path) -> None:
+    numbers = Numbers(made_up, PRESET)
+    table = numbers.merged("fusion", "rlvr", "sar", "fp32", "greedy")
+    assert table.shape == (6, 600)
+    for place, seed in enumerate(PRESET.seeds):
+        for part, domain in ((table[place, :300], "math"), (table[place, 300:], "code")):
+            assert part.mean() == pytest.approx(level_of("merge-x-fp32-sar", "rlvr", (seed,), domain), abs=0.04)
+    single = numbers.singles("fusion", "rlvr", "greedy")
+    assert single[5, :300].mean() - single[0, :300].mean() == pytest.approx(0.05, abs=0.02)
+    both = numbers.merged("single", "sft", "mean", "fp32", "greedy")
+    assert both.shape == (3, 600)
+    for place, seed in enumerate((1, 3, 5)):
+        assert both[place, :300].mean() == pytest.approx(0.6 + 0.01 * seed, abs=0.04)
+    assert len(numbers.merged("fusion", "sft-accuracy", "mean", "fp32", "greedy")) == 5
+
+
+def test_other_problems_are_an_error(made_up: Path, tmp_path: Path) -> None:
+    shutil.copytree(made_up, tmp_path / "root")
+    file = tmp_path / "root" / "cells" / "merge-fusion.rlvr.1-fp32-sar.json"
+    file.write_text(file.read_text().replace('"problems": "math"', '"problems": "others"'))
+    with pytest.raises(LabError, match="other problems of math"):
+        hypotheses(Numbers(tmp_path / "root", PRESET))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 from tests.lab.demo_base import put_base
 
@@ -16,9 +17,9 @@ from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.regimes import PILOT
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
-from rlmerge.lab.study_merges import BASELINES, first_tries, later_tries, merges_of
+from rlmerge.lab.study_merges import ABLATIONS, BASELINES, first_tries, later_tries, merges_of
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, SKETCH
-from rlmerge.lab.study_work import sealed_seed
+from rlmerge.lab.study_work import _recipe, sealed_seed
 
 SMALLEST = replace(
     SKETCH, name="smallest", steps=2, prompts=8, group=4, problems=6, fisher=4, batch=4, eval_batch=64,
@@ -64,6 +65,39 @@ def test_settings_that_were_frozen_before_need_no_development_pair() -> None:
     names = {cell.name for cell in study_cells(replace(CONFIRMATION, frozen=frozen))}
     assert not [name for name in names if name.startswith("tune-") or f"-{CONFIRMATION.development}" in name]
     assert "frozen" in names
+
+
+def test_recipes_have_the_inputs_that_their_labels_say(tmp_path: Path) -> None:
+    preset = replace(CONFIRMATION, seeds=(11, 12))
+    one = next(found for found in sets(preset) if found.name == "fusion.rlvr.11")
+    own, other = ("rlvr-math-11", "rlvr-code-11"), ("rlvr-code-11", "rlvr-math-11")
+    fishers = {
+        "F-delta2": [f"fishers/{name}" for name in own],
+        "F-permuted": [f"permuteds/{name}" for name in own],
+        "delta2-ties-drawn": [f"jitters/{name}" for name in own],
+        "F-of-other": [f"fishers/{name}" for name in other],
+        "F-of-base": ["fishers/base-math", "fishers/base-code"],
+        "F-alone": [f"fishers/{name}" for name in own],
+    }
+    settings = set()
+    for merge in ABLATIONS:
+        recipe = yaml.safe_load(_recipe(tmp_path, preset, one, merge, merge.label).read_text())
+        models = recipe["models"]
+        assert [model["model"] for model in models] == [f"../models/{name}/steps/100/bf16" for name in own]
+        assert recipe["base_model"] == "../models/base/bf16"
+        assert recipe["dtype"] == "float32"
+        given = [model.get("fisher", "").removeprefix("../") for model in models]
+        assert given == fishers.get(merge.label, ["", ""]), merge.label
+        assert (recipe["parameters"]["density"], recipe["parameters"]["agreement"]) == (1.0, "mean")
+        settings.add((str(recipe["parameters"]), *given))
+    assert len(settings) == len(ABLATIONS)
+    matched = next(found for found in sets(preset) if found.name == "fusion.sft-accuracy.12")
+    (tmp_path / "cells").mkdir()
+    for domain, step in (("math", 15), ("code", 40)):
+        (tmp_path / "cells" / f"match-{domain}-12.json").write_text(json.dumps({"accuracy": step, "norm": 80}))
+    recipe = yaml.safe_load(_recipe(tmp_path, preset, matched, ABLATIONS[-1], "matched").read_text())
+    found = [model["model"] for model in recipe["models"]]
+    assert found == ["../models/sft-math-12/steps/15/bf16", "../models/sft-code-12/steps/40/bf16"]
 
 
 def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:

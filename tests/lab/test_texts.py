@@ -42,6 +42,16 @@ def test_all_are_right_and_different(base: Policy, task, texts) -> None:
         assert all(one.correct for one in verify(written, [problem] * len(known)))
 
 
+def test_solutions_are_left_out_on_demand(base: Policy, task, texts) -> None:
+    own = right_texts(base, task, 8, 16, 48, solutions=False)
+    for problem, some, every in zip(task.problems, own, texts):
+        assert {tuple(text) for text in every} <= {tuple(text) for text in some} | {
+            tuple(base.encode(problem.completion))
+        }
+    assert [] in own, "the base has not solved all of them"
+    assert len(likelihoods(base, task, own)[0]) == sum(map(bool, own))
+
+
 def test_by_definition(base: Policy, task, texts) -> None:
     mass, trace = likelihoods(base, task, texts)
     for place in (0, 5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -273,7 +274,12 @@ def _study(given: Namespace) -> None:
             "text that is, and that the confirmation is run when the protocol has been read by others."
         )
     if given.seal:
-        preset = replace(preset, seal=given.seal)
+        if not re.fullmatch(r"[0-9a-f]{128}", given.seal.lower()):
+            raise RlmergeError(
+                "rlmerge lab study: --seal takes the 128 hexadecimal digits of a beacon's pulse after the freeze, as a "
+                "text that somebody chose could have been chosen for its problems. docs/study/protocol.md says which."
+            )
+        preset = replace(preset, seal=given.seal.lower())
     root = Path(given.out or f"lab-{preset.name}").resolve()
 
     def tell(step: Step) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlmerge.evaluate.statistics import pass_at_k
 from rlmerge.lab.cells import Cell, is_done, read_cell
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, expert, sets
 from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, merges_of
@@ -32,6 +33,8 @@ SHARE_OF_INTEREST = 0.1
 """Of the gain: the smallest difference of two retentions that is of interest; and of cosines."""
 
 
+NORM_CALIPER = 0.1
+"""Share of its norm by which an update that is matched by norm may miss."""
 Seeds = Sequence[tuple[int, ...]] | None
 
 
@@ -56,20 +59,26 @@ class Numbers:
         return found
 
     def missed(self, one: Set) -> bool:
-        """Whether an expert that should be as good as RLVR's is not."""
-        if MATCHED.get(one.arm) != "accuracy":
+        """Whether an expert that should be as good as RLVR's, or as far from the base, is not."""
+        if one.arm not in MATCHED:
             return False
-        for domain in one.domains:
-            for seed in one.seeds:
-                match = read_cell(self.root, f"match-{domain}-{seed}")
-                off = match["seen"][str(match["accuracy"])]["greedy"] - match["aim"]["greedy"]
-                if abs(off) > self.preset.caliper + 1e-9:
-                    return True
+        what = MATCHED[one.arm]
+        key = {"accuracy": "greedy", "norm": "norm"}[what]
+        for match in (read_cell(self.root, f"match-{domain}-{seed}") for domain in one.domains for seed in one.seeds):
+            aim = match["aim"][key]
+            allowed = self.preset.caliper if what == "accuracy" else NORM_CALIPER * aim
+            if abs(match["seen"][str(match[what])][key] - aim) > allowed + 1e-9:
+                return True
         return False
 
     def score(self, cell: str, domain: str, metric: str) -> Table:
-        """Of one model on one domain, [problems]."""
+        """Of one model on one domain, [problems]; the same problems for all, or LabError."""
         found = read_cell(self.root, cell)["tasks"][self.preset.tasks[domain]]
+        asked = read_cell(self.root, "measure-base")["tasks"][self.preset.tasks[domain]]["problems"]
+        if found["problems"] != asked:
+            raise LabError(
+                f"{cell}: was measured on other problems of {domain} than the base. Remove one of the cells."
+            )
         if metric == "greedy":
             return np.array([float(letter) for letter in found["greedy"]])
         if metric == "mass":
@@ -91,6 +100,20 @@ class Numbers:
             return np.mean([self.score(f"measure-{name}", domain, metric) for name in own], axis=0)
 
         return self._rows(what, arm, mean, seeds)
+
+    def unmerged(self, what: str, metric: str) -> dict[str, Table]:
+        """What RLVR's experts can do where nothing is merged: in fusion, each of the two on both domains, as one may
+        have learned what helps in the other's; in single-task merging, the mean of the two.
+        """
+        if what != "fusion":
+            return {"no merge": self.singles(what, "rlvr", metric)}
+        return {
+            f"{own} expert alone": self._rows(
+                what, "rlvr", lambda one, domain, own=own: self.score(
+                    f"measure-{expert('rlvr', own, one.seeds[0])}", domain, metric), None
+            )
+            for own in DOMAINS
+        }  # fmt: skip
 
     def base(self, what: str, arm: str, metric: str, seeds: Seeds = None) -> Table:
         """Of the base, repeated for every set."""
@@ -126,7 +149,7 @@ def words(found: dict[str, Any]) -> dict[str, str]:
     """One word for each claim of the protocol."""
     said: dict[str, str] = {}
     for dtype, arms in found.get("H1", {}).items():
-        said[f"H1 in {dtype}"] = all_of([one["more"] for arm, one in arms.items() if arm != "rlvr"])
+        said[f"H1 in {dtype}"] = all_of([arms[arm]["more"] for arm in EQUAL if arm in arms])
     for row in found.get("H2", {}).get("claims", ()):
         said[f"H2 {row['what']}: {row['claim']}"] = row["verdict"]
     for what, arm in (("fusion", "sft-accuracy"), ("single", "sft")):
@@ -143,6 +166,10 @@ def words(found: dict[str, Any]) -> dict[str, str]:
     for one in found.get("H6", ()):
         said[f"H6 {one['cause']}"] = one["greedy"]["verdict"]
     return said
+
+
+EQUAL = ("rft", "sft", "sft-norm")
+"""Arms at equal rate and steps, and at equal norm: what H1 is about. One of fewer steps has had less time to change."""
 
 
 def sparsity(numbers: Numbers) -> Row:
@@ -168,11 +195,8 @@ def sparsity(numbers: Numbers) -> Row:
 
 def _geometry(numbers: Numbers, what: str, arm: str) -> dict[str, dict[str, Any]]:
     """By name of the set."""
-    return {
-        one.name: read_cell(numbers.root, f"geometry-{one.name}")
-        for one in numbers.sets
-        if (one.what, one.arm) == (what, arm)
-    }
+    found = [one for group in numbers.of(what, arm).values() for one in group]
+    return {one.name: read_cell(numbers.root, f"geometry-{one.name}") for one in found}
 
 
 def directions(numbers: Numbers) -> Row:
@@ -243,7 +267,7 @@ def retention(
 
 
 def against_baselines(numbers: Numbers) -> list[Row]:
-    """H4: SAR less each baseline, and less all of them, which is the largest p."""
+    """H4: SAR less each baseline, not to merge among them, and less all of them, which is the largest p."""
     found = []
     for what in ("fusion", "single"):
         if not numbers.of(what, "rlvr"):
@@ -253,10 +277,9 @@ def against_baselines(numbers: Numbers) -> list[Row]:
             if metric not in BOTH:  # of these alone there are samples
                 labels = tuple(label for label in labels if label in FEW)
             own = numbers.merged(what, "rlvr", "sar", "fp32", metric)
-            rows = {
-                label: as_row(difference(own - numbers.merged(what, "rlvr", label, "fp32", metric)), INTEREST)
-                for label in labels
-            }
+            others = {label: numbers.merged(what, "rlvr", label, "fp32", metric) for label in labels}
+            others |= numbers.unmerged(what, metric)
+            rows = {label: as_row(difference(own - other), INTEREST) for label, other in others.items()}
             found.append({"what": what, "metric": metric, "less": rows, "p": max(row["p"] for row in rows.values()),
                           "verdict": all_of(list(rows.values()))})  # fmt: skip
     return found
@@ -279,14 +302,15 @@ def sensitivities(numbers: Numbers) -> list[Row]:
     """H5: the paper's sensitivity less every other way to settle a conflict, on identical supports."""
     if not numbers.of("fusion", "rlvr"):
         return []
-    own = ABLATIONS[0].label
-    return [_less(numbers, (own, "fp32"), (one.label, "fp32")) for one in (*ABLATIONS[1:], *AGREEMENTS)]
+    own = (ABLATIONS[0].label, "fp32")
+    rows = [_less(numbers, own, (one.label, "fp32")) for one in ABLATIONS[1:]]
+    return rows + [_less(numbers, (one.label, "fp32"), own) for one in AGREEMENTS]
 
 
 CAUSES = {
     "rounding": (("mean", "fp32"), ("mean", "bf16")),
     "dilution": (("plain-mean", "fp32"), ("mean", "fp32")),
-    "conflict": (("random-winner", "fp32"), ("plain-mean", "fp32")),
+    "conflict": ((ABLATIONS[0].label, "fp32"), ("plain-mean", "fp32")),
 }
 """H6: a merge in which one thing is switched off, and the one in which it is on."""
 
@@ -313,6 +337,24 @@ def controls(numbers: Numbers) -> list[Row]:
                 if is_done(numbers.root, Cell(f"measure-{cell}", ""))
             }
         found.append(row)
+    return found
+
+
+def transfer(numbers: Numbers) -> dict[str, Row]:
+    """Points that experts gain on the other domain, by arm: what makes a merge of two look good that has lost one."""
+    found: dict[str, Row] = {}
+    for arm in numbers.preset.arms:
+        more: list[float] = []
+        for seed in numbers.preset.seeds:
+            for domain, other in zip(DOMAINS, reversed(DOMAINS)):
+                cell = f"measure-{expert(arm, domain, seed)}"
+                if is_done(numbers.root, Cell(cell, "")):
+                    if numbers.preset.tasks[other] not in read_cell(numbers.root, cell)["tasks"]:
+                        continue
+                    gain = numbers.score(cell, other, "greedy") - numbers.score("measure-base", other, "greedy")
+                    more.append(float(gain.mean()))
+        if more:
+            found[arm] = {"mean": float(np.mean(more)), "runs": len(more), "more": over_runs(more, INTEREST)}
     return found
 
 

@@ -77,8 +77,8 @@ REGIMES = (
     ),
     Regime(
         "long",
-        "two and a half times the steps: until entropy falls, or as far as that goes here",
-        (Expert("ml1", MATH, 1, steps=250), Expert("cl1", CODE, 1, steps=250)),
+        "twice the steps: entropy has fallen by then, or as far as that goes here",
+        (Expert("ml1", MATH, 1, steps=200), Expert("cl1", CODE, 1, steps=200)),
         (("fusion", ("ml1", "cl1")),),
     ),
     Regime(

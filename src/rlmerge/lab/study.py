@@ -218,7 +218,7 @@ def _fishers(members: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(name: str, needs: str) -> Cell:
-    kind = "measure" if name.split("-")[0] in ("rlvr", "joint") else "own"
+    kind = "measure" if name.startswith(("rlvr-", "joint-")) else "both" if name.startswith("sft") else "own"
     return Cell(f"measure-{name}", kind, (needs, "texts"))
 
 

@@ -47,10 +47,10 @@ class Merge:
 SUM = Merge("sum", "task_arithmetic", ALL, full=True)
 MEAN = Merge("mean", "task_arithmetic", ALL | {"normalize": True}, full=True)
 
-WHOLE: Setting = {"density": 1.0, "rescale": "none"}
-"""SAR's first stage alone: nothing is cut, so all of these change the same coordinates."""
+WHOLE: Setting = {"density": 1.0, "rescale": "none", "agreement": "mean"}
+"""SAR's first stage alone: nothing is cut, and updates of one sign are averaged, so that all of these change the same
+coordinates, and differ in conflicts alone."""
 BY_DELTA: Setting = WHOLE | {"sensitivity": "delta2"}
-AVERAGED: Setting = BY_DELTA | {"arbitration": "soft", "power": 0.0, "agreement": "mean"}
 ABLATIONS = (
     Merge("F-delta2", "sar", WHOLE),
     Merge("delta2", "sar", BY_DELTA),
@@ -59,13 +59,15 @@ ABLATIONS = (
     Merge("F-permuted", "sar", WHOLE, fisher="permuted"),
     Merge("F-of-base", "sar", WHOLE, fisher="base"),
     Merge("F-of-other", "sar", WHOLE, fisher="other"),
-    Merge("random-winner", "sar", BY_DELTA | {"arbitration": "random", "agreement": "mean"}),
-    Merge("plain-mean", "sar", AVERAGED),
+    Merge("random-winner", "sar", BY_DELTA | {"arbitration": "random"}),
+    Merge("plain-mean", "sar", BY_DELTA | {"arbitration": "soft", "power": 0.0}),
 )
 """H5: who decides a conflict. The first is the reading of the paper; the last is RAM's mean, in which what one expert
-alone changed stays whole. H6 takes the last two, too: a conflict is cancelled in one, won at random in the other."""
-AGREEMENTS = tuple(Merge(f"agree-{how}", "sar", WHOLE | {"agreement": how}) for how in ("mean", "sum", "multiplicity"))
-"""H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean by sensitivity."""
+alone changed stays whole. H6 takes the two: a conflict is cancelled in one, settled in the other."""
+AGREEMENTS = tuple(
+    Merge(f"agree-{how}", "sar", WHOLE | {"agreement": how}) for how in ("sensitivity_mean", "sum", "multiplicity")
+)
+"""H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean. The first is the paper's."""
 FEW = ("sum", "mean", "ties", "sar")
 """What is sampled, too, and what is made of SFT's experts."""
 UNTUNED = ("sum", "mean")
@@ -94,7 +96,7 @@ OWN: dict[str, tuple[Setting, ...]] = {
     "task_arithmetic": ({},),
     "ties": tuple({"density": density} for density in (1.0, 0.8, 0.5, 0.2)),
     "dare_ties": tuple({"density": density} for density in (1.0, 0.8, 0.5, 0.2)),
-    "ram": tuple({"epsilon": epsilon} for epsilon in (1e-5, 0.0, 3e-5, 1e-4)),
+    "ram": tuple({"epsilon": epsilon} for epsilon in (1e-5, 1e-4, 3e-4, 1e-3)),
     "ramplus_tl": tuple({"r": r} for r in (0.1, 0.5, 1.0, 2.0)),
     "fisher": tuple({"floor": floor} for floor in (1e-3, 1e-4, 1e-2, 0.1)),
     "sar": tuple({"density": density} for density in (0.8, 1.0, 0.5, 0.2)),

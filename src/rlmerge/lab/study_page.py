@@ -9,7 +9,7 @@ from typing import Any
 from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.curves import means, read_log
-from rlmerge.lab.hypotheses import BOTH, METRICS, Numbers, controls, hypotheses, masters, matches
+from rlmerge.lab.hypotheses import BOTH, METRICS, Numbers, controls, hypotheses, masters, matches, transfer
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import StudyPreset, expert, study_cells
 
@@ -25,6 +25,7 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
         "seeds": list(preset.seeds),
         "split": preset.split,
         "half": preset.half,
+        "seal": preset.seal,
         "frozen": read_cell(root, "frozen")["settings"],
         "tuning": {
             method: read_cell(root, f"tune-{method}")["tried"] for method in preset.methods if preset.frozen is None
@@ -33,6 +34,7 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
         "experts": _experts(numbers),
         "matches": matches(numbers),
         "masters": masters(numbers),
+        "transfer": transfer(numbers),
         "controls": controls(numbers),
         **hypotheses(numbers),
     }
@@ -87,8 +89,8 @@ def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
         f"{preset.problems} problems of a domain ({preset.split}{f', half {preset.half}' if preset.half else ''}), "
         f"greedy; {preset.samples} samples of the first {preset.sampled} at temperature 1, with the same random "
         f"numbers for all models; *mass*: the probability that the answer is one of the right texts that the base was "
-        f"seen to write ({preset.attempts} samples of each of the first {preset.texts} problems, beside the solution "
-        "it comes with), a bound of pass@1 from below, without noise of samples. In points. Experts are bf16 "
+        f"seen to write ({preset.attempts} samples of each of the first {preset.texts} problems), a bound of "
+        "pass@1 from below, without noise of samples. In points. Experts are bf16 "
         "checkpoints, merges are kept in fp32 but where it says bf16, all is computed in fp32. "
         "[ ] are 95 % intervals. docs/study/protocol.md says what is asked, and what would refute it.",
         "",
@@ -97,6 +99,8 @@ def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
     ]
     if not rehearsal:
         lines += ["## In words", "", *as_markdown([["claim", "is"], *map(list, found["words"].items())]), ""]
+    if preset.seal:
+        lines += [f"Seal: {preset.seal}", ""]
     lines += _experts_lines(found)
     for name, make in (("H1", _h1), ("H2", _h2), ("H3", _h3), ("H4", _h4), ("H5", _h5), ("H6", _h6)):
         if name in found:
@@ -140,6 +144,11 @@ def _experts_lines(found: Row) -> list[str]:
         rows = [[arm, str(one["runs"]), f"{100 * one['mean']:.1f}", _interval(one["less"], 100)]
                 for arm, one in found["masters"].items()]  # fmt: skip
         lines += ["Points of greedy accuracy that the fp32 masters lack beside the bf16 models that were trained:", "",
+                  *as_markdown([["arm", "runs", "mean", "over runs"], *rows]), ""]  # fmt: skip
+    if found["transfer"]:
+        rows = [[arm, str(one["runs"]), f"{100 * one['mean']:.1f}", _interval(one["more"], 100)]
+                for arm, one in found["transfer"].items()]  # fmt: skip
+        lines += ["Points of greedy accuracy that experts gain on the other domain:", "",
                   *as_markdown([["arm", "runs", "mean", "over runs"], *rows]), ""]  # fmt: skip
     return lines
 

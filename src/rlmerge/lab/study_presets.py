@@ -22,7 +22,8 @@ SECONDS = {
     "jitter": 15,
     "match": 300,
     "measure": 500,
-    "own": 150,
+    "both": 200,
+    "own": 120,
     "tune": 1200,
     "frozen": 1,
     "geometry": 60,
@@ -38,7 +39,7 @@ CONFIRMATION = StudyPreset(
         **vars(SMALL), "name": "confirmation", "seeds": (11, 12, 13, 14, 15, 16), "problems": 200, "fisher": 96,
         "seconds": {**SMALL.seconds, **SECONDS}, "methods": METHODS,
     },
-    development=10, controls=("twice", "average"), controlled=(11, 12),
+    development=10, controls=("twice", "average"), controlled=(11,), sampled=30, texts=60,
     split="test", half="A", seal="to be drawn when the protocol is frozen",
 )  # fmt: skip
 """What docs/study/protocol.md describes. Seeds 1 to 6 are the pilot's, whose experts have been seen. It is

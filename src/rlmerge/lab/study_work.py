@@ -50,8 +50,8 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         yield from _texts(root, preset)
     elif cell.kind == "match":
         yield from _match(root, preset, name)
-    elif cell.kind in ("measure", "own"):
-        yield from _single(root, preset, cell.name.removeprefix("measure-"), cell.kind == "measure")
+    elif cell.kind in ("measure", "both", "own"):
+        yield from _single(root, preset, cell.name.removeprefix("measure-"), cell.kind)
     elif cell.kind == "tune":
         yield from _tune(root, preset, name)
     elif cell.kind == "frozen":
@@ -210,8 +210,8 @@ def _texts(root: Path, preset: StudyPreset) -> Iterator[tuple[str, Any]]:
     )
 
 
-def _single(root: Path, preset: StudyPreset, name: str, full: bool) -> Iterator[tuple[str, Any]]:
-    """A model that is no merge of experts: in full and on both tasks, or greedily on its own."""
+def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """A model that is no merge of experts: in full on both tasks ('measure'), greedily on 'both', or on its 'own'."""
     dtype, tasks = "bf16", both_tasks(preset)
     if name.startswith("average-"):
         _average(root, preset, name)
@@ -219,12 +219,12 @@ def _single(root: Path, preset: StudyPreset, name: str, full: bool) -> Iterator[
     if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
         _keep_matched(root, preset, name)
     folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, dtype)
-    if not full:
+    if kind == "own":
         tasks = (preset.tasks[domain_of(name)],)
-    yield "tasks", measured(folder, measuring(preset, full), tasks, read_texts(root / TEXTS, tasks))
+    yield "tasks", measured(folder, measuring(preset, kind == "measure"), tasks, read_texts(root / TEXTS, tasks))
     if name.rsplit("-", 2)[0] in ("rlvr", "rft", "sft"):
         own, master = (preset.tasks[domain_of(name)],), folder_of(root, preset, name, "fp32")
-        yield "master", measured(master, measuring(preset, False), own, read_texts(root / TEXTS, own))
+        yield "master", measured(master, measuring(preset, False), own)
 
 
 def sealed_seed(seal: str) -> int:

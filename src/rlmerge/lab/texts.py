@@ -1,9 +1,9 @@
 """Texts that are known to be right, and how likely a model is to write one of them.
 
 Where a problem has one right string, its probability is the expected pass@1, without the noise of samples. Answers with
-working have many; so the base is asked often, and what a verifier finds right is kept, beside the solution that the
-problem comes with. The probability of all of them is pass@1 seen from below: it misses texts that nobody wrote down.
-The base is the start of all arms, so that its texts are no arm's own.
+working have many; so the base is asked often, and what a verifier finds right is kept, with the solution of the problem
+where that is wanted. The probability of all of them is pass@1 seen from below, as it misses texts that nobody wrote
+down. The base is the start of all arms, so that its texts are no arm's own; solutions are what SFT is trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ Texts = Sequence[Sequence[Sequence[int]]]
 
 
 def find_texts(
-    out: Path, model: Path, tasks: Mapping[str, Task], problems: int, attempts: int, max_new_tokens: int
+    out: Path,
+    model: Path,
+    tasks: Mapping[str, Task],
+    problems: int,
+    attempts: int,
+    max_new_tokens: int,
+    solutions: bool = True,
 ) -> Iterator[tuple[str, Any]]:
     """Writes OUT/TASK.json for each task; yields of how many problems how many texts were found."""
     from rlmerge.evaluate.run import load_model
@@ -34,10 +40,10 @@ def find_texts(
     policy = Policy(*load_model(model))
     policy.model.eval()
     for spec, task in tasks.items():
-        texts = right_texts(policy, task, problems, attempts, max_new_tokens)
+        texts = right_texts(policy, task, problems, attempts, max_new_tokens, solutions)
         out.mkdir(exist_ok=True)
         file_of(out, spec).write_text(json.dumps(texts))
-        yield spec, {"problems": len(texts), "texts": sum(map(len, texts))}
+        yield spec, {"problems": sum(map(bool, texts)), "texts": sum(map(len, texts))}
 
 
 def read_texts(folder: Path, tasks: Sequence[str]) -> dict[str, Texts]:
@@ -51,12 +57,15 @@ def file_of(folder: Path, spec: str) -> Path:
 
 
 def likelihoods(policy: Policy, task: Task, texts: Texts) -> tuple[list[float], list[float]]:
-    """Of the first problems: the probability that the answer is one of the texts, and their mean log-probability a
-    token. Exact, by teacher forcing. Texts are tokens, as they were drawn: another spelling of one counts as another.
+    """Of those of the first problems that have texts: the probability that the answer is one of the texts, and their
+    mean log-probability a token. Exact, by teacher forcing. Texts are tokens, as they were drawn: another spelling of
+    one counts as another.
     """
     mass: list[float] = []
     trace: list[float] = []
     for problem, known in zip(task.problems, texts):
+        if not known:
+            continue
         with torch.no_grad():
             logs, mask = log_probabilities(policy, [policy.encode_prompt(problem.prompt)], known)
         mass.append(float(logs.sum(1).double().exp().sum()))
@@ -64,9 +73,11 @@ def likelihoods(policy: Policy, task: Task, texts: Texts) -> tuple[list[float], 
     return mass, trace
 
 
-def right_texts(policy: Policy, task: Task, problems: int, attempts: int, max_new_tokens: int) -> list[list[list[int]]]:
-    """Texts that a verifier found right, of each of the first problems: of `attempts` samples at temperature 1, and the
-    solution that it comes with; different ones, the likeliest TOGETHER of them.
+def right_texts(
+    policy: Policy, task: Task, problems: int, attempts: int, max_new_tokens: int, solutions: bool = True
+) -> list[list[list[int]]]:
+    """Texts that a verifier found right, of each of the first problems: of `attempts` samples at temperature 1, and, if
+    wanted, the solution that it comes with; different ones, the likeliest TOGETHER of them, or none at all.
     """
     from rlmerge.lab.rlvr import draw, rewards_of, tokens_of
 
@@ -80,7 +91,10 @@ def right_texts(policy: Policy, task: Task, problems: int, attempts: int, max_ne
             own = samples[place * attempts : (place + 1) * attempts]
             assert problem.completion is not None, "problems of the project's own domains have a solution"
             known = {tuple(tokens_of(sample)) for sample, reward in zip(own, rewards[place]) if reward}
-            ordered = sorted(known | {tuple(policy.encode(problem.completion))})
+            ordered = sorted(known | ({tuple(policy.encode(problem.completion))} if solutions else set()))
+            if not ordered:
+                found.append([])
+                continue
             with torch.no_grad():
                 logs, _ = log_probabilities(policy, [policy.encode_prompt(problem.prompt)], ordered)
             likeliest = sorted(zip(logs.sum(1).tolist(), ordered), reverse=True)[:TOGETHER]

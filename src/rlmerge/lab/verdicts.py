@@ -2,7 +2,7 @@
 
 A difference is one that a hypothesis says is above 0. Intervals are 95 %, so that a word in one direction is a test at
 2.5 %. A claim about several at once holds where all of them hold (intersection and union: Berger 1982), each without
-correction; it is refuted where one of them is, by a p adjusted after Holm, as anyone of them would do.
+correction; it is refuted where one of them is, by a p adjusted after Holm, as any one of them would do.
 """
 
 from __future__ import annotations
@@ -75,14 +75,20 @@ def over_runs(values: Sequence[float], interest: float) -> Row | None:
 
 
 def all_of(rows: Sequence[Row | None]) -> str:
-    """The word for a claim that every one of some differences is above 0; open where one of them is not known."""
-    known = [row for row in rows if row is not None]
-    if known and min(holm([row["p_below"] for row in known])) < LEVEL and not all(row["low"] > 0 for row in known):
-        return REFUTED
-    if not known or len(known) < len(rows):
+    """The word for a claim that every one of some differences is above 0; what is not known (None) is open, and counts
+    in Holm's adjustment.
+    """
+    if not rows:
         return OPEN
+    known = [row for row in rows if row is not None]
+    # of what is above 0, however little, nothing refutes that it is
+    below = [1.0 if row is None or row["low"] > 0.0 else row["p_below"] for row in rows]
+    if min(holm(below)) < LEVEL:
+        return REFUTED
     words = {row["verdict"] for row in known}
-    return HOLDS if words == {HOLDS} else SMALL if words <= {HOLDS, SMALL} else OPEN
+    if len(known) < len(rows) or not words <= {HOLDS, SMALL}:
+        return OPEN
+    return HOLDS if words == {HOLDS} else SMALL
 
 
 def retained(above: Table, below: Table) -> Row:
