@@ -79,6 +79,10 @@ def test_what_is_lost_and_kept(root: Path) -> None:
     row = next(one for one in found["power"] if one["difference"] == "sar − mean" and one["metric"] == "greedy")
     assert row["mean"] == pytest.approx(0.1)
     assert row["seeds_upper"] > row["seeds"] > 0.0
+    alone = next(
+        one for one in found["together"] if (one["metric"], one["effect"], one["problems"]) == ("greedy", 0.02, 400)
+    )
+    assert alone["bounds"] == pytest.approx((row["power"]["400"],) * 2), "of one comparison, its own power"
     assert row["detectable_upper"]["400"] > row["detectable"]["400"] > row["detectable"]["800"]
 
 

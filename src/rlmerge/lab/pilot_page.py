@@ -39,6 +39,7 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
                 parts += _set_lines(f"{regime.name}.{name}", one)
     if found["power"]:
         parts += _power_lines(found["power"])
+        parts += _together_lines(found["together"])
     if found["missing"]:
         parts += [f"Not done yet: {len(found['missing'])} cells.", ""]
     page.write_text("\n".join(parts))
@@ -153,6 +154,24 @@ def _power_lines(rows: list[Row]) -> list[str]:
         "the gain."
     )
     return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
+
+
+def _together_lines(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    head = ["metric", "SAR better by", *(f"with {count}" for count in PROBLEMS)]
+    lines = []
+    for metric, effect in dict.fromkeys((row["metric"], row["effect"]) for row in rows):
+        own = [row for row in rows if (row["metric"], row["effect"]) == (metric, effect)]
+        cells = [" to ".join(f"{100 * end:.0f}" for end in row["bounds"])
+                 + f" ({' to '.join(f'{100 * end:.0f}' for end in row['bounds_upper'])})" for row in own]  # fmt: skip
+        lines.append([metric, f"{100 * effect:.0f} points", *cells])
+    about = (
+        f"The chance, in percent, that six pairs show SAR above all of the {rows[0]['merges']} merges that it is "
+        "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. (The study "
+        "asks for more of them at once, so its chance is below the upper bound.)"
+    )
+    return [about, "", *as_markdown([head, *lines]), ""]
 
 
 def _three(value: float | None) -> str:

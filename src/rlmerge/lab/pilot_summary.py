@@ -18,7 +18,7 @@ from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.measure import scores_of
 from rlmerge.lab.pilot import DTYPES, PilotPreset, base_of, experts_of, merges_of, pilot_cells, sets_of
-from rlmerge.lab.power import detectable, parts_of, power, upper_parts
+from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, upper_parts
 
 GATE = 0.05
 """Accuracy that averaging must lose."""
@@ -44,7 +44,14 @@ def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
         first = sets[name]["merges"][dtype]["mean"]["loss"]["greedy"]
         second = _loss(root, preset, cells[0], members, "greedy", "again") if _done(root, *cells) else None
         met.append({"set": name, "dtype": dtype, "first": first, "second": second, "holds": second and _passes(second)})
-    return {"experts": experts, "sets": sets, "gate": met, "power": _power(root, preset, sets), "missing": missing}
+    return {
+        "experts": experts,
+        "sets": sets,
+        "gate": met,
+        "power": (rows := _power(root, preset, sets)),
+        "together": together(rows),
+        "missing": missing,
+    }
 
 
 def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str]]:
@@ -196,6 +203,27 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
                     table = shares[arm][1][:count] - shares["rlvr"][1][:count]
                     table += shares[arm][0] - shares["rlvr"][0]
                     found.append(_foreseen(f"kept by {arm} − rlvr, {label}", metric, table, 5 * INTEREST))
+    return found
+
+
+EFFECTS = (0.02, 0.05)
+"""True differences for which the chance is foreseen that all of several are found."""
+
+
+def together(rows: Sequence[Row]) -> list[Row]:
+    """Bounds of the chance that SAR is found above every merge that it is compared with here, if it is better than each
+    by the same; between pairs as found, and at their upper limit.
+    """
+    found = []
+    for metric in ("greedy", "mass"):
+        own = [row for row in rows if row["metric"] == metric and row["difference"].startswith("sar − ")]
+        for effect in EFFECTS if own else ():
+            for count in PROBLEMS:
+                row: Row = {"metric": metric, "effect": effect, "problems": count, "merges": len(own)}
+                for key, seeds in (("bounds", "seeds"), ("bounds_upper", "seeds_upper")):
+                    parts = [Parts(one[seeds], one["problems"], one["rest"]) for one in own]
+                    row[key] = all_found([power(effect, one, 6, 2 * count) for one in parts])
+                found.append(row)
     return found
 
 
