@@ -168,8 +168,8 @@ def _together_lines(rows: list[Row]) -> list[str]:
         lines.append([metric, f"{100 * effect:.0f} points", *cells])
     about = (
         f"The chance, in percent, that six pairs show SAR above all of the {rows[0]['merges']} merges that it is "
-        "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. (The study "
-        "asks for more of them at once, so its chance is below the upper bound.)"
+        "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. "
+        "(The study asks for more of them at once, so its chance is below the upper bound.)"
     )
     return [about, "", *as_markdown([head, *lines]), ""]
 

@@ -215,7 +215,8 @@ class _Loop:
         live = (rewards.std(1) > 0).nonzero()[:, 0].tolist()
         values |= {"live_groups": len(live), "loss": 0.0}
         group, total = settings.group, 0.0
-        sizes = [len(prompts[g]) + sum(map(len, completions[g * group : (g + 1) * group])) for g in live]
+        longest = {g: max(map(len, completions[g * group : (g + 1) * group])) for g in live}
+        sizes = [len(prompts[g]) + group * longest[g] for g in live]
         for some in in_parts(live, sizes, room(policy)):
             with arithmetic():
                 loss = grpo_loss(
@@ -236,8 +237,10 @@ class _Loop:
 
 WATCHED = 5
 """Entropy and KL are measured once in so many steps: an eighth of a step's time, and no part of what is trained."""
-ACTIVATIONS = 2**24
-"""Hidden numbers (tokens × layers × hidden size) whose activations are held for a backward pass: about 2 GB."""
+ACTIVATIONS = 2**23
+"""Hidden numbers (tokens × layers × hidden size) whose activations are held for a backward pass: about 1 GB. Groups are
+padded to the longest answer of a pass, so that passes of many groups take longer, too.
+"""
 
 
 def room(policy: Policy) -> int:
