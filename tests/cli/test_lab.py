@@ -35,6 +35,13 @@ def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
+    found = json.loads(rlmerge("lab", "plan", "confirmation", "--json", cwd=tmp_path).stdout)
+    cells = {one["cell"] for one in found["cells"]}
+    assert {"merge-fusion.rlvr.11-fp32-sar", "measure-sft-accuracy-code-16", "geometry-fusion.sft-norm.12"} <= cells
+    assert found["seconds_left"] > 3600
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -58,6 +65,12 @@ def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
         (("run", "tiny", "-o", "nothing/../file"), "cannot be a folder"),
         (("pretrain", "base", "-o", "out"), "leave 'base' out"),
         (("fly",), "invalid choice"),
+        (("study",), "which one?"),
+        (("study", "confirmation"), "--seal TEXT is for the confirmation"),
+        (("study", "rehearsal", "--seal", "0" * 128), "--seal TEXT is for the confirmation"),
+        (("study", "confirmation", "--seal", "my favourite"), "128 hexadecimal digits"),
+        (("pilot", "tiny"), "is no pilot"),
+        (("run", "rehearsal"), "'rlmerge lab study rehearsal'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
