@@ -37,12 +37,31 @@ REGIMES = (
         masters=True,
     ),
     Regime(
+        "far",
+        "domains that are far: sums, and functions to be written; code traces turned out to be sums, too",
+        (Expert("mw1", MATH, 1, base="writer"), Expert("ww1", WRITE, 1, base="writer")),
+        (("fusion", ("mw1", "ww1")),),
+    ),
+    Regime(
         "hot",
         "three times the learning rate: larger updates that fight where they overlap",
         _seeds("mh", MATH, range(1, 3), lr=3e-5) + _seeds("ch", CODE, range(1, 3), lr=3e-5),
         (
             ("fusion", ("mh1", "ch1")),
             ("four", ("mh1", "mh2", "ch1", "ch2")),
+        ),
+    ),
+    Regime(
+        "supervised",
+        "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
+        tuple(
+            Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
+            for kind in ("sft", "rft")
+            for letter, task in (("m", MATH), ("c", CODE))
+            for seed in (1, 2)
+        ),
+        tuple(
+            (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in (1, 2)
         ),
     ),
     Regime(
@@ -57,23 +76,17 @@ REGIMES = (
         (("math", ("m1", "mt", "mr", "mc")),),
     ),
     Regime(
-        "close",
-        "two domains that are close, instead of far: longer sums beside short ones",
-        (Expert("m1", MATH, 1), Expert("n1", LONGER, 1)),
-        (("fusion", ("m1", "n1")),),
-    ),
-    Regime(
-        "far",
-        "domains that are far: sums, and functions to be written; code traces turned out to be sums, too",
-        (Expert("mw1", MATH, 1, base="writer"), Expert("ww1", WRITE, 1, base="writer")),
-        (("fusion", ("mw1", "ww1")),),
-    ),
-    Regime(
         "cold",
         "experts of one task from two cold starts, which differ by their data, merged onto what both began with",
         (Expert("m1", MATH, 1), Expert("mk1", MATH, 2, base="second")),
         (("math", ("m1", "mk1")),),
         onto="pretrain",
+    ),
+    Regime(
+        "close",
+        "two domains that are close, instead of far: longer sums beside short ones",
+        (Expert("m1", MATH, 1), Expert("n1", LONGER, 1)),
+        (("fusion", ("m1", "n1")),),
     ),
     Regime(
         "long",
@@ -86,19 +99,6 @@ REGIMES = (
         "LoRAs of rank 16 at twenty times the rate",
         (Expert("ma1", MATH, 1, lr=2e-4, lora=16), Expert("ca1", CODE, 1, lr=2e-4, lora=16)),
         (("fusion", ("ma1", "ca1")),),
-    ),
-    Regime(
-        "supervised",
-        "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
-        tuple(
-            Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
-            for kind in ("sft", "rft")
-            for letter, task in (("m", MATH), ("c", CODE))
-            for seed in (1, 2)
-        ),
-        tuple(
-            (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in (1, 2)
-        ),
     ),
 )
 
