@@ -77,6 +77,7 @@ class ColdBase:
 class Regime:
     """Experts that differ in a certain way, and the sets of them that are merged, by name.
 
+    merges    labels of the merges that are made; empty: all. kept: dtypes in which they are kept
     masters   whether the mean of the fp32 masters is measured, too
     onto      the model whose weights are taken off and added to; '': where the first expert began
     """
@@ -87,6 +88,8 @@ class Regime:
     sets: tuple[tuple[str, tuple[str, ...]], ...]
     masters: bool = False
     onto: str = ""
+    merges: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,10 @@ def sets_of(preset: PilotPreset) -> dict[str, tuple[str, ...]]:
 
 def merges_of(preset: PilotPreset, whole: str) -> list[tuple[str, str]]:
     """(dtype, label) of every merge of a set."""
-    found = [(dtype, one.label) for dtype in DTYPES for one in preset.merges]
     regime = next(one for one in preset.regimes if one.name == whole.split(".")[0])
-    return found + [(MASTERS, one.label) for one in preset.merges if regime.masters and one.label == "mean"]
+    labels = [one.label for one in preset.merges if not regime.merges or one.label in regime.merges]
+    found = [(dtype, label) for dtype in regime.kept for label in labels]
+    return found + [(MASTERS, label) for label in labels if regime.masters and label == "mean"]
 
 
 def tasks_of(preset: PilotPreset, members: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,18 +170,18 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
             for cell in _base_cells(preset, base):
                 found.setdefault(cell.name, cell)
         for expert in regime.experts:
-            for cell in (
-                Cell(expert.name, expert.kind, (expert.of or expert.base,)),
-                Cell(f"fisher-{expert.name}", "fisher", (expert.name,)),
-                Cell(f"measure-{expert.name}", "measure", (expert.name, texts_cell(preset, expert.base))),
-            ):
-                found[cell.name] = cell
+            trained = Cell(expert.name, expert.kind, (expert.of or expert.base,))
+            measured = Cell(f"measure-{expert.name}", "measure", (expert.name, texts_cell(preset, expert.base)))
+            found |= {cell.name: cell for cell in (trained, measured)}
         for name, members in regime.sets:
             whole = f"{regime.name}.{name}"
             found[f"geometry-{whole}"] = Cell(f"geometry-{whole}", "geometry", members)
             contenders = {one.label: one for one in preset.merges}
             for dtype, label in merges_of(preset, whole):
-                needs = members if not contenders[label].inputs else tuple(f"fisher-{member}" for member in members)
+                needs = members
+                if contenders[label].inputs:
+                    needs = tuple(f"fisher-{member}" for member in members)
+                    found |= {name: Cell(name, "fisher", (name.removeprefix("fisher-"),)) for name in needs}
                 cell = f"merge-{whole}-{dtype}-{label}"
                 found[cell] = Cell(cell, "merge", (*needs, texts_cell(preset, base_of(preset, members))))
     return list(found.values())

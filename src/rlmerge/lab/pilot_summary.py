@@ -60,7 +60,7 @@ def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...]
     for name, members in sets_of(preset).items():
         if not _whole(root, preset, name, members):
             continue
-        for dtype in DTYPES:
+        for dtype in [dtype for dtype, label in merges_of(preset, name) if label == "mean" and dtype in DTYPES]:
             if _passes(_loss(root, preset, f"merge-{name}-{dtype}-mean", members, "greedy")):
                 found.append((name, members, dtype))
     return found
