@@ -50,7 +50,7 @@ class StudyPreset(Preset):
     arms: tuple[str, ...] = ARMS
     controls: tuple[str, ...] = CONTROLS
     controlled: tuple[int, ...] = (1, 2)
-    kept: tuple[int, ...] = (5, 10, 15, 20, 30, 40, 60, 80, 100)
+    kept: tuple[int, ...] = (5, 10, 20, 40, 70, 100)
     matching: int = 200
     caliper: float = 0.03
     averaged: tuple[int, ...] = (60, 70, 80, 90, 100)
@@ -199,7 +199,7 @@ def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
         found.append(Cell(name, "sft", ("base",)))
         if matched:
             found.append(Cell(match, "match", (own, name)))
-        found += [Cell(f"fisher-{name}", "fisher", (name,)), _measure(name, match if matched else name)]
+        found.append(_measure(name, match if matched else name))
         found += [_measure(expert(arm, domain, seed), match) for arm in matched if arm != LOOKED_AT]
     for control in ("twice", "average"):
         if control in preset.controls and seed in preset.controlled:

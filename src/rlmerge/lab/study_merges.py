@@ -69,9 +69,9 @@ AGREEMENTS = tuple(
 )
 """H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean. The first is the paper's."""
 FEW = ("sum", "mean", "ties", "sar")
-"""What is sampled, too, and what is made of SFT's experts."""
+"""What is sampled, too."""
 UNTUNED = ("sum", "mean")
-"""What is made of the other arms: nobody has chosen their settings on RLVR's experts."""
+"""What is made of all arms: nobody has chosen their settings on RLVR's experts. Of gold SFT TIES, too."""
 ROUNDED = ("mean", "sar")
 """Stored as bf16, too."""
 
@@ -85,9 +85,9 @@ def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
     if arm == "sft-norm":
         return []
     if arm != "rlvr":
-        return [replace(m, full=False) for m in found if m.label in (FEW if arm == "sft" else UNTUNED)]
-    found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]
+        return [replace(m, full=False) for m in found if m.label in ((*UNTUNED, "ties") if arm == "sft" else UNTUNED)]
     if what == "fusion":
+        found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]
         found += [*ABLATIONS, *AGREEMENTS]
     return found
 
