@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.lab.test_pilot import SMALL
 
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.pilot import Expert, PilotPreset, Regime
 from rlmerge.lab.pilot_page import outcome, write_page
 from rlmerge.lab.pilot_summary import met_once, summary
@@ -97,9 +98,30 @@ def test_the_gate_is_met_twice_or_not(root: Path) -> None:
         put(root, f"again-{name}", tasks=scored(right, TASKS, 9))
     found = summary(root, PRESET)
     assert {one["dtype"]: one["holds"] for one in found["gate"]} == {"fp32": True, "bf16": False}
-    assert outcome(found) == "averaging costs 5 points or more in 1 of 2 sets: seeds.pair1"
+    assert outcome(found) == "averaging costs 5 points or more in 1 of 2 sets so far: seeds.pair1"
     put(root, "again-merge-seeds.pair1-fp32-mean", tasks=scored(0.58, TASKS, 9))
-    assert outcome(summary(root, PRESET)).startswith("averaging costs 5 points in none of 2 sets: no regime")
+    assert outcome(summary(root, PRESET)).startswith(
+        "averaging was seen to cost 5 points in none of 2 sets so far; intervals"
+    )
+
+
+def test_the_gate_is_about_rlvr_on_its_own_base(root: Path) -> None:
+    regime = PRESET.regimes[0]
+    for other in (
+        replace(regime, onto="pretrain"),
+        replace(regime, experts=tuple(replace(one, kind="sft") for one in regime.experts)),
+    ):
+        changed = replace(PRESET, regimes=(other,))
+        assert met_once(root, changed) == []
+        assert outcome(summary(root, changed)) == "no set is whole yet"
+
+
+def test_another_run_by_the_same_name_is_an_error(root: Path) -> None:
+    run = json.loads((root / "cells" / "m1.json").read_text())
+    expert = {**vars(PRESET.regimes[0].experts[0]), "curriculum": [], "steps": 250}
+    put(root, "m1", **{key: value for key, value in run.items() if key not in ("cell", "seconds")}, expert=expert)
+    with pytest.raises(LabError, match="other settings"):
+        summary(root, PRESET)
 
 
 def test_the_page(root: Path) -> None:

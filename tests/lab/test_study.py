@@ -121,7 +121,10 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert found["H5"][0]["one"] == ("F-delta2", "fp32")
     assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
     assert not read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
-    assert len(read_cell(root, "merge-fusion.rlvr.0-fp32-F-alone")["tasks"]["math:0"]["mass"]) == 3
+    texts = json.loads((root / "texts" / "math-0.json").read_text())
+    assert len(texts) == 3
+    assert [] in texts, "four samples do not solve all three, and solutions are not among the texts"
+    assert len(read_cell(root, "merge-fusion.rlvr.0-fp32-F-alone")["tasks"]["math:0"]["mass"]) == sum(map(bool, texts))
     assert {"bf16"} == {path.name for path in (root / "models" / "rft-math-0").iterdir() if path.is_dir()}, "cleaned"
 
 

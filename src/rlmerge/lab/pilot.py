@@ -12,7 +12,7 @@ master is measured beside it: what has moved by less than a rounding, no reward 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Expert:
     """One run from the common base; what is None is the preset's. `task` is also what it is measured on.
 
     base   the cold start that it begins with
-    kind   'rlvr', 'sft' on gold solutions, or 'rft' on the verified samples of the RLVR run `of`
+    kind   'rlvr', 'sft' on gold solutions, 'rft' on the verified samples of the RLVR run `of`; 'cold': the base itself
     """
 
     name: str
@@ -170,6 +170,8 @@ def pilot_cells(preset: PilotPreset) -> list[Cell]:
             for cell in _base_cells(preset, base):
                 found.setdefault(cell.name, cell)
         for expert in regime.experts:
+            if expert.kind == "cold":
+                continue
             trained = Cell(expert.name, expert.kind, (expert.of or expert.base,))
             measured = Cell(f"measure-{expert.name}", "measure", (expert.name, texts_cell(preset, expert.base)))
             found |= {cell.name: cell for cell in (trained, measured)}
@@ -226,7 +228,7 @@ def again_cells(preset: PilotPreset, members: Sequence[tuple[str, tuple[str, ...
     """
     found = {}
     for name, experts, dtype in members:
-        for one in (base_of(preset, experts), *experts):
+        for one in (*dict.fromkeys(experts_of(preset)[expert].base for expert in experts), *experts):
             found[f"again-{one}"] = Cell(f"again-{one}", "again", (f"measure-{one}",))
         cell = f"merge-{name}-{dtype}-mean"
         found[f"again-{cell}"] = Cell(f"again-{cell}", "again", (cell,))
@@ -265,7 +267,7 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     elif cell.kind == "fisher":
         expert = experts_of(preset)[cell.name.removeprefix("fisher-")]
         out = input_of(root, "fisher", expert.name)
-        estimate_once(model_of(root, expert.name), expert.task, out, preset, attempts=64, compute="bf16")
+        estimate_once(_folder(root, expert, dtype_of(expert)), expert.task, out, preset, attempts=64, compute="bf16")
     elif cell.kind == "texts":
         from rlmerge.lab.texts import find_texts
 
@@ -304,6 +306,7 @@ def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[
     out = root / "models" / expert.name
     TRAINERS[expert.kind](root, preset, expert, out)
     log = read_log(out / "log.jsonl")
+    yield "expert", asdict(expert)
     yield "curve", means(log, ("reward", "loss", "entropy", "kl", "length", "live_groups"))
     yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
 
@@ -382,7 +385,8 @@ def _geometry(root: Path, preset: PilotPreset, whole: str) -> Iterator[tuple[str
     from rlmerge.geometry.inspect import inspect
 
     members = sets_of(preset)[whole]
-    folders = [model_of(root, name) for name in members]
+    experts = [experts_of(preset)[name] for name in members]
+    folders = [_folder(root, one, dtype_of(one)) for one in experts]
     found = inspect(onto(root, preset, whole), folders, names=members, threads=1)
     assert "coordinates" in found
     yield "coordinates", found["coordinates"]["total"]

@@ -47,16 +47,20 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
 
 
 def outcome(found: dict[str, Any]) -> str:
-    """The gate's outcome, as a sentence."""
-    if not found["sets"]:
+    """The gate's outcome, as a sentence: of sets of RLVR's experts."""
+    if not found["judged"]:
         return "no set is whole yet"
     held = dict.fromkeys(one["set"] for one in found["gate"] if one["holds"])
-    share = f"{len(held) or 'none'} of {len(found['sets'])} sets"
+    share = f"{len(held) or 'none'} of {len(found['judged'])} sets{' so far' if found['missing'] else ''}"
     pending = any(one["second"] is None for one in found["gate"])
     looked = ", the second look at some of which is open" if pending else ""
-    if not held:
-        return f"averaging costs {100 * GATE:.0f} points in {share}{looked}: no regime found in which the curse bites"
-    return f"averaging costs {100 * GATE:.0f} points or more in {share}{looked}: {', '.join(held)}"
+    if held:
+        return f"averaging costs {100 * GATE:.0f} points or more in {share}{looked}: {', '.join(held)}"
+    most = max(found["sets"][name]["merges"]["fp32"]["mean"]["loss"]["greedy"]["high"] for name in found["judged"])
+    return (
+        f"averaging was seen to cost {100 * GATE:.0f} points in {share}{looked}; intervals leave open a loss of up to "
+        f"{100 * most:.1f} points"
+    )
 
 
 def _gate_lines(gate: list[Row]) -> list[str]:

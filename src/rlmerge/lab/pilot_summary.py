@@ -7,7 +7,9 @@ are taken as they are, so that a set says something about itself, not about othe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from numpy.typing import NDArray
 
 from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
+from rlmerge.lab.errors import LabError
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, PilotPreset, base_of, experts_of, merges_of, pilot_cells, sets_of
+from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, pilot_cells, sets_of
 from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, upper_parts
 
 GATE = 0.05
@@ -32,38 +35,43 @@ def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
     """All numbers of the sets that are whole: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
     missing = [cell.name for cell in pilot_cells(preset) if not is_done(root, cell)]
     known = [
-        name for name, one in experts_of(preset).items() if _done(root, f"measure-{one.base}", name, f"measure-{name}")
+        name
+        for name, one in experts_of(preset).items()
+        if one.kind != "cold" and _done(root, f"measure-{one.base}", name, f"measure-{name}")
     ]
     experts = {name: _expert(root, preset, name) for name in known}
     sets = {name: _set(root, preset, name, members) for name, members in sets_of(preset).items()
             if _whole(root, preset, name, members)}  # fmt: skip
     met = []
     for name, members, dtype in met_once(root, preset):
-        measured = (base_of(preset, members), *members)
+        measured = {experts_of(preset)[member].base for member in members} | set(members)
         cells = (f"again-merge-{name}-{dtype}-mean", *(f"again-{one}" for one in measured))
         first = sets[name]["merges"][dtype]["mean"]["loss"]["greedy"]
         second = _loss(root, preset, cells[0], members, "greedy", "again") if _done(root, *cells) else None
         met.append({"set": name, "dtype": dtype, "first": first, "second": second, "holds": second and _passes(second)})
-    return {
-        "experts": experts,
-        "sets": sets,
-        "gate": met,
-        "power": (rows := _power(root, preset, sets)),
-        "together": together(rows),
-        "missing": missing,
-    }
+    rows = _power(root, preset, sets)
+    found: dict[str, Any] = {"experts": experts, "sets": sets, "gate": met}
+    found["judged"] = [name for name in sets if of_rlvr(preset, name)]
+    return found | {"power": rows, "together": together(rows), "missing": missing}
 
 
 def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str]]:
     """(set, experts, dtype) where the mean loses as much as the gate asks for, on the problems that were looked at."""
     found = []
     for name, members in sets_of(preset).items():
-        if not _whole(root, preset, name, members):
+        if not of_rlvr(preset, name) or not _whole(root, preset, name, members):
             continue
         for dtype in [dtype for dtype, label in merges_of(preset, name) if label == "mean" and dtype in DTYPES]:
             if _passes(_loss(root, preset, f"merge-{name}-{dtype}-mean", members, "greedy")):
                 found.append((name, members, dtype))
     return found
+
+
+def of_rlvr(preset: PilotPreset, name: str) -> bool:
+    """Whether a set is of RLVR's experts, onto the base that they have in common: what the gate is about."""
+    regime = next(one for one in preset.regimes if one.name == name.split(".")[0])
+    members = [experts_of(preset)[member] for member in sets_of(preset)[name]]
+    return not regime.onto and all(one.kind == "rlvr" for one in members)
 
 
 def _passes(loss: Row) -> bool:
@@ -72,7 +80,8 @@ def _passes(loss: Row) -> bool:
 
 def _whole(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
     merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in merges_of(preset, name)]
-    measured = [f"measure-{one}" for one in (base_of(preset, members), *members)]
+    bases = {experts_of(preset)[member].base for member in members}
+    measured = [f"measure-{one}" for one in (*bases, *members)]
     return _done(root, f"geometry-{name}", *merges, *measured)
 
 
@@ -94,6 +103,8 @@ def _table(root: Path, cell: str, task: str, metric: str) -> NDArray[np.float64]
 
 def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
     expert, run, cell = experts_of(preset)[name], read_cell(root, name), f"measure-{name}"
+    if run.get("expert", json.loads(json.dumps(asdict(expert)))) != json.loads(json.dumps(asdict(expert))):
+        raise LabError(f"{name}: was trained with other settings than it has now. Give the new run another name.")
     before = f"measure-{expert.base}"
     found: Row = {"task": expert.task, "curve": run["curve"], "step_seconds": run["step_seconds"]}
     for metric in _metrics(root, before, cell):
@@ -131,8 +142,9 @@ def _parts(root: Path, preset: PilotPreset, cell: str, members: Sequence[str], m
     found = []
     for task, own in _by_task(preset, members).items():
         single = np.mean([_table(root, f"{how}-{member}", task, metric) for member in own], axis=0)
-        before = f"{how}-{base_of(preset, members)}"
-        base, merged = _table(root, before, task, metric), _table(root, cell, task, metric)
+        bases = [experts_of(preset)[member].base for member in own]
+        base = np.mean([_table(root, f"{how}-{one}", task, metric) for one in bases], axis=0)
+        merged = _table(root, cell, task, metric)
         found.append({"task": task, "base": base, "single": single, "merged": merged})
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rlmerge.lab.pilot import ColdBase, Expert, PilotPreset, Regime
 from rlmerge.lab.presets import SMALL, TINY
 
-MATH, LONGER, CODE, WRITE = "math:1", "math:2", "code:trace:1", "code:write:1"
+MATH, CODE, WRITE = "math:1", "code:trace:1", "code:write:1"
 BASES = (ColdBase("writer", (MATH, WRITE)), ColdBase("second", (MATH, CODE), seed=1, texts="base"))
 """The common base has seen no function that is to be written, and solves none of 300: RLVR has nothing to reward there.
 So a far domain has a cold start of its own."""
@@ -49,7 +49,9 @@ REGIMES = (
     Regime(
         "supervised",
         "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
-        tuple(
+        _seeds("m", MATH, range(1, 3))
+        + _seeds("c", CODE, range(1, 3))
+        + tuple(
             Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
             for kind in ("sft", "rft")
             for letter, task in (("m", MATH), ("c", CODE))
@@ -80,10 +82,13 @@ REGIMES = (
         onto="pretrain",
     ),
     Regime(
-        "close",
-        "two domains that are close, instead of far: longer sums beside short ones",
-        (Expert("m1", MATH, 1), Expert("n1", LONGER, 1)),
-        (("fusion", ("m1", "n1")),),
+        "cold-control",
+        "the two cold starts themselves, merged in the same way: what of the loss is theirs",
+        (Expert("base", MATH, 0, kind="cold"), Expert("second", MATH, 1, kind="cold", base="second")),
+        (("math", ("base", "second")),),
+        onto="pretrain",
+        merges=("sum", "mean", "ties"),
+        kept=("fp32",),
     ),
     Regime(
         "lora",

@@ -204,10 +204,10 @@ def _validation(preset: StudyPreset, problems: int) -> Measuring:
 
 
 def _texts(root: Path, preset: StudyPreset) -> Iterator[tuple[str, Any]]:
+    """Of the base alone: solutions are what one of the arms is trained on."""
     tasks = {spec: measuring(preset).task(spec) for spec in both_tasks(preset)}
-    yield from find_texts(
-        root / TEXTS, model_of(root, "base"), tasks, preset.texts, preset.attempts, preset.max_new_tokens
-    )
+    sizes = (preset.texts, preset.attempts, preset.max_new_tokens)
+    yield from find_texts(root / TEXTS, model_of(root, "base"), tasks, *sizes, solutions=False)
 
 
 def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[tuple[str, Any]]:
