@@ -129,7 +129,14 @@ def test_the_page(root: Path) -> None:
     found = write_page(root, PRESET, page)
     text = page.read_text()
     assert text.startswith(f"# The pilot: {outcome(found)}\n")
-    for piece in ("## seeds", "### seeds.pair2", "masters", "## What a study could see", "Not done yet"):
+    for piece in (
+        "**No evidence**",
+        "## seeds",
+        "### seeds.pair2",
+        "masters",
+        "## What a study could see",
+        "Not done yet",
+    ):
         assert piece in text
     for name in ("curves", "losses"):
         assert "<svg" in (root / f"pilot-{name}.svg").read_text()

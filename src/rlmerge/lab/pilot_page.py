@@ -23,7 +23,13 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
     regimes = {regime.name: [one.name for one in regime.experts] for regime in preset.regimes}
     write_curves({name: found["experts"][name]["curve"] for name in found["experts"]}, regimes, curves)
     write_losses(found["sets"], losses)
-    parts = [f"# The pilot: {outcome(found)}", "", _about(preset), ""]
+    parts = [f"# The pilot: {outcome(found)}", ""]
+    if preset.pretraining_steps:
+        parts += [
+            "**No evidence**: a tiny model that was trained from nothing. It shows that the parts work together.",
+            "",
+        ]
+    parts += [_about(preset), ""]
     parts += _gate_lines(found["gate"])
     parts += [f"![What merges lose, by set]({losses.name})", "", f"![Learning curves]({curves.name})", ""]
     for regime in preset.regimes:
