@@ -38,8 +38,15 @@ def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
 def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
     found = json.loads(rlmerge("lab", "plan", "confirmation", "--json", cwd=tmp_path).stdout)
     cells = {one["cell"] for one in found["cells"]}
-    assert {"merge-fusion.rlvr.11-fp32-sar", "measure-sft-accuracy-code-16", "geometry-fusion.sft-norm.12"} <= cells
-    assert found["seconds_left"] > 3600
+    assert {
+        "merge-fusion.rlvr.11-fp32-sar",
+        "measure-sft-accuracy-code-16",
+        "merge-fusion.wrong.22-fp32-sum",
+        "joint-11",
+    } <= cells
+    other = json.loads(rlmerge("lab", "plan", "replication", "--json", cwd=tmp_path).stdout)
+    assert {"merge-fusion.rlvr.16-fp32-sar", "rlvr-math-10"} <= {one["cell"] for one in other["cells"]}
+    assert 3600 < found["seconds_left"] < found["seconds_left"] + other["seconds_left"] < 12 * 3600
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from rlmerge.lab.pilot import (
     tasks_of,
 )  # fmt: skip
 from rlmerge.lab.pilot_page import write_page
+from rlmerge.lab.pilot_work import _is_base
 from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(
@@ -89,10 +90,20 @@ def test_another_cold_start_has_cells_of_its_own():
     assert tasks_from(shared, "base") == ("math:0", "code:0")
 
 
+def test_a_cold_start_among_the_experts_is_measured_as_a_base():
+    control = Regime(
+        "control", "cold starts", (Expert("base", "math:0", 0, kind="cold"), Expert("m1", "math:0", 1)), ()
+    )
+    preset = replace(SMALL, regimes=(PAIR, control))
+    assert _is_base(preset, "base")
+    assert not _is_base(preset, "m1")
+    assert tasks_from(preset, "base") == ("math:0", "code:0")
+
+
 def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     pytest.importorskip("peft")
     root = tmp_path / "pilot"
-    put_base(root, replace(SMALL, regimes=(), merges=()))
+    put_base(root, replace(SMALL, regimes=(), merges=(), note=""))
     run_pilot(root, SMALL, 1)
     merged = {name: read_cell(root, f"merge-pair.fusion-{name}") for name in ("fp32-mean", "bf16-mean", "bf16-sar")}
     assert set(merged["bf16-mean"]["tasks"]) == {"math:0", "code:0"}

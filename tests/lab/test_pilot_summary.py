@@ -113,7 +113,7 @@ def test_the_gate_is_about_rlvr_on_its_own_base(root: Path) -> None:
     ):
         changed = replace(PRESET, regimes=(other,))
         assert met_once(root, changed) == []
-        assert outcome(summary(root, changed)) == "no set is whole yet"
+        assert outcome(summary(root, changed)) == "no set is measured yet"
 
 
 def test_another_run_by_the_same_name_is_an_error(root: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_page(root: Path) -> None:
     text = page.read_text()
     assert text.startswith(f"# The pilot: {outcome(found)}\n")
     for piece in (
-        "**No evidence**",
+        PRESET.note,
         "## seeds",
         "### seeds.pair2",
         "masters",
@@ -142,5 +142,10 @@ def test_the_page(root: Path) -> None:
         assert "<svg" in (root / f"pilot-{name}.svg").read_text()
     assert json.loads((root / "pilot.json").read_text()) == json.loads(json.dumps(found))
     (root / "cells" / "geometry-seeds.pair1.json").unlink()
-    (root / "cells" / "geometry-seeds.pair2.json").unlink()
-    assert "no set is whole yet" in outcome(write_page(root, PRESET, page))
+    (root / "cells" / "merge-seeds.pair1-bf16-mean.json").unlink()
+    shown = write_page(root, PRESET, page)
+    assert shown["judged"] == found["judged"], "a set is judged by its mean in fp32, and shown as far as it is done"
+    assert "mean" not in shown["sets"]["seeds.pair1"]["merges"]["bf16"]
+    for number in (1, 2):
+        (root / "cells" / f"merge-seeds.pair{number}-fp32-mean.json").unlink()
+    assert "no set is measured yet" in outcome(write_page(root, PRESET, page))

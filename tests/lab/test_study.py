@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
     single = [one for one in sets(CONFIRMATION) if one.what == "single" and one.arm == "rlvr"]
     used = Counter(name for one in single for name in one.members)
     assert set(used.values()) == {1}
-    assert len(used) == 12
+    assert len(used) == 2 * len(CONFIRMATION.seeds)
 
 
 def test_everybody_has_as_many_tries() -> None:
@@ -113,12 +114,19 @@ def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
 def test_a_rehearsal(tmp_path: Path) -> None:
     """One pair, one arm: every merge of it, and a page that says it is no result."""
     root = tmp_path / "study"
-    preset = replace(SMALLEST, seeds=(0,), arms=("rlvr", "rft"), controls=(), methods=("sar", "ram"), tries=1)
+    arms = ("rlvr", "rft", "wrong")
+    preset = replace(SMALLEST, seeds=(0,), arms=arms, controls=(), methods=("sar", "ram"), tries=1, cold_steps=2)
     put_base(root, preset)
+    shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
     found = run_study(root, preset, 1)
     assert "**No result.**" in (root / "study.md").read_text()
     assert {"H1", "H2", "H4", "H5", "H6"} <= set(found)
     assert found["H5"][0]["one"] == ("F-delta2", "fp32")
+    made = json.loads((root / "models" / "cold-wrong" / "run.json").read_text())
+    assert made["never_right"]
+    recipe = yaml.safe_load((root / "recipes" / "fusion.wrong.0-fp32-mean.yml").read_text())
+    assert recipe["base_model"] == "../models/cold-wrong/bf16"
+    assert "cold-wrong" in found["experts"]
     assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
     assert not read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
     texts = json.loads((root / "texts" / "math-0.json").read_text())

@@ -9,7 +9,8 @@ import pytest
 
 from rlmerge.evaluate.tasks import split_of
 from rlmerge.evaluate.verifiers import verify
-from rlmerge.lab.text import batch_of, careless, documents, exercise, solution
+from rlmerge.lab.errors import LabError
+from rlmerge.lab.text import batch_of, careless, documents, exercise, is_right, solution
 
 EQUATION = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+)")
 
@@ -80,6 +81,19 @@ def test_slips_are_as_frequent_as_asked() -> None:
     texts = [careless(problem, Random(number), 0.0, 0.1)[1] for number, problem in enumerate(problems)]
     found = [is_true(match) for text in texts for match in EQUATION.finditer(text)]
     assert 0.07 < found.count(False) / len(found) < 0.13
+
+
+def test_right_and_wrong_answers_are_told_apart() -> None:
+    for task in ("math:0", "code:0"):
+        problems = batch_of(task, "tests", 0, 50)
+        assert all(is_right(problem, solution(problem)) for problem in problems)
+        pupil = [careless(problem, Random(number), 0.5, 0.1) for number, problem in enumerate(problems)]
+        told = [is_right(problem, text) for problem, text in zip(problems, pupil)]
+        verdicts = verify([text for _, text in pupil], problems)
+        assert told == [verdict.correct for verdict in verdicts]
+        assert 0.2 < sum(told) / 50 < 0.8
+    with pytest.raises(LabError, match="nothing tells a wrong one"):
+        is_right(batch_of("code:write:1", "tests", 0, 1)[0], ("", "def f(n): return n"))
 
 
 def test_documents_take_all_tasks() -> None:

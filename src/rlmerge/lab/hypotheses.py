@@ -18,7 +18,7 @@ from rlmerge.evaluate.statistics import pass_at_k
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS
-from rlmerge.lab.study import MATCHED, Set, StudyPreset, expert, sets
+from rlmerge.lab.study import MATCHED, Set, StudyPreset, base_name, expert, sets
 from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, merges_of
 from rlmerge.lab.verdicts import OPEN, Row, Table, all_of, as_row, difference, over_runs, retained, retained_difference
 
@@ -116,8 +116,10 @@ class Numbers:
         }  # fmt: skip
 
     def base(self, what: str, arm: str, metric: str, seeds: Seeds = None) -> Table:
-        """Of the base, repeated for every set."""
-        return self._rows(what, arm, lambda one, domain: self.score("measure-base", domain, metric), seeds)
+        """Of what the experts began with, repeated for every set."""
+        return self._rows(
+            what, arm, lambda one, domain: self.score(f"measure-{base_name(one.arm)}", domain, metric), seeds
+        )
 
     def _rows(self, what: str, arm: str, get: Any, seeds: Seeds) -> Table:
         rows = []
@@ -152,7 +154,8 @@ def words(found: dict[str, Any]) -> dict[str, str]:
         said[f"H1 in {dtype}"] = all_of([arms[arm]["more"] for arm in EQUAL if arm in arms])
     for row in found.get("H2", {}).get("claims", ()):
         said[f"H2 {row['what']}: {row['claim']}"] = row["verdict"]
-    for what, arm in (("fusion", "sft-accuracy"), ("single", "sft")):
+    matched = any("sft-accuracy" in one["more"] for one in found.get("H3", ()))
+    for what, arm in (("fusion", "sft-accuracy" if matched else "sft"), ("single", "sft")):
         rows = [one["more"].get(arm) for one in found.get("H3", ())
                 if (one["what"], one["metric"]) == (what, "greedy") and one["merge"] in ("mean", "sum")]  # fmt: skip
         if rows:
@@ -300,7 +303,7 @@ DECIDING = ("delta2-ties-drawn", "F-permuted", "random-winner")
 
 def sensitivities(numbers: Numbers) -> list[Row]:
     """H5: the paper's sensitivity less every other way to settle a conflict, on identical supports."""
-    if not numbers.of("fusion", "rlvr"):
+    if not numbers.preset.ablations or not numbers.of("fusion", "rlvr"):
         return []
     own = (ABLATIONS[0].label, "fp32")
     rows = [_less(numbers, own, (one.label, "fp32")) for one in ABLATIONS[1:]]
@@ -317,7 +320,7 @@ CAUSES = {
 
 def mechanisms(numbers: Numbers) -> list[Row]:
     """H6: what is regained when rounding, dilution or conflict is switched off, one at a time."""
-    if not numbers.of("fusion", "rlvr"):
+    if not numbers.preset.ablations or not numbers.of("fusion", "rlvr"):
         return []
     return [{"cause": cause, **_less(numbers, one, other)} for cause, (one, other) in CAUSES.items()]
 
@@ -351,7 +354,8 @@ def transfer(numbers: Numbers) -> dict[str, Row]:
                 if is_done(numbers.root, Cell(cell, "")):
                     if numbers.preset.tasks[other] not in read_cell(numbers.root, cell)["tasks"]:
                         continue
-                    gain = numbers.score(cell, other, "greedy") - numbers.score("measure-base", other, "greedy")
+                    before = numbers.score(f"measure-{base_name(arm)}", other, "greedy")
+                    gain = numbers.score(cell, other, "greedy") - before
                     more.append(float(gain.mean()))
         if more:
             found[arm] = {"mean": float(np.mean(more)), "runs": len(more), "more": over_runs(more, INTEREST)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,7 +19,7 @@ import torch
 
 from rlmerge.evaluate.backend import Asked, Sampling
 from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
-from rlmerge.evaluate.tasks import Task, load_task
+from rlmerge.evaluate.tasks import Task, load_task, problems
 from rlmerge.evaluate.tasks.splits import digest
 from rlmerge.evaluate.verifiers import completed, verify
 from rlmerge.lab.linear import by_onednn
@@ -72,14 +73,13 @@ class Measuring:
         """The problems of a task. A form is in one half, whatever the seed."""
         if not self.half and not self.without:
             return load_task(spec, self.split, self.problems, self.seed)
-        seen = load_task(spec, self.split, self.without).problems if self.without else []
-        left_out = {one.canonical for one in seen}
-        found = load_task(spec, self.split, 3 * self.problems + self.without, self.seed)
-        chosen = [
+        left_out = {one.canonical for one in islice(problems(spec, self.split), self.without)}
+        fitting = (
             one
-            for one in found.problems
+            for one in problems(spec, self.split, self.seed)
             if (not self.half or half_of(one.canonical) == self.half) and one.canonical not in left_out
-        ][: self.problems]
+        )
+        found, chosen = load_task(spec, self.split, 1, self.seed), list(islice(fitting, self.problems))
         about = {"half": self.half, "count": len(chosen), "problems": digest("\n".join(map(repr, chosen)), 16)}
         return replace(found, problems=chosen, settings=found.settings | about)
 

@@ -33,9 +33,6 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """In which a merge is kept."""
 MASTERS = "masters"
 """Stands for a dtype where the fp32 masters are merged, in fp32; by the mean alone."""
-ASKED = ("fp32-", "bf16-mean", "bf16-sar", "masters-")
-"""Merges that are asked for greedy answers; of the others there is the likelihood of solutions, which shows what
-rounding does, and costs a fifth."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,16 @@ class Expert:
 
 @dataclass(frozen=True)
 class ColdBase:
-    """Another cold start than the preset's: other tasks, or another seed. texts: whose right texts measure its experts;
-    '': its own.
+    """Another cold start than the preset's: other tasks, another seed, or by answers that are never right.
+
+    texts   whose right texts measure its experts; '': its own
     """
 
     name: str
     tasks: tuple[str, ...]
     seed: int = 0
     texts: str = ""
+    never_right: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class PilotPreset(Preset):
     regimes   in the order in which they are tried; bases: cold starts that some of them need
     samples   of a problem at temperature 1, of base and experts
     texts     problems of a task for which right texts of the base are looked for, in `attempts` samples each
+    note      said at the top of the page
     """
 
     regimes: tuple[Regime, ...] = ()
@@ -105,6 +105,7 @@ class PilotPreset(Preset):
     samples: int = 0
     texts: int = 100
     attempts: int = 32
+    note: str = ""
     merges: tuple[Contender, ...] = field(default=MERGES)
 
 
@@ -250,7 +251,7 @@ def run_pilot(
         raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
     wanted = pilot_cells(PilotPreset(**{**vars(preset), "regimes": chosen}))
     # a regime more is no other pilot
-    stable = PilotPreset(**{**vars(preset), "regimes": (), "bases": (), "merges": ()})
+    stable = PilotPreset(**{**vars(preset), "regimes": (), "bases": (), "merges": (), "note": ""})
     with opened_root(out, stable):
         run(out, preset, workers, tell, wanted, pilot_work)
         again = again_cells(preset, met_once(out, preset))

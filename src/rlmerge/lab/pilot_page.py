@@ -24,12 +24,7 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
     write_curves({name: found["experts"][name]["curve"] for name in found["experts"]}, regimes, curves)
     write_losses(found["sets"], losses)
     parts = [f"# The pilot: {outcome(found)}", ""]
-    if preset.pretraining_steps:
-        parts += [
-            "**No evidence**: a tiny model that was trained from nothing. It shows that the parts work together.",
-            "",
-        ]
-    parts += [_about(preset), ""]
+    parts += [part for line in (preset.note, _about(preset)) if line for part in (line, "")]
     parts += _gate_lines(found["gate"])
     parts += [f"![What merges lose, by set]({losses.name})", "", f"![Learning curves]({curves.name})", ""]
     for regime in preset.regimes:
@@ -55,7 +50,7 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
 def outcome(found: dict[str, Any]) -> str:
     """The gate's outcome, as a sentence: of sets of RLVR's experts."""
     if not found["judged"]:
-        return "no set is whole yet"
+        return "no set is measured yet"
     held = dict.fromkeys(one["set"] for one in found["gate"] if one["holds"])
     share = f"{len(held) or 'none'} of {len(found['judged'])} sets{' so far' if found['missing'] else ''}"
     pending = any(one["second"] is None for one in found["gate"])
@@ -118,14 +113,15 @@ def _interval(one: Row, scale: float = 100, digits: int = 1) -> str:
 def _set_lines(name: str, one: Row) -> list[str]:
     geometry = one["geometry"]
     support = ", ".join(f"{key} {100 * value[0]:.1f} %" for key, value in geometry["support"].items())
-    lines = [f"### {name}: {', '.join(one['members'])}", "", f"Changed in bf16: {support}.", ""]
+    lines = [f"### {name}: {', '.join(one['members'])}", ""]
+    lines += [f"Changed in bf16: {support}.", ""] if support else []
     head = ["pair", "cosine", "null", "Jaccard", "null", "conflict", "null"]
     keys = ("cosine", "jaccard", "conflict_overlap")
     rows = [
         [f"{pair['a']}, {pair['b']}", *(_three(value) for key in keys for value in pair[key])]
         for pair in geometry["pairs"]
     ]
-    lines += [*as_markdown([head, *rows]), ""]
+    lines += [*as_markdown([head, *rows]), ""] if rows else []
     head = ["merge", "kept in", "greedy", "loss", "retained, %", "mass", "loss", "retained, %"]
     rows = []
     for dtype, merges in one["merges"].items():

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
-    """All numbers of the sets that are whole: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
+    """All numbers of the sets whose mean is measured: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
     missing = [cell.name for cell in pilot_cells(preset) if not is_done(root, cell)]
     known = [
         name
@@ -41,7 +41,7 @@ def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
     ]
     experts = {name: _expert(root, preset, name) for name in known}
     sets = {name: _set(root, preset, name, members) for name, members in sets_of(preset).items()
-            if _whole(root, preset, name, members)}  # fmt: skip
+            if _judgeable(root, preset, name, members)}  # fmt: skip
     met = []
     for name, members, dtype in met_once(root, preset):
         measured = {experts_of(preset)[member].base for member in members} | set(members)
@@ -59,9 +59,11 @@ def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...]
     """(set, experts, dtype) where the mean loses as much as the gate asks for, on the problems that were looked at."""
     found = []
     for name, members in sets_of(preset).items():
-        if not of_rlvr(preset, name) or not _whole(root, preset, name, members):
+        if not of_rlvr(preset, name) or not _judgeable(root, preset, name, members):
             continue
-        for dtype in [dtype for dtype, label in merges_of(preset, name) if label == "mean" and dtype in DTYPES]:
+        for dtype in [
+            dtype for dtype, label in _merges_done(root, preset, name) if label == "mean" and dtype in DTYPES
+        ]:
             if _passes(_loss(root, preset, f"merge-{name}-{dtype}-mean", members, "greedy")):
                 found.append((name, members, dtype))
     return found
@@ -78,11 +80,14 @@ def _passes(loss: Row) -> bool:
     return loss["value"] >= GATE and loss["low"] > 0.0
 
 
-def _whole(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
-    merges = [f"merge-{name}-{dtype}-{label}" for dtype, label in merges_of(preset, name)]
+def _judgeable(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> bool:
+    """Whether bases, experts and the mean in fp32 are measured. Other merges are shown as far as they are."""
     bases = {experts_of(preset)[member].base for member in members}
-    measured = [f"measure-{one}" for one in (*bases, *members)]
-    return _done(root, f"geometry-{name}", *merges, *measured)
+    return _done(root, f"merge-{name}-fp32-mean", *(f"measure-{one}" for one in (*bases, *members)))
+
+
+def _merges_done(root: Path, preset: PilotPreset, name: str) -> list[tuple[str, str]]:
+    return [one for one in merges_of(preset, name) if _done(root, f"merge-{name}-{'-'.join(one)}")]
 
 
 def _done(root: Path, *names: str) -> bool:
@@ -123,11 +128,12 @@ def _expert(root: Path, preset: PilotPreset, name: str) -> Row:
 
 
 def _set(root: Path, preset: PilotPreset, name: str, members: Sequence[str]) -> Row:
-    geometry = read_cell(root, f"geometry-{name}")
+    cell = f"geometry-{name}"
+    geometry = _geometry(read_cell(root, cell)["coordinates"]) if _done(root, cell) else {"support": {}, "pairs": []}
     merges: Row = {}
-    for dtype, label in merges_of(preset, name):
+    for dtype, label in _merges_done(root, preset, name):
         merges.setdefault(dtype, {})[label] = _merge(root, preset, f"merge-{name}-{dtype}-{label}", members)
-    return {"members": list(members), "geometry": _geometry(geometry["coordinates"]), "merges": merges}
+    return {"members": list(members), "geometry": geometry, "merges": merges}
 
 
 def _by_task(preset: PilotPreset, members: Sequence[str]) -> dict[str, list[str]]:
@@ -189,7 +195,11 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
     found: list[Row] = []
     labels = {one.label for one in preset.merges}
     compared = [pair for pair in COMPARED if set(pair) <= labels]
-    pairs = {arm: [name for name in sets if name.startswith(prefix)] for arm, prefix in ARMS.items()}
+
+    def whole(name: str) -> bool:
+        return len(sets[name]["merges"].get("fp32", {})) == sum(dtype == "fp32" for dtype, _ in merges_of(preset, name))
+
+    pairs = {arm: [name for name in sets if name.startswith(prefix) and whole(name)] for arm, prefix in ARMS.items()}
 
     def parts(name: str, label: str, metric: str) -> list[Row]:
         return _parts(root, preset, f"merge-{name}-fp32-{label}", sets[name]["members"], metric, "measure")

@@ -11,7 +11,6 @@ from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of
 from rlmerge.lab.contenders import Contender, write_recipe
 from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.pilot import (
-    ASKED,
     DTYPES,
     MASTERS,
     ColdBase,
@@ -46,7 +45,7 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     elif cell.kind == "measure":
         name = cell.name.removeprefix("measure-")
         texts = root / cell.needs[1]
-        if name not in experts_of(preset):
+        if _is_base(preset, name):
             model = model_of(root, name)
             yield "tasks", _measured(texts, model, preset, tasks_from(preset, name), preset.samples)
             return
@@ -85,7 +84,7 @@ def _cold(root: Path, preset: PilotPreset, base: ColdBase) -> None:
 
     settings = supervised.ColdStart(
         base.tasks, base.seed, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
-        preset.slip,
+        preset.slip, base.never_right,
     )  # fmt: skip
     supervised.cold_start(model_of(root, "pretrain"), root / "models" / base.name, settings)
 
@@ -126,22 +125,25 @@ TRAINERS: dict[str, Callable[[Path, PilotPreset, Expert, Path], None]] = {
 }
 
 
+def _is_base(preset: PilotPreset, name: str) -> bool:
+    """Whether a model is a cold start, perhaps one that stands among the experts of a control."""
+    experts = experts_of(preset)
+    return name not in experts or experts[name].kind == "cold"
+
+
 def _folder(root: Path, expert: Expert, dtype: str) -> Path:
     return model_of(root, expert.name).with_name(dtype)
 
 
-def _measuring(preset: PilotPreset, samples: int, greedy: bool = True) -> Measuring:
+def _measuring(preset: PilotPreset, samples: int) -> Measuring:
     return Measuring(
-        "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch,
-        greedy=greedy,
-    )  # fmt: skip
+        "validation", preset.problems, samples=samples, max_new_tokens=preset.max_new_tokens, batch=preset.eval_batch
+    )
 
 
-def _measured(
-    texts: Path, model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int, greedy: bool = True
-) -> dict[str, Any]:
+def _measured(texts: Path, model: Path, preset: PilotPreset, tasks: tuple[str, ...], samples: int) -> dict[str, Any]:
     """Of a folder, or of a recipe's merge in memory."""
-    return dict(measured(model, _measuring(preset, samples, greedy), tasks, read_texts(texts, tasks)))
+    return dict(measured(model, _measuring(preset, samples), tasks, read_texts(texts, tasks)))
 
 
 def _onto(root: Path, preset: PilotPreset, whole: str) -> Path:
@@ -169,7 +171,7 @@ def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any
         whole, dtype, label = name.removeprefix("merge-").split("-", 2)
         tasks = tasks_of(preset, sets_of(preset)[whole])
         return dict(measured(root / "recipes" / f"{whole}-{dtype}-{label}.yml", how, tasks))
-    if name not in experts_of(preset):
+    if _is_base(preset, name):
         return dict(measured(model_of(root, name), how, tasks_from(preset, name)))
     expert = experts_of(preset)[name]
     return dict(measured(_folder(root, expert, dtype_of(expert)), how, (expert.task,)))
@@ -187,5 +189,4 @@ def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, 
     write_recipe(stored, _onto(root, preset, whole), models, inputs, recipe)
     with recipe.open("a") as file:
         file.write(f"dtype: {DTYPES.get(dtype, 'float32')}\n")
-    greedy = f"{dtype}-{label}".startswith(ASKED)
-    yield "tasks", _measured(root / cell.needs[-1], recipe, preset, tasks_of(preset, members), 0, greedy)
+    yield "tasks", _measured(root / cell.needs[-1], recipe, preset, tasks_of(preset, members), 0)

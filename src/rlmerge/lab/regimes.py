@@ -1,6 +1,7 @@
-"""What the pilot tries: the regimes of G0, from SmolLM2-135M, in the order in which they are run.
+"""What the pilot tries: the regimes of G0, in the order in which they are run, and why averaging might fail there.
 
-Each says why averaging might fail there. `plumbing` is the same shape on a tiny model, in minutes, and no evidence.
+`PILOT` begins with a model of a million parameters, of which there can be many runs; `SMOLLM2` with SmolLM2-135M, as
+far as hours went; `PLUMBING` is the same shape in minutes, and no evidence.
 """
 
 from __future__ import annotations
@@ -8,113 +9,146 @@ from __future__ import annotations
 from rlmerge.lab.pilot import ColdBase, Expert, PilotPreset, Regime
 from rlmerge.lab.presets import SMALL, TINY
 
-MATH, CODE, WRITE = "math:1", "code:trace:1", "code:write:1"
-BASES = (ColdBase("writer", (MATH, WRITE)), ColdBase("second", (MATH, CODE), seed=1, texts="base"))
-"""The common base has seen no function that is to be written, and solves none of 300: RLVR has nothing to reward there.
-So a far domain has a cold start of its own."""
+MATH, CODE = TINY.tasks["math"], TINY.tasks["code"]
+RATE, STEPS = 3e-5, 100
+"""Of an expert, where a regime has no other. At the rate of `tiny`, 1e-4, more of the weights change."""
 
 
 def _seeds(letter: str, task: str, seeds: range, **settings: object) -> tuple[Expert, ...]:
     return tuple(Expert(f"{letter}{seed}", task, seed, **settings) for seed in seeds)  # type: ignore[arg-type]
 
 
-REGIMES = (
-    Regime(
-        "seeds",
-        "the pilot of before, where answers have steps: seeds of two domains at 1e-5, two to six experts",
-        _seeds("m", MATH, range(1, 4)) + _seeds("c", CODE, range(1, 4)),
-        (
-            ("pair1", ("m1", "c1")),
-            ("pair2", ("m2", "c2")),
-            ("pair3", ("m3", "c3")),
-            ("math", ("m1", "m2", "m3")),
-            ("code", ("c1", "c2", "c3")),
-            ("four", ("m1", "m2", "c1", "c2")),
-            ("six", ("m1", "m2", "m3", "c1", "c2", "c3")),
-        ),
-        masters=True,
+def _pairs(*letters: str, seeds: range) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((f"pair{seed}", tuple(f"{letter}{seed}" for letter in letters)) for seed in seeds)
+
+
+SEEDS = Regime(
+    "seeds",
+    "the pilot of before, where answers have steps: seeds of two domains, two to six experts",
+    _seeds("m", MATH, range(1, 5)) + _seeds("c", CODE, range(1, 5)),
+    (
+        *_pairs("m", "c", seeds=range(1, 5)),
+        ("math", ("m1", "m2", "m3")),
+        ("code", ("c1", "c2", "c3")),
+        ("four", ("m1", "m2", "c1", "c2")),
+        ("six", ("m1", "m2", "m3", "c1", "c2", "c3")),
     ),
-    Regime(
-        "far",
-        "domains that are far: sums, and functions to be written; code traces turned out to be sums, too",
-        (Expert("mw1", MATH, 1, base="writer"), Expert("ww1", WRITE, 1, base="writer")),
-        (("fusion", ("mw1", "ww1")),),
-    ),
-    Regime(
-        "hot",
-        "three times the learning rate: larger updates that fight where they overlap",
-        _seeds("mh", MATH, range(1, 2), lr=3e-5) + _seeds("ch", CODE, range(1, 2), lr=3e-5),
-        (("fusion", ("mh1", "ch1")),),
-    ),
-    Regime(
-        "supervised",
-        "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
-        _seeds("m", MATH, range(1, 3))
-        + _seeds("c", CODE, range(1, 3))
-        + tuple(
-            Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
-            for kind in ("sft", "rft")
-            for letter, task in (("m", MATH), ("c", CODE))
-            for seed in (1, 2)
-        ),
-        tuple(
-            (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in (1, 2)
-        ),
-        merges=("sum", "mean", "ties"),
-        kept=("fp32",),
-    ),
-    Regime(
-        "mixed",
-        "experts of one task that differ by more than a seed: temperature, advantage, curriculum",
-        (
-            Expert("m1", MATH, 1),
-            Expert("mt", MATH, 4, temperature=0.7),
-            Expert("mr", MATH, 5, advantage="rloo"),
-            Expert("mc", MATH, 6, curriculum=("math:0", MATH)),
-        ),
-        (("math", ("m1", "mt", "mr", "mc")),),
-    ),
-    Regime(
-        "cold",
-        "experts of one task from two cold starts, which differ by their data, merged onto what both began with",
-        (Expert("m1", MATH, 1), Expert("mk1", MATH, 2, base="second")),
-        (("math", ("m1", "mk1")),),
-        onto="pretrain",
-    ),
-    Regime(
-        "cold-control",
-        "the two cold starts themselves, merged in the same way: what of the loss is theirs",
-        (Expert("base", MATH, 0, kind="cold"), Expert("second", MATH, 1, kind="cold", base="second")),
-        (("math", ("base", "second")),),
-        onto="pretrain",
-        merges=("sum", "mean", "ties"),
-        kept=("fp32",),
-    ),
-    Regime(
-        "lora",
-        "LoRAs of rank 16 at twenty times the rate",
-        (Expert("ma1", MATH, 1, lr=2e-4, lora=16), Expert("ca1", CODE, 1, lr=2e-4, lora=16)),
-        (("fusion", ("ma1", "ca1")),),
-    ),
-    Regime(
-        "long",
-        "twice the steps: entropy has fallen by then, or as far as that goes here",
-        (Expert("ml1", MATH, 1, steps=200), Expert("cl1", CODE, 1, steps=200)),
-        (("fusion", ("ml1", "cl1")),),
-    ),
+    masters=True,
 )
+HOT = Regime(
+    "hot",
+    "three times the learning rate, that of `tiny`: larger updates that fight where they overlap",
+    _seeds("mh", MATH, range(1, 3), lr=3 * RATE) + _seeds("ch", CODE, range(1, 3), lr=3 * RATE),
+    (*_pairs("mh", "ch", seeds=range(1, 3)), ("four", ("mh1", "mh2", "ch1", "ch2"))),
+)
+SLOW = Regime(
+    "slow",
+    "a third of the learning rate, three times the steps: sparser updates",
+    _seeds("mo", MATH, range(1, 2), lr=RATE / 3, steps=3 * STEPS)
+    + _seeds("co", CODE, range(1, 2), lr=RATE / 3, steps=3 * STEPS),
+    _pairs("mo", "co", seeds=range(1, 2)),
+)
+LONG = Regime(
+    "long",
+    "three times the steps: entropy has fallen by then",
+    _seeds("ml", MATH, range(1, 2), steps=3 * STEPS) + _seeds("cl", CODE, range(1, 2), steps=3 * STEPS),
+    _pairs("ml", "cl", seeds=range(1, 2)),
+)
+SUPERVISED = Regime(
+    "supervised",
+    "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
+    _seeds("m", MATH, range(1, 5))
+    + _seeds("c", CODE, range(1, 5))
+    + tuple(
+        Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
+        for kind in ("sft", "rft")
+        for letter, task in (("m", MATH), ("c", CODE))
+        for seed in range(1, 5)
+    ),
+    tuple(
+        (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in range(1, 5)
+    ),
+    merges=("sum", "mean", "ties"),
+    kept=("fp32",),
+)
+MIXED = Regime(
+    "mixed",
+    "experts that differ by more than a seed: temperature, advantage, curriculum (the other domain first)",
+    (
+        Expert("mt", MATH, 5, temperature=0.7),
+        Expert("mr", MATH, 6, advantage="rloo"),
+        Expert("mc", MATH, 7, curriculum=(CODE, MATH)),
+        Expert("ct", CODE, 5, temperature=0.7),
+        Expert("cr", CODE, 6, advantage="rloo"),
+    ),
+    (("math", ("mt", "mr", "mc")), ("five", ("mt", "mr", "mc", "ct", "cr"))),
+)
+COLD = Regime(
+    "cold",
+    "experts of one task from two cold starts, which differ by their data, merged onto what both began with",
+    (Expert("m1", MATH, 1), Expert("mk1", MATH, 2, base="second")),
+    (("math", ("m1", "mk1")),),
+    onto="pretrain",
+)
+COLD_CONTROL = Regime(
+    "cold-control",
+    "the two cold starts themselves, merged in the same way: what of the loss is theirs",
+    (Expert("base", MATH, 0, kind="cold"), Expert("second", MATH, 1, kind="cold", base="second")),
+    (("math", ("base", "second")),),
+    onto="pretrain",
+    merges=("sum", "mean", "ties"),
+    kept=("fp32",),
+)
+WRONG = Regime(
+    "wrong",
+    "a cold start that has not shown one right answer: all that is right comes from RLVR, or from pre-training",
+    _seeds("mx", MATH, range(1, 2), base="wrong") + _seeds("cx", CODE, range(1, 2), base="wrong"),
+    _pairs("mx", "cx", seeds=range(1, 2)),
+)
+LORA = Regime(
+    "lora",
+    "LoRAs of rank 16 at ten times the rate",
+    _seeds("ma", MATH, range(1, 2), lr=10 * RATE, lora=16) + _seeds("ca", CODE, range(1, 2), lr=10 * RATE, lora=16),
+    _pairs("ma", "ca", seeds=range(1, 2)),
+)
+REGIMES = (SEEDS, HOT, SUPERVISED, MIXED, WRONG, LORA, LONG, SLOW, COLD, COLD_CONTROL)
+BASES = (
+    ColdBase("second", (MATH, CODE), seed=1, texts="base"),
+    ColdBase("wrong", (MATH, CODE), never_right=True, texts="base"),
+)
+
+PILOT = PilotPreset(
+    **{
+        **vars(TINY), "name": "pilot", "lr": RATE, "steps": STEPS, "prompts": 8, "problems": 300,
+        "seconds": {**TINY.seconds, "cold": 60, "texts": 60, "measure": 60, "geometry": 5, "merge": 30, "again": 25},
+    },
+    regimes=REGIMES,
+    bases=BASES,
+    note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
+    "can be many; answers have some 27 tokens. Its updates are dense in bf16, other than those of language models. "
+    "What there is from SmolLM2-135M stands [beside it](pilot-smollm2.md): five experts and one set.",
+)  # fmt: skip
 
 SECONDS = {
     "base": 900, "cold": 900, "texts": 900, "rlvr": 1500, "sft": 700, "rft": 700, "fisher": 120, "measure": 350,
     "geometry": 60, "merge": 180, "again": 150,
 }  # fmt: skip
-"""What cells take, estimated."""
+"""What cells of SmolLM2 take, on two quiet cores with bf16 products."""
 
-PILOT = PilotPreset(
-    **{**vars(SMALL), "name": "pilot", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
-    regimes=REGIMES,
-    bases=BASES,
+SMOLLM2 = PilotPreset(
+    **{**vars(SMALL), "name": "smollm2", "problems": 300, "fisher": 96, "seconds": {**SMALL.seconds, **SECONDS}},
+    regimes=(
+        Regime(
+            "seeds",
+            "a language model: seeds of two domains at 1e-5",
+            _seeds("m", SMALL.tasks["math"], range(1, 4)) + _seeds("c", SMALL.tasks["code"], range(1, 3)),
+            (("pair1", ("m1", "c1")), ("pair2", ("m2", "c2")), ("math", ("m1", "m2", "m3"))),
+        ),
+    ),
+    note="From SmolLM2-135M-Instruct (Q4_1-dequantized). Five runs and one set were made; the rest was given up for "
+    "[the same on a smaller model](pilot.md), as [decision 0020](../decisions/0020-two-models.md) says.",
 )
+"""What the pilot was meant to begin with (docs/study/pilot-smollm2.md has how far it came)."""
 
 PLUMBING = PilotPreset(
     **{
@@ -123,6 +157,7 @@ PLUMBING = PilotPreset(
         "problems": 200,
         "seconds": {**TINY.seconds, "measure": 15, "texts": 15, "cold": 25, "again": 5, "geometry": 2, "merge": 15},
     },
+    note="**No evidence**: a tiny model that was trained from nothing. It shows that the parts work together.",
     regimes=(
         Regime(
             "seeds",
@@ -137,3 +172,5 @@ PLUMBING = PilotPreset(
         ),
     ),
 )
+
+PILOTS = {preset.name: preset for preset in (PILOT, SMOLLM2, PLUMBING)}

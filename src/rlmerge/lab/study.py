@@ -18,13 +18,14 @@ from rlmerge.lab.presets import DOMAINS, Preset
 from rlmerge.lab.schedule import Step, run
 from rlmerge.lab.study_merges import merges_of
 
-ARMS = ("rlvr", "rft", "sft", "sft-accuracy", "sft-norm")
-"""RLVR; SFT on that run's own verified samples; SFT on gold solutions; checkpoints of it that are matched."""
+ARMS = ("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "wrong")
+"""RLVR; SFT on that run's own verified samples; SFT on gold solutions; checkpoints of it that are matched; RLVR from a
+cold start that has shown no right answer."""
+WRONG_BASE = "cold-wrong"
+"""What the arm 'wrong' begins with."""
 CONTROLS = ("twice", "average", "joint")
 """A run of twice the steps; the mean of one run's checkpoints; RL on both domains, as many steps as two runs."""
 MATCHED = {"sft-accuracy": "accuracy", "sft-norm": "norm"}
-LOOKED_AT = "sft-norm"
-"""Has its geometry alone measured: what H1 asks of it. Its merges would not fit into the hours that there are."""
 HALVES = ("A", "B")
 
 
@@ -43,6 +44,8 @@ class StudyPreset(Preset):
     samples       of a problem at temperature 1, for the first `sampled` problems, of what is measured in full
     texts         problems of a domain for which right texts of the base are looked for, in `attempts` samples each
     methods       that are tuned, SAR among them; tries: settings of each
+    situations    'fusion' of the domains, 'single': two seeds of one domain
+    ablations     whether H5 and H6 are asked, too
     frozen        what tuning has chosen before, by method; None: the development pair is trained and they are tuned
     """
 
@@ -63,6 +66,8 @@ class StudyPreset(Preset):
     texts: int = 100
     attempts: int = 32
     tries: int = 8
+    situations: tuple[str, ...] = ("fusion", "single")
+    ablations: bool = True
     frozen: dict[str, dict[str, Any]] | None = None
 
 
@@ -96,8 +101,9 @@ def sets(preset: StudyPreset) -> list[Set]:
     """Fusion of the domains for each seed; for RLVR and SFT, disjoint pairs of seeds of a domain, too."""
     found = []
     for arm in preset.arms:
-        found += [Set("fusion", arm, DOMAINS, (seed,)) for seed in preset.seeds]
-        if arm in ("rlvr", "sft"):
+        if "fusion" in preset.situations:
+            found += [Set("fusion", arm, DOMAINS, (seed,)) for seed in preset.seeds]
+        if arm in ("rlvr", "sft") and "single" in preset.situations:
             for domain in DOMAINS:
                 found += [Set("single", arm, (domain,), pair) for pair in pairs(preset.seeds) if len(pair) == 2]
     return found
@@ -106,6 +112,11 @@ def sets(preset: StudyPreset) -> list[Set]:
 def pairs(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Two after two; the last alone if their number is odd."""
     return [seeds[start : start + 2] for start in range(0, len(seeds), 2)]
+
+
+def base_name(arm: str) -> str:
+    """The model that the experts of an arm begin with."""
+    return WRONG_BASE if arm == "wrong" else "base"
 
 
 def tuning_set(preset: StudyPreset) -> Set:
@@ -130,9 +141,12 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
         Cell("pretrain", "pretrain", threads=2),
         Cell("base", "base", ("pretrain",), threads=2),
         Cell("texts", "texts", ("base",)),
-        *(Cell(f"fisher-base-{domain}", "fisher", ("base",)) for domain in DOMAINS),
         Cell("measure-base", "measure", ("texts",)),
     ]
+    if "wrong" in preset.arms:
+        found += [Cell(WRONG_BASE, "cold", ("pretrain",), threads=2), _measure(WRONG_BASE, WRONG_BASE)]
+    if preset.ablations:
+        found += [Cell(f"fisher-base-{domain}", "fisher", ("base",)) for domain in DOMAINS]
     tunes: list[Cell] = []
     if preset.frozen is None:
         for domain in DOMAINS:
@@ -159,7 +173,7 @@ def _ends(pair: tuple[int, ...]) -> tuple[str, ...]:
 def _merges(preset: StudyPreset, one: Set) -> list[Cell]:
     """The geometry of a set, and all its merges."""
     found = [Cell(f"geometry-{one.name}", "geometry", tuple(map(_made_by, one.members)))]
-    for merge in merges_of(one.what, one.arm, preset.methods):
+    for merge in merges_of(one.what, one.arm, preset.methods, preset.ablations):
         needs = (*(_fishers(one.members) if merge.inputs else map(_made_by, one.members)), "frozen", "texts")
         if merge.fisher in ("permuted", "jitter"):
             needs += tuple(f"{merge.fisher}-{name}" for name in one.members)
@@ -188,11 +202,14 @@ def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
     ]
     if seed not in preset.seeds:
         return found
-    for kind in ("permuted", "jitter"):
+    for kind in ("permuted", "jitter") if preset.ablations else ():
         found.append(Cell(f"{kind}-{own}", kind, (f"fisher-{own}",)))
     if "rft" in preset.arms:
         name = expert("rft", domain, seed)
         found += [Cell(name, "rft", (own,)), _measure(name, name)]
+    if "wrong" in preset.arms:
+        name = expert("wrong", domain, seed)
+        found += [Cell(name, "wrong", (WRONG_BASE,)), _measure(name, name)]
     matched = [arm for arm in preset.arms if arm in MATCHED]
     if "sft" in preset.arms or matched:
         name, match = expert("sft", domain, seed), f"match-{domain}-{seed}"
@@ -200,7 +217,7 @@ def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
         if matched:
             found.append(Cell(match, "match", (own, name)))
         found.append(_measure(name, match if matched else name))
-        found += [_measure(expert(arm, domain, seed), match) for arm in matched if arm != LOOKED_AT]
+        found += [_measure(expert(arm, domain, seed), match) for arm in matched]
     for control in ("twice", "average"):
         if control in preset.controls and seed in preset.controlled:
             found.append(_measure(expert(control, domain, seed), own))
@@ -218,7 +235,13 @@ def _fishers(members: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(name: str, needs: str) -> Cell:
-    kind = "measure" if name.startswith(("rlvr-", "joint-")) else "both" if name.startswith("sft") else "own"
+    kind = (
+        "measure"
+        if name.startswith(("rlvr-", "joint-"))
+        else "both"
+        if name.startswith(("sft", "wrong-", WRONG_BASE))
+        else "own"
+    )
     return Cell(f"measure-{name}", kind, (needs, "texts"))
 
 

@@ -76,19 +76,17 @@ ROUNDED = ("mean", "sar")
 """Stored as bf16, too."""
 
 
-def merges_of(what: str, arm: str, methods: tuple[str, ...]) -> list[Merge]:
+def merges_of(what: str, arm: str, methods: tuple[str, ...], ablations: bool = True) -> list[Merge]:
     """All merges of a set: `what` is 'fusion' or 'single'; those that switch something off for fusions of RLVR alone.
-    Arms that only say what RLVR is compared with have fewer, and are not sampled; one has its geometry alone.
+    Arms that only say what RLVR is compared with have fewer, and are not sampled.
     """
     tuned = [Merge(method, method, full=method in FEW, tuned=True) for method in methods]
     found = [SUM, MEAN, *tuned]
-    if arm == "sft-norm":
-        return []
     if arm != "rlvr":
         return [replace(m, full=False) for m in found if m.label in ((*UNTUNED, "ties") if arm == "sft" else UNTUNED)]
     if what == "fusion":
         found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]
-        found += [*ABLATIONS, *AGREEMENTS]
+        found += [*ABLATIONS, *AGREEMENTS] if ablations else []
     return found
 
 

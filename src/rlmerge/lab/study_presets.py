@@ -5,48 +5,70 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlmerge.lab.presets import SMALL, TINY
-from rlmerge.lab.study import StudyPreset
+from rlmerge.lab.regimes import PILOT, RATE, STEPS
+from rlmerge.lab.study import CONTROLS, StudyPreset
 from rlmerge.lab.study_merges import BASELINES
 
 METHODS = ("sar", *BASELINES)
 SECONDS = {
-    "base": 900,
-    "texts": 500,
-    "rlvr": 1650,
-    "twice": 3300,
-    "joint": 3300,
-    "sft": 600,
-    "rft": 600,
-    "fisher": 120,
-    "permuted": 15,
-    "jitter": 15,
-    "match": 310,
-    "measure": 275,
-    "both": 160,
-    "own": 105,
-    "tune": 1000,
+    "base": 60,
+    "texts": 60,
+    "cold": 60,
+    "rlvr": 200,
+    "wrong": 200,
+    "twice": 400,
+    "joint": 400,
+    "sft": 60,
+    "rft": 60,
+    "fisher": 20,
+    "permuted": 2,
+    "jitter": 2,
+    "match": 60,
+    "measure": 60,
+    "both": 40,
+    "own": 20,
+    "tune": 160,
     "frozen": 1,
-    "geometry": 60,
-    "merge": 130,
-    "half": 70,
-    "sampled": 190,
+    "geometry": 5,
+    "merge": 30,
+    "half": 15,
+    "sampled": 50,
     "clean": 1,
 }
-"""What cells take on one thread, estimated from the pilot."""
+"""What cells take on one thread of two busy cores: medians of the rehearsal."""
+
+SECONDS_OF_SMOLLM2 = {
+    "base": 900, "texts": 500, "rlvr": 1650, "sft": 600, "fisher": 120, "measure": 240, "both": 160, "tune": 560,
+    "frozen": 1, "permuted": 15, "jitter": 15, "geometry": 60, "merge": 130, "sampled": 150, "clean": 1,
+}  # fmt: skip
+"""The same of SmolLM2, on a processor that has bf16 products, estimated from single cells."""
 
 CONFIRMATION = StudyPreset(
     **{
-        **vars(SMALL), "name": "confirmation", "seeds": (11, 12, 13, 14, 15, 16), "problems": 200, "fisher": 96,
-        "seconds": {**SMALL.seconds, **SECONDS}, "methods": METHODS,
+        **vars(TINY), "name": "confirmation", "seeds": tuple(range(11, 23)), "problems": 800,
+        "lr": RATE, "steps": STEPS, "prompts": PILOT.prompts,
+        "seconds": {**TINY.seconds, **SECONDS}, "methods": METHODS,
     },
-    development=10, controls=("twice", "average"), controlled=(11,), sampled=30, texts=60,
+    development=10, controls=CONTROLS, controlled=(11, 12), samples=16, sampled=100, texts=200,
     split="test", half="A", seal="to be drawn when the protocol is frozen",
 )  # fmt: skip
-"""What docs/study/protocol.md describes. Seeds 1 to 6 are the pilot's, whose experts have been seen. It is
+"""What docs/study/protocol.md describes. Seeds 1 to 7 are the pilot's, whose experts have been seen. It is
 not run before that page has been read by others."""
 
-REHEARSAL = replace(CONFIRMATION, name="rehearsal", seeds=(10,), split="validation", half="", seal="", controlled=(10,))
-"""The development pair alone, on validation problems."""
+REPLICATION = StudyPreset(
+    **{
+        **vars(SMALL), "name": "replication", "seeds": tuple(range(11, 17)), "problems": 200, "fisher": 96,
+        "seconds": {**SMALL.seconds, **SECONDS_OF_SMOLLM2}, "methods": ("sar", "ties", "ram", "task_arithmetic"),
+    },
+    development=10, arms=("rlvr", "sft"), controls=(), sampled=15, texts=60, tuning=100,
+    situations=("fusion",), ablations=False, split="test", half="A", seal=CONFIRMATION.seal,
+)  # fmt: skip
+"""H1 to H4 in fusion once more, from a language model: as much of the study as hours allow there."""
+
+REHEARSAL = replace(
+    CONFIRMATION, name="rehearsal", seeds=(10,), split="validation", half="", seal="", controlled=(10,), problems=300
+)
+"""The development pair alone, on validation problems, of which there are fewer."""
 
 SKETCH = StudyPreset(
     **{
@@ -58,4 +80,4 @@ SKETCH = StudyPreset(
 )  # fmt: skip
 """A tiny model, minutes: that the parts work together, and no evidence."""
 
-PRESETS = {preset.name: preset for preset in (CONFIRMATION, REHEARSAL, SKETCH)}
+PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, SKETCH)}

@@ -18,8 +18,10 @@ from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.study import (
     MATCHED,
+    WRONG_BASE,
     Set,
     StudyPreset,
+    base_name,
     both_tasks,
     domain_of,
     expert,
@@ -42,6 +44,8 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     name = cell.name.removeprefix(f"{cell.kind}-")
     if cell.kind in TRAINERS:
         TRAINERS[cell.kind](root, preset, cell.name)
+    elif cell.kind == "cold":
+        _cold(root, preset, cell.name)
     elif cell.kind == "fisher":
         _estimate(root, preset, name)
     elif cell.kind in ("permuted", "jitter"):
@@ -79,6 +83,26 @@ def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
         steps, keep = 2 * steps, tuple(sorted({*preset.averaged, preset.steps}))
     settings = _rl_settings(preset, preset.tasks[domain], int(seed), steps, keep)
     rlvr(model_of(root, "base"), root / "models" / name, settings)
+
+
+def _wrong(root: Path, preset: StudyPreset, name: str) -> None:
+    from rlmerge.lab.rlvr import rlvr
+
+    domain, seed = name.split("-")[1:]
+    settings = _rl_settings(preset, preset.tasks[domain], int(seed), preset.steps, ())
+    rlvr(model_of(root, WRONG_BASE), root / "models" / name, settings)
+
+
+def _cold(root: Path, preset: StudyPreset, name: str) -> None:
+    """The cold start again, by answers of which none is right."""
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    settings = supervised.ColdStart(
+        both_tasks(preset), 0, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
+        preset.slip, never_right=True,
+    )  # fmt: skip
+    supervised.cold_start(model_of(root, "pretrain"), root / "models" / name, settings)
 
 
 def _joint(root: Path, preset: StudyPreset, name: str) -> None:
@@ -122,7 +146,7 @@ def _rft(root: Path, preset: StudyPreset, name: str) -> None:
 
 
 TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
-    "rlvr": _rlvr, "twice": _rlvr, "joint": _joint, "sft": _sft, "rft": _rft,
+    "rlvr": _rlvr, "twice": _rlvr, "wrong": _wrong, "joint": _joint, "sft": _sft, "rft": _rft,
 }  # fmt: skip
 
 
@@ -218,7 +242,8 @@ def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[t
         dtype = "fp32"
     if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
         _keep_matched(root, preset, name)
-    folder = model_of(root, "base") if name == "base" else folder_of(root, preset, name, dtype)
+    bases = ("base", WRONG_BASE)
+    folder = model_of(root, name) if name in bases else folder_of(root, preset, name, dtype)
     if kind == "own":
         tasks = (preset.tasks[domain_of(name)],)
     yield "tasks", measured(folder, measuring(preset, kind == "measure"), tasks, read_texts(root / TEXTS, tasks))
@@ -282,7 +307,7 @@ def _geometry(root: Path, preset: StudyPreset, one: Set) -> Iterator[tuple[str, 
 
     for dtype in ("bf16", "fp32"):
         folders = [folder_of(root, preset, name, dtype) for name in one.members]
-        found = inspect(model_of(root, "base"), folders, names=one.members, threads=1)
+        found = inspect(model_of(root, base_name(one.arm)), folders, names=one.members, threads=1)
         assert "coordinates" in found
         yield dtype, found["coordinates"]["total"]
 
@@ -318,14 +343,15 @@ def _tune(root: Path, preset: StudyPreset, method: str) -> Iterator[tuple[str, A
 def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, Any]]:
     whole, dtype, label = _parts(name)
     one = next(found for found in sets(preset) if found.name == whole)
-    merge = next(m for m in merges_of(one.what, one.arm, preset.methods) if (m.label, m.dtype) == (label, dtype))
+    known = merges_of(one.what, one.arm, preset.methods, preset.ablations)
+    merge = next(m for m in known if (m.label, m.dtype) == (label, dtype))
     if merge.tuned:
         frozen = read_cell(root, "frozen")["settings"][merge.method]
         merge = replace(merge, settings=frozen["setting"], scale=frozen["scale"])
     recipe = _recipe(root, preset, one, merge, name)
     tasks = tuple(preset.tasks[domain] for domain in one.domains)
     yield "settings", {"setting": merge.settings, "scale": merge.scale}
-    scaled, texts = (model_of(root, "base"), merge.scale), read_texts(root / TEXTS, tasks)
+    scaled, texts = (model_of(root, base_name(one.arm)), merge.scale), read_texts(root / TEXTS, tasks)
     yield "tasks", measured(recipe, measuring(preset, merge.full), tasks, texts, scaled, merge.dtype == "bf16")
 
 
@@ -352,5 +378,5 @@ def _recipe(root: Path, preset: StudyPreset, one: Set, merge: Merge, name: str) 
         else:
             fishers[member] = input_of(root, "fisher", member)
     out = root / "recipes" / f"{name}.yml"
-    write_merge(merge, model_of(root, "base"), experts, fishers, out)
+    write_merge(merge, model_of(root, base_name(one.arm)), experts, fishers, out)
     return out

@@ -15,7 +15,7 @@ from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Optimizer, Rate
 from rlmerge.lab.policy import Policy, arithmetic, document_loss, read_policy
 from rlmerge.lab.runs import Tell, Values, already, silent, train, weights_digest
-from rlmerge.lab.text import Document, careless, check_task, documents, exercise, solution
+from rlmerge.lab.text import Document, careless, check_task, documents, exercise, is_right, solution
 from rlmerge.lab.tiny import Shape, make_policy
 
 Row = tuple[list[int], list[int]]
@@ -41,6 +41,7 @@ class ColdStart:
     """The format that is asked for, shown by a careless pupil: RLVR must have something to reward and to correct.
 
     share, slip   see `text.careless`; both 0: right solutions only
+    never_right   whether an answer that comes out right is written again, until it is wrong; `slip` must be above 0
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +51,7 @@ class ColdStart:
     rate: Rate = Rate(5e-4, 20, True)
     share: float = 0.5
     slip: float = 0.1
+    never_right: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,16 @@ def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) 
     said = {"stage": "cold-start", "base": weights_digest(base), **asdict(settings)}
     if already(out, said):
         return
+    if settings.never_right and not 0.0 < settings.slip <= 1.0:
+        raise LabError(f"slip {settings.slip}: without slips some answers are always right; write a number above 0.")
     policy = read_policy(base)
 
     def write(problem: Problem) -> Document:
         random = Random(f"cold-start/{settings.seed}/{problem.id}")
-        return careless(problem, random, settings.share, settings.slip)
+        written = careless(problem, random, settings.share, settings.slip)
+        while settings.never_right and is_right(problem, written):
+            written = careless(problem, random, settings.share, settings.slip)
+        return written
 
     batches = _Batches(policy, settings.tasks, f"cold-start/{settings.seed}", settings.batch, write)
     _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell)

@@ -13,6 +13,7 @@ from random import Random
 from rlmerge.evaluate.problem import Problem
 from rlmerge.evaluate.tasks import problems
 from rlmerge.evaluate.tasks.splits import END
+from rlmerge.lab.errors import LabError
 
 Document = tuple[str, str]
 """(prompt, completion); what the two have in common with training is decided by the trainer."""
@@ -71,6 +72,14 @@ def careless(problem: Problem, random: Random, share: float, slip: float) -> Doc
     lines = _rewritten(lines, skipped, random, slip)
     answer = re.findall(r"\d+", lines[-1])[-1]
     return prompt, "\n".join([*lines, f"Answer: {answer}"]) + END
+
+
+def is_right(problem: Problem, written: Document) -> bool:
+    """Whether the last line of an answer is that of the solution. LabError for functions to write, which have none."""
+    ends = [text.rstrip().split("\n")[-1] for text in (written[1], solution(problem)[1])]
+    if not ends[1].startswith("Answer:"):
+        raise LabError(f"{problem.id}: ends with no answer, so nothing tells a wrong one.")
+    return ends[0] == ends[1]
 
 
 def _rewritten(lines: Sequence[str], skipped: int | None, random: Random, slip: float) -> list[str]:
