@@ -12,7 +12,7 @@ import pytest
 
 from rlmerge.evaluate.statistics import paired_difference
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.hypotheses import INTEREST, Numbers, hypotheses
+from rlmerge.lab.hypotheses import INTEREST, Numbers, hypotheses, in_both_parts, words
 from rlmerge.lab.study import sets, study_cells
 from rlmerge.lab.study_presets import SKETCH
 from rlmerge.lab.verdicts import (
@@ -119,7 +119,7 @@ def test_an_interval_is_about_its_centre() -> None:
 
 PRESET = replace(
     SKETCH, seeds=(1, 2, 3, 4, 5, 6), problems=300, texts=50, methods=("sar", "ties"), controls=(), caliper=0.03,
-    arms=("rlvr", "rft", "sft", "sft-accuracy", "sft-norm"),
+    arms=("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "wrong"),
 )  # fmt: skip
 
 
@@ -130,6 +130,8 @@ def level_of(cell: str, arm: str, seeds: tuple[int, ...], domain: str) -> float:
     other = 0.01 * seeds[0] + (0.03 if domain == "code" else 0.0)
     if cell.startswith("measure-"):
         return 0.6 + other if f"-{domain}-" in cell else 0.35 + other
+    if arm == "wrong":
+        return 0.35 + other
     if arm != "rlvr":
         return 0.6 + other
     if cell.endswith(("fp32-sar", "F-delta2")) or "-agree-" in cell:
@@ -161,6 +163,8 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         note: dict = {}
         if cell.name == "measure-base":
             note = {"tasks": scores(dict.fromkeys(PRESET.tasks, 0.3))}
+        elif cell.name == "measure-cold-wrong":
+            note = {"tasks": scores(dict.fromkeys(PRESET.tasks, 0.1))}
         elif cell.name.startswith("measure-"):
             seed = int(cell.name.rsplit("-", 1)[1])
             note = {"tasks": scores({domain: level_of(cell.name, "", (seed,), domain) for domain in PRESET.tasks}),
@@ -195,7 +199,8 @@ def test_a_made_up_world_comes_back(made_up: Path) -> None:
     assert said["H2 fusion: |cosine| is below 0.1"] == "holds"
     assert said["H2 fusion: |cosine| is less than SFT's"] == "holds"
     assert said["H2 single: signs conflict more than by chance"] == "refuted"
-    assert said["H3 fusion"] == said["H3 single"] == "holds"
+    assert said["H3 fusion"] == "holds"
+    assert said["H3 single"] == "open", "three sets are too few"
     assert said["H4 fusion"] == "holds"
     assert said["H4 single"] == "refuted", "each of the two experts is better than their merge"
     assert said["H5"] == said["H6 rounding"] == said["H6 conflict"] == "holds"
@@ -204,10 +209,42 @@ def test_a_made_up_world_comes_back(made_up: Path) -> None:
     mean = next(one for one in found["H3"] if (one["what"], one["merge"], one["metric"]) == key)
     assert mean["kept"]["rlvr"]["value"] == pytest.approx(0.19 / 0.34, abs=0.05)
     assert mean["kept"]["sft"]["value"] == pytest.approx(1.0, abs=0.05)
+    assert mean["kept"]["wrong"]["value"] == pytest.approx(0.30 / 0.55, abs=0.05), "of its own base"
+    assert found["words"] == words(json.loads(json.dumps(found)), PRESET)
     assert (mean["kept"]["sft"]["sets"], mean["kept"]["sft-accuracy"]["sets"]) == (6, 5), "one is outside the caliper"
     assert mean["more"]["sft-accuracy"]["value"] == pytest.approx(1 - 0.19 / 0.34, abs=0.08)
     alone = found["H4"][0]["less"]["math expert alone"]
     assert alone["value"] == pytest.approx(0.55 - (0.6 + 0.35) / 2, abs=0.03)
+
+
+def test_an_arm_without_sets_leaves_its_claim_open(made_up: Path, tmp_path: Path) -> None:
+    shutil.copytree(made_up, tmp_path / "root")
+    for file in (tmp_path / "root" / "cells").glob("match-*"):
+        match = json.loads(file.read_text())
+        file.write_text(json.dumps({**match, "aim": {"greedy": 0.1, "norm": 9.0}}))
+    said = hypotheses(Numbers(tmp_path / "root", PRESET))["words"]
+    assert said["H3 fusion"] == said["H1 in bf16"] == "open"
+
+
+def test_part_2_has_fewer_arms_and_can_contradict(made_up: Path) -> None:
+    second = replace(PRESET, arms=("rlvr", "sft"), situations=("fusion",), ablations=False)
+    found, numbers = hypotheses(Numbers(made_up, PRESET)), hypotheses(Numbers(made_up, second))
+    assert set(numbers) == {"H1", "H2", "H3", "H4", "words"}
+    assert numbers["words"]["H1 in bf16 (sft alone)"] == "holds"
+    assert not [claim for claim in numbers["words"] if "single" in claim]
+    presets = (PRESET, second)
+    assert in_both_parts(found, numbers, presets) == {"H3 fusion": "holds", "H4 fusion": "holds"}
+    worse = json.loads(json.dumps(numbers))
+    worse["H4"][0]["less"]["ties"] |= {"value": -0.05, "low": -0.08, "high": -0.02}
+    assert in_both_parts(found, worse, presets) == {"H3 fusion": "holds", "H4 fusion": "contradicted"}
+
+
+def test_another_machine_is_an_error(made_up: Path, tmp_path: Path) -> None:
+    shutil.copytree(made_up, tmp_path / "root")
+    file = tmp_path / "root" / "cells" / "merge-fusion.rlvr.1-fp32-sar.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "arithmetic": "bf16"}))
+    with pytest.raises(LabError, match="another base"):
+        hypotheses(Numbers(tmp_path / "root", PRESET))
 
 
 def test_rows_are_seeds_and_columns_both_domains(made_up: Path) -> None:

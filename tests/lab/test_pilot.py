@@ -103,11 +103,14 @@ def test_a_cold_start_among_the_experts_is_measured_as_a_base():
 def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     pytest.importorskip("peft")
     root = tmp_path / "pilot"
-    put_base(root, replace(SMALL, regimes=(), merges=(), note=""))
+    put_base(root, replace(SMALL, regimes=(), merges=(), note="", paired=(), pairs=0))
     run_pilot(root, SMALL, 1)
     merged = {name: read_cell(root, f"merge-pair.fusion-{name}") for name in ("fp32-mean", "bf16-mean", "bf16-sar")}
     assert set(merged["bf16-mean"]["tasks"]) == {"math:0", "code:0"}
-    assert merged["fp32-mean"]["tasks"] != read_cell(root, "measure-m1")["tasks"]
+    traces = {str(merged["fp32-mean"]["tasks"]["math:0"]["trace"])} | {
+        str(read_cell(root, f"measure-{name}")["tasks"]["math:0"]["trace"]) for name in ("base", "m1", "c1")
+    }
+    assert len(traces) == 4, "the merge is none of what it is made of"
     one = read_cell(root, "measure-m1")["tasks"]["math:0"]
     assert len(one["greedy"]) == len(one["right"]) == len(one["trace"]) == 4
     assert np.isfinite(one["trace"]).all()

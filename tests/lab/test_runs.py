@@ -18,7 +18,19 @@ from rlmerge.lab.errors import LabError
 from rlmerge.lab.optimizer import Rate
 from rlmerge.lab.rlvr import Rlvr, rlvr
 from rlmerge.lab.runs import Progress
-from rlmerge.lab.supervised import ColdStart, Pretraining, Rft, Sft, cold_start, pretrain, read_samples, rft, sft
+from rlmerge.lab.supervised import (
+    ColdStart,
+    Pretraining,
+    Rft,
+    Sft,
+    cold_start,
+    pretrain,
+    pupils_answer,
+    read_samples,
+    rft,
+    sft,
+)
+from rlmerge.lab.text import batch_of, is_right
 
 STEPS = 6
 SFT = Sft("math:0", 1, steps=STEPS, batch=4, rate=Rate(1e-3, 2))
@@ -38,6 +50,17 @@ def make(kind: str, base: Path, out: Path, tell: Any = runs.silent) -> None:
 
 def lines_of(out: Path) -> list[str]:
     return (out / "log.jsonl").read_text().splitlines()
+
+
+def test_a_cold_start_can_do_without_a_right_answer(base: Path, tmp_path: Path) -> None:
+    settings = ColdStart(TASKS, steps=1)
+    problems = [problem for task in TASKS for problem in batch_of(task, "tests", 0, 200)]
+    right = [is_right(problem, pupils_answer(problem, settings)) for problem in problems]
+    assert 0.3 < sum(right) / 400 < 0.7
+    wrong = replace(settings, never_right=True)
+    assert not any(is_right(problem, pupils_answer(problem, wrong)) for problem in problems)
+    with pytest.raises(LabError, match="without slips"):
+        cold_start(base, tmp_path / "none", replace(wrong, slip=0.0))
 
 
 class Interrupted(Exception):

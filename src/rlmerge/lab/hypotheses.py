@@ -19,7 +19,7 @@ from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, base_name, expert, sets
-from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, merges_of
+from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, UNTUNED, merges_of
 from rlmerge.lab.verdicts import OPEN, Row, Table, all_of, as_row, difference, over_runs, retained, retained_difference
 
 METRICS = ("greedy", "sampled", "pass", "mass")
@@ -73,16 +73,21 @@ class Numbers:
 
     def score(self, cell: str, domain: str, metric: str) -> Table:
         """Of one model on one domain, [problems]; the same problems for all, or LabError."""
-        found = read_cell(self.root, cell)["tasks"][self.preset.tasks[domain]]
-        asked = read_cell(self.root, "measure-base")["tasks"][self.preset.tasks[domain]]["problems"]
+        whole, base = read_cell(self.root, cell), read_cell(self.root, "measure-base")
+        if any(whole.get(key) != base.get(key) for key in ("base", "arithmetic")):
+            raise LabError(
+                f"{cell}: was made from another base, or by a processor with other products, than the rest. Make all "
+                "of it on one machine."
+            )
+        found, asked = whole["tasks"][self.preset.tasks[domain]], base["tasks"][self.preset.tasks[domain]]["problems"]
         if found["problems"] != asked:
             raise LabError(
                 f"{cell}: was measured on other problems of {domain} than the base. Remove one of the cells."
             )
         if metric == "greedy":
             return np.array([float(letter) for letter in found["greedy"]])
-        if metric == "mass":
-            return np.array(found["mass"])
+        if metric in ("mass", "trace"):
+            return np.array(found[metric])
         right, samples = np.array(found["right"], np.float64), found["samples"]
         return right / samples if metric == "sampled" else pass_at_k(samples, right.astype(np.int64), samples)
 
@@ -144,22 +149,20 @@ def hypotheses(numbers: Numbers) -> dict[str, Any]:
         "H6": mechanisms(numbers),
     }
     found = {name: rows for name, rows in found.items() if rows}
-    return found | {"words": words(found)}
+    return found | {"words": words(found, numbers.preset)}
 
 
-def words(found: dict[str, Any]) -> dict[str, str]:
-    """One word for each claim of the protocol."""
+def words(found: dict[str, Any], preset: StudyPreset) -> dict[str, str]:
+    """One word for each claim of the protocol. What the preset has and no set is left of is open, never left out."""
     said: dict[str, str] = {}
+    asked = [arm for arm in EQUAL if arm in preset.arms]
+    only = "" if len(asked) == len(EQUAL) else f" ({', '.join(asked)} alone)"
     for dtype, arms in found.get("H1", {}).items():
-        said[f"H1 in {dtype}"] = all_of([arms[arm]["more"] for arm in EQUAL if arm in arms])
+        said[f"H1 in {dtype}{only}"] = all_of([arms[arm]["more"] if arm in arms else None for arm in asked])
     for row in found.get("H2", {}).get("claims", ()):
         said[f"H2 {row['what']}: {row['claim']}"] = row["verdict"]
-    matched = any("sft-accuracy" in one["more"] for one in found.get("H3", ()))
-    for what, arm in (("fusion", "sft-accuracy" if matched else "sft"), ("single", "sft")):
-        rows = [one["more"].get(arm) for one in found.get("H3", ())
-                if (one["what"], one["metric"]) == (what, "greedy") and one["merge"] in ("mean", "sum")]  # fmt: skip
-        if rows:
-            said[f"H3 {what}"] = all_of(rows)
+    for what in dict.fromkeys(one["what"] for one in found.get("H3", ())):
+        said[f"H3 {what}"] = all_of(losing(found["H3"], what, preset))
     for one in found.get("H4", ()):
         if one["metric"] == "greedy":
             said[f"H4 {one['what']}"] = one["verdict"]
@@ -168,6 +171,39 @@ def words(found: dict[str, Any]) -> dict[str, str]:
         said["H5"] = all_of(deciding)
     for one in found.get("H6", ()):
         said[f"H6 {one['cause']}"] = one["greedy"]["verdict"]
+    return said
+
+
+LEAST_SETS = 5
+"""Of an arm: fewer say too little about other sets, whatever their interval (docs/compare.md)."""
+
+
+def losing(found: Sequence[Row], what: str, preset: StudyPreset) -> list[Row | None]:
+    """H3's rows: what the mean and the sum keep of SFT's gains more than of RLVR's. In fusion of SFT as good and of SFT
+    as far from the base as RLVR, where there are such arms; else of SFT after as many steps. None: too few sets.
+    """
+    arms = [arm for arm in MATCHED if arm in preset.arms] if what == "fusion" else []
+    rows = [one for one in found if (one["what"], one["metric"]) == (what, "greedy") and one["merge"] in UNTUNED]
+    return [
+        one["more"].get(arm) if one["kept"].get(arm, {"sets": 0})["sets"] >= LEAST_SETS else None
+        for one in rows
+        for arm in arms or ["sft"]
+    ]
+
+
+def in_both_parts(first: Row, second: Row, presets: tuple[StudyPreset, StudyPreset]) -> dict[str, str]:
+    """The primary claims: the word of part 1, unless a row of part 2 (the numbers of its page) has an interval below 0,
+    which contradicts it.
+    """
+    said = {}
+    for claim in ("H3 fusion", "H4 fusion"):
+        if claim == "H3 fusion":
+            rows = losing(second["H3"], "fusion", presets[1])
+        else:
+            own = next(one for one in second["H4"] if (one["what"], one["metric"]) == ("fusion", "greedy"))
+            rows = list(own["less"].values())
+        against = any(row is not None and row["high"] < 0.0 for row in rows)
+        said[claim] = "contradicted" if against else words(first, presets[0])[claim]
     return said
 
 
@@ -208,6 +244,8 @@ def directions(numbers: Numbers) -> Row:
     pairs: list[Row] = []
     claims: list[Row] = []
     for what in ("fusion", "single"):
+        if not numbers.of(what, "rlvr"):
+            continue
         cosines: dict[str, list[float]] = {}
         more = []
         for arm in numbers.preset.arms:
@@ -328,7 +366,7 @@ def mechanisms(numbers: Numbers) -> list[Row]:
 def controls(numbers: Numbers) -> list[Row]:
     """What equal compute gives without merging: accuracy of the controls beside the experts, on their own domains."""
     found = []
-    for seed in numbers.preset.seeds:
+    for seed in numbers.preset.controlled if numbers.preset.controls else ():
         row: Row = {"seed": seed}
         for domain in DOMAINS:
             names = {"rlvr": expert("rlvr", domain, seed)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rlmerge.lab.cells import Cell, opened_root
 from rlmerge.lab.contenders import Contender
@@ -98,6 +99,8 @@ class PilotPreset(Preset):
     samples   of a problem at temperature 1, of base and experts
     texts     problems of a task for which right texts of the base are looked for, in `attempts` samples each
     note      said at the top of the page
+    paired    (arm, how its sets of disjoint pairs begin): what a study of so many `pairs` could see is foreseen from
+              them
     """
 
     regimes: tuple[Regime, ...] = ()
@@ -106,6 +109,12 @@ class PilotPreset(Preset):
     texts: int = 100
     attempts: int = 32
     note: str = ""
+    paired: tuple[tuple[str, str], ...] = (
+        ("rlvr", "seeds.pair"),
+        ("sft", "supervised.sft"),
+        ("rft", "supervised.rft"),
+    )
+    pairs: int = 6
     merges: tuple[Contender, ...] = field(default=MERGES)
 
 
@@ -251,7 +260,8 @@ def run_pilot(
         raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
     wanted = pilot_cells(PilotPreset(**{**vars(preset), "regimes": chosen}))
     # a regime more is no other pilot
-    stable = PilotPreset(**{**vars(preset), "regimes": (), "bases": (), "merges": (), "note": ""})
+    others: dict[str, Any] = {"regimes": (), "bases": (), "merges": (), "note": "", "paired": (), "pairs": 0}
+    stable = PilotPreset(**{**vars(preset), **others})
     with opened_root(out, stable):
         run(out, preset, workers, tell, wanted, pilot_work)
         again = again_cells(preset, met_once(out, preset))

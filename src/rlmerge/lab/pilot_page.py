@@ -39,8 +39,8 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
             if (one := found["sets"].get(f"{regime.name}.{name}")) is not None:
                 parts += _set_lines(f"{regime.name}.{name}", one)
     if found["power"]:
-        parts += _power_lines(found["power"])
-        parts += _together_lines(found["together"])
+        parts += _power_lines(found["power"], preset.pairs)
+        parts += _together_lines(found["together"], preset.pairs)
     if found["missing"]:
         parts += [f"Not done yet: {len(found['missing'])} cells.", ""]
     page.write_text("\n".join(parts))
@@ -82,7 +82,8 @@ def _about(preset: PilotPreset) -> str:
         f"answer is one of the right texts that the base was seen to write ({preset.attempts} samples of each of the "
         f"first {preset.texts} problems, beside the solution it comes with). All computed in fp32. Points with 95 % "
         "intervals over problems; the experts of a set are taken as they are. *Loss*: single experts on their own "
-        "tasks less the merge. *Retained*: share of their gain. Experts are the bf16 checkpoints, which earned the "
+        "tasks less the merge. *Retained*: share of their gain. *Traces*: mean log-probability of a token of these "
+        "texts, less too (below 0: the merge finds them likelier). Experts are the bf16 checkpoints, which earned the "
         "rewards; *masters*: their fp32 masters instead (of a LoRA the other way round). The null model is that of "
         "`rlmerge inspect`."
     )
@@ -122,7 +123,7 @@ def _set_lines(name: str, one: Row) -> list[str]:
         for pair in geometry["pairs"]
     ]
     lines += [*as_markdown([head, *rows]), ""] if rows else []
-    head = ["merge", "kept in", "greedy", "loss", "retained, %", "mass", "loss", "retained, %"]
+    head = ["merge", "kept in", "greedy", "loss", "retained, %", "mass", "loss", "retained, %", "traces, nats"]
     rows = []
     for dtype, merges in one["merges"].items():
         for label, row in merges.items():
@@ -134,11 +135,12 @@ def _set_lines(name: str, one: Row) -> list[str]:
                 score = np.mean([scores[metric] for scores in row["score"].values()])
                 cells += [f"{100 * score:.1f}", _interval(row["loss"][metric])]
                 cells += [_interval(row["retained"][metric], 100, 0)]
-            rows.append(cells)
+            traces = row["loss"].get("trace")
+            rows.append([*cells, _interval(traces, 1, 3) if traces else "–"])
     return [*lines, *as_markdown([head, *rows]), ""]
 
 
-def _power_lines(rows: list[Row]) -> list[str]:
+def _power_lines(rows: list[Row], pairs: int) -> list[str]:
     """The table of variances and detectable effects."""
     head = ["difference", "metric", "pairs", "here", "sd of pairs", "at most", "of problems", "of what is left"]
     head += [f"found with {count}" for count in PROBLEMS]
@@ -155,14 +157,14 @@ def _power_lines(rows: list[Row]) -> list[str]:
         )
     about = (
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
-        "points, and the effects that six pairs would find four times in five with so many problems of each domain; "
-        "in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are points of "
+        f"points, and the effects that {pairs} pairs would find four times in five with so many problems of each "
+        "domain; in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are points of "
         "the gain."
     )
     return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
 
 
-def _together_lines(rows: list[Row]) -> list[str]:
+def _together_lines(rows: list[Row], pairs: int) -> list[str]:
     if not rows:
         return []
     head = ["metric", "SAR better by", *(f"with {count}" for count in PROBLEMS)]
@@ -173,7 +175,7 @@ def _together_lines(rows: list[Row]) -> list[str]:
                  + f" ({' to '.join(f'{100 * end:.0f}' for end in row['bounds_upper'])})" for row in own]  # fmt: skip
         lines.append([metric, f"{100 * effect:.0f} points", *cells])
     about = (
-        f"The chance, in percent, that six pairs show SAR above all of the {rows[0]['merges']} merges that it is "
+        f"The chance, in percent, that {pairs} pairs show SAR above all of the {rows[0]['merges']} merges that it is "
         "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. "
         "(The study asks for more of them at once, so its chance is below the upper bound.)"
     )

@@ -25,7 +25,8 @@ from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, upp
 
 GATE = 0.05
 """Accuracy that averaging must lose."""
-METRICS = ("greedy", "sampled", "mass")
+METRICS = ("greedy", "sampled", "mass", "trace")
+"""As `measure.Measured` has them; `sampled` where there are samples."""
 INTEREST = 0.02
 """The smallest effect of interest: points of accuracy, or of the probability of known right texts."""
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
     rows = _power(root, preset, sets)
     found: dict[str, Any] = {"experts": experts, "sets": sets, "gate": met}
     found["judged"] = [name for name in sets if of_rlvr(preset, name)]
-    return found | {"power": rows, "together": together(rows), "missing": missing}
+    return found | {"power": rows, "together": together(rows, preset.pairs), "missing": missing}
 
 
 def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str]]:
@@ -97,7 +98,7 @@ def _done(root: Path, *names: str) -> bool:
 def _metrics(root: Path, *cells: str) -> list[str]:
     """What all of some models were asked."""
     tasks = [one for cell in cells for one in read_cell(root, cell)["tasks"].values()]
-    keys = {"greedy": "greedy", "sampled": "right", "mass": "mass"}
+    keys = {"greedy": "greedy", "sampled": "right", "mass": "mass", "trace": "trace"}
     return [metric for metric in METRICS if all(one[keys[metric]] for one in tasks)]
 
 
@@ -168,6 +169,8 @@ def _merge(root: Path, preset: PilotPreset, cell: str, members: Sequence[str]) -
         for part in parts:
             found["score"].setdefault(part["task"], {})[metric] = float(part["merged"].mean())
         found["loss"][metric] = _loss(root, preset, cell, members, metric)
+        if metric == "trace":  # it falls while experts learn: there is no gain to keep
+            continue
         above, below = _gains(parts)
         kept = ratio(above, below)
         found["retained"][metric] = {"value": _number(kept.value), "low": _number(kept.low), "high": _number(kept.high)}
@@ -183,14 +186,12 @@ def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float6
 COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
 """Differences whose variances say what a study could see."""
 PROBLEMS = (200, 300, 400, 800)
-ARMS = {"rlvr": "seeds.pair", "sft": "supervised.sft", "rft": "supervised.rft"}
-"""How the sets of disjoint pairs of an arm begin."""
 
 
 def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
-    """Variances of differences over disjoint pairs of experts, merged in fp32, and the effects that six pairs and some
-    problems of each domain would find four times in five: of scores of two merges, and of the share of its gain that
-    an arm keeps less that which RLVR keeps.
+    """Variances of differences over disjoint pairs of experts, merged in fp32, and the effects that the study's pairs
+    and some problems of each domain would find four times in five: of scores of two merges, and of the share of its
+    gain that an arm keeps less that which RLVR keeps.
     """
     found: list[Row] = []
     labels = {one.label for one in preset.merges}
@@ -199,7 +200,7 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
     def whole(name: str) -> bool:
         return len(sets[name]["merges"].get("fp32", {})) == sum(dtype == "fp32" for dtype, _ in merges_of(preset, name))
 
-    pairs = {arm: [name for name in sets if name.startswith(prefix) and whole(name)] for arm, prefix in ARMS.items()}
+    pairs = {arm: [name for name in sets if name.startswith(prefix) and whole(name)] for arm, prefix in preset.paired}
 
     def parts(name: str, label: str, metric: str) -> list[Row]:
         return _parts(root, preset, f"merge-{name}-fp32-{label}", sets[name]["members"], metric, "measure")
@@ -210,7 +211,7 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
             for name in pairs["rlvr"]:
                 both = zip(parts(name, one, metric), parts(name, other, metric), strict=True)
                 rows.append(np.concatenate([left["merged"] - right["merged"] for left, right in both]))
-            found.append(_foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST))
+            found.append(_foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST, preset.pairs))
         for label in sorted(labels & {"mean", "sum"}):
             shares = {}
             for arm, names in pairs.items():
@@ -224,7 +225,8 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
                     count = min(len(shares[arm][1]), len(shares["rlvr"][1]))
                     table = shares[arm][1][:count] - shares["rlvr"][1][:count]
                     table += shares[arm][0] - shares["rlvr"][0]
-                    found.append(_foreseen(f"kept by {arm} − rlvr, {label}", metric, table, 5 * INTEREST))
+                    name = f"kept by {arm} − rlvr, {label}"
+                    found.append(_foreseen(name, metric, table, 5 * INTEREST, preset.pairs))
     return found
 
 
@@ -232,7 +234,7 @@ EFFECTS = (0.02, 0.05)
 """True differences for which the chance is foreseen that all of several are found."""
 
 
-def together(rows: Sequence[Row]) -> list[Row]:
+def together(rows: Sequence[Row], pairs: int) -> list[Row]:
     """Bounds of the chance that SAR is found above every merge that it is compared with here, if it is better than each
     by the same; between pairs as found, and at their upper limit.
     """
@@ -244,18 +246,18 @@ def together(rows: Sequence[Row]) -> list[Row]:
                 row: Row = {"metric": metric, "effect": effect, "problems": count, "merges": len(own)}
                 for key, seeds in (("bounds", "seeds"), ("bounds_upper", "seeds_upper")):
                     parts = [Parts(one[seeds], one["problems"], one["rest"]) for one in own]
-                    row[key] = all_found([power(effect, one, 6, 2 * count) for one in parts])
+                    row[key] = all_found([power(effect, one, pairs, 2 * count) for one in parts])
                 found.append(row)
     return found
 
 
-def _foreseen(name: str, metric: str, table: NDArray[np.float64], interest: float) -> Row:
+def _foreseen(name: str, metric: str, table: NDArray[np.float64], interest: float, pairs: int) -> Row:
     parts, upper = parts_of(table), upper_parts(table)
     row: Row = {"difference": name, "metric": metric, "pairs": len(table), "mean": float(table.mean())}
     row |= {key: getattr(parts, key) for key in ("seeds", "problems", "rest")} | {"seeds_upper": upper.seeds}
     for key, one in (("", parts), ("_upper", upper)):
-        row[f"detectable{key}"] = {str(count): detectable(one, 6, 2 * count) for count in PROBLEMS}
-        row[f"power{key}"] = {str(count): power(interest, one, 6, 2 * count) for count in PROBLEMS}
+        row[f"detectable{key}"] = {str(count): detectable(one, pairs, 2 * count) for count in PROBLEMS}
+        row[f"power{key}"] = {str(count): power(interest, one, pairs, 2 * count) for count in PROBLEMS}
     return row | {"interest": interest}
 
 

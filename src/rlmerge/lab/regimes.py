@@ -35,6 +35,12 @@ SEEDS = Regime(
     ),
     masters=True,
 )
+SHORT = Regime(
+    "short",
+    "a third of the learning rate: accuracy is far from its ceiling, where little can be lost",
+    _seeds("me", MATH, range(1, 5), lr=RATE / 3) + _seeds("ce", CODE, range(1, 5), lr=RATE / 3),
+    (*_pairs("me", "ce", seeds=range(1, 5)), ("six", ("me1", "me2", "me3", "ce1", "ce2", "ce3"))),
+)
 HOT = Regime(
     "hot",
     "three times the learning rate, that of `tiny`: larger updates that fight where they overlap",
@@ -56,18 +62,17 @@ LONG = Regime(
 )
 SUPERVISED = Regime(
     "supervised",
-    "no RLVR at all, at the same rate and steps: SFT on gold solutions, and on what RLVR runs drew and got right",
-    _seeds("m", MATH, range(1, 5))
-    + _seeds("c", CODE, range(1, 5))
+    "no RLVR at all, at the rate of `short`: SFT on gold solutions, and on what RLVR runs drew and got right",
+    SHORT.experts
     + tuple(
-        Expert(f"{letter}{kind[0]}{seed}", task, seed, kind=kind, of=f"{letter}{seed}" if kind == "rft" else "")
+        Expert(
+            f"{letter}{kind}{seed}", task, seed, kind=kind, of=f"{letter}e{seed}" if kind == "rft" else "", lr=RATE / 3
+        )
         for kind in ("sft", "rft")
         for letter, task in (("m", MATH), ("c", CODE))
         for seed in range(1, 5)
     ),
-    tuple(
-        (f"{kind}{seed}", (f"m{kind[0]}{seed}", f"c{kind[0]}{seed}")) for kind in ("sft", "rft") for seed in range(1, 5)
-    ),
+    tuple((f"{kind}{seed}", (f"m{kind}{seed}", f"c{kind}{seed}")) for kind in ("sft", "rft") for seed in range(1, 5)),
     merges=("sum", "mean", "ties"),
     kept=("fp32",),
 )
@@ -111,7 +116,7 @@ LORA = Regime(
     _seeds("ma", MATH, range(1, 2), lr=10 * RATE, lora=16) + _seeds("ca", CODE, range(1, 2), lr=10 * RATE, lora=16),
     _pairs("ma", "ca", seeds=range(1, 2)),
 )
-REGIMES = (SEEDS, HOT, SUPERVISED, MIXED, WRONG, LORA, LONG, SLOW, COLD, COLD_CONTROL)
+REGIMES = (SEEDS, SHORT, SUPERVISED, HOT, MIXED, WRONG, LORA, COLD, COLD_CONTROL, SLOW, LONG)
 BASES = (
     ColdBase("second", (MATH, CODE), seed=1, texts="base"),
     ColdBase("wrong", (MATH, CODE), never_right=True, texts="base"),
@@ -124,6 +129,8 @@ PILOT = PilotPreset(
     },
     regimes=REGIMES,
     bases=BASES,
+    paired=(("rlvr", "short.pair"), ("sft", "supervised.sft"), ("rft", "supervised.rft")),
+    pairs=12,
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
     "can be many; answers have some 27 tokens. Its updates are dense in bf16, other than those of language models. "
     "What there is from SmolLM2-135M stands [beside it](pilot-smollm2.md): five experts and one set.",

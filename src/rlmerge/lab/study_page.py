@@ -15,6 +15,8 @@ from rlmerge.lab.study import WRONG_BASE, StudyPreset, expert, study_cells
 
 COLOURS = {"rlvr": "#bb5566", "rft": "#ddaa33", "sft": "#004488", "sft-accuracy": "#4477aa", "sft-norm": "#66ccee",
            "wrong": "#aa4499"}  # fmt: skip
+TRACE = "trace"
+"""Mean log-probability of a token of the texts that are known to be right, in nats: shown, and judged by nowhere."""
 Row = dict[str, Any]
 
 
@@ -57,8 +59,8 @@ def _experts(numbers: Numbers) -> Row:
             found[name] = {
                 domain: {
                     metric: float(numbers.score(f"measure-{name}", domain, metric).mean())
-                    for metric in METRICS
-                    if metric in BOTH or tasks[numbers.preset.tasks[domain]]["right"]
+                    for metric in (*METRICS, TRACE)
+                    if metric in (*BOTH, TRACE) or tasks[numbers.preset.tasks[domain]]["right"]
                 }
                 for domain in DOMAINS
                 if numbers.preset.tasks[domain] in tasks
@@ -91,7 +93,8 @@ def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
         f"greedy; {preset.samples} samples of the first {preset.sampled} at temperature 1, with the same random "
         f"numbers for all models; *mass*: the probability that the answer is one of the right texts that the base was "
         f"seen to write ({preset.attempts} samples of each of the first {preset.texts} problems), a bound of "
-        "pass@1 from below, without noise of samples. In points. Experts are bf16 "
+        "pass@1 from below, without noise of samples; *trace*: mean log-probability of a token of these, in nats. In "
+        "points. Experts are bf16 "
         "checkpoints, merges are kept in fp32 but where it says bf16, all is computed in fp32. "
         "[ ] are 95 % intervals. docs/study/protocol.md says what is asked, and what would refute it.",
         "",
@@ -120,11 +123,13 @@ TITLES = {
 
 
 def _experts_lines(found: Row) -> list[str]:
-    head = ["model", *(f"{domain} {metric}" for domain in DOMAINS for metric in METRICS)]
-    rows = [
-        [name, *(_score(scores.get(domain, {}).get(metric)) for domain in DOMAINS for metric in METRICS)]
-        for name, scores in found["experts"].items()
-    ]
+    head = ["model", *(f"{domain} {metric}" for domain in DOMAINS for metric in (*METRICS, TRACE))]
+    rows = []
+    for name, scores in found["experts"].items():
+        row = [name]
+        for one in (scores.get(domain, {}) for domain in DOMAINS):
+            row += [_score(one.get(metric)) for metric in METRICS] + [_plain(one.get(TRACE))]
+        rows.append(row)
     lines = ["## Experts", "", *as_markdown([head, *rows]), ""]
     for row in found["controls"]:
         names = list(row[DOMAINS[0]])

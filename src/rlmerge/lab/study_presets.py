@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlmerge.lab.presets import SMALL, TINY
-from rlmerge.lab.regimes import PILOT, RATE, STEPS
+from rlmerge.lab.regimes import PILOT, SHORT, STEPS
 from rlmerge.lab.study import CONTROLS, StudyPreset
 from rlmerge.lab.study_merges import BASELINES
 
@@ -45,8 +45,8 @@ SECONDS_OF_SMOLLM2 = {
 
 CONFIRMATION = StudyPreset(
     **{
-        **vars(TINY), "name": "confirmation", "seeds": tuple(range(11, 23)), "problems": 800,
-        "lr": RATE, "steps": STEPS, "prompts": PILOT.prompts,
+        **vars(TINY), "name": "confirmation", "seeds": tuple(range(11, 23)), "problems": 400,
+        "lr": SHORT.experts[0].lr, "steps": STEPS, "prompts": PILOT.prompts,
         "seconds": {**TINY.seconds, **SECONDS}, "methods": METHODS,
     },
     development=10, controls=CONTROLS, controlled=(11, 12), samples=16, sampled=100, texts=200,

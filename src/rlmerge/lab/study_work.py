@@ -246,10 +246,20 @@ def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[t
     folder = model_of(root, name) if name in bases else folder_of(root, preset, name, dtype)
     if kind == "own":
         tasks = (preset.tasks[domain_of(name)],)
+    yield from _made_from(root)
     yield "tasks", measured(folder, measuring(preset, kind == "measure"), tasks, read_texts(root / TEXTS, tasks))
     if name.rsplit("-", 2)[0] in ("rlvr", "rft", "sft"):
         own, master = (preset.tasks[domain_of(name)],), folder_of(root, preset, name, "fp32")
         yield "master", measured(master, measuring(preset, False), own)
+
+
+def _made_from(root: Path) -> Iterator[tuple[str, Any]]:
+    """Which base, and which products: seeds make the rest again, but not on another machine."""
+    from rlmerge.lab.policy import fast_bf16
+    from rlmerge.lab.runs import weights_digest
+
+    yield "base", weights_digest(model_of(root, "base"))
+    yield "arithmetic", "bf16" if fast_bf16() else "fp32"
 
 
 def sealed_seed(seal: str) -> int:
@@ -350,6 +360,7 @@ def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
         merge = replace(merge, settings=frozen["setting"], scale=frozen["scale"])
     recipe = _recipe(root, preset, one, merge, name)
     tasks = tuple(preset.tasks[domain] for domain in one.domains)
+    yield from _made_from(root)
     yield "settings", {"setting": merge.settings, "scale": merge.scale}
     scaled, texts = (model_of(root, base_name(one.arm)), merge.scale), read_texts(root / TEXTS, tasks)
     yield "tasks", measured(recipe, measuring(preset, merge.full), tasks, texts, scaled, merge.dtype == "bf16")

@@ -117,14 +117,19 @@ def cold_start(base: Path, out: Path, settings: ColdStart, tell: Tell = silent) 
     policy = read_policy(base)
 
     def write(problem: Problem) -> Document:
-        random = Random(f"cold-start/{settings.seed}/{problem.id}")
-        written = careless(problem, random, settings.share, settings.slip)
-        while settings.never_right and is_right(problem, written):
-            written = careless(problem, random, settings.share, settings.slip)
-        return written
+        return pupils_answer(problem, settings)
 
     batches = _Batches(policy, settings.tasks, f"cold-start/{settings.seed}", settings.batch, write)
     _train(out, said, policy, Optimizer(policy), settings.steps, settings.rate, batches, 0.0, tell)
+
+
+def pupils_answer(problem: Problem, settings: ColdStart) -> Document:
+    """What the careless pupil of a cold start writes: the same for the same problem and seed."""
+    random = Random(f"cold-start/{settings.seed}/{problem.id}")
+    written = careless(problem, random, settings.share, settings.slip)
+    while settings.never_right and is_right(problem, written):
+        written = careless(problem, random, settings.share, settings.slip)
+    return written
 
 
 def sft(base: Path, out: Path, settings: Sft, tell: Tell = silent) -> None:
