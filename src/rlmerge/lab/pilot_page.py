@@ -158,8 +158,8 @@ def _power_lines(rows: list[Row], pairs: int) -> list[str]:
     about = (
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
         f"points, and the effects that {pairs} pairs would find four times in five with so many problems of each "
-        "domain; in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are points of "
-        "the gain."
+        "domain; in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are "
+        "points of the gain."
     )
     return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
 
