@@ -34,7 +34,10 @@ def scored(right: float, tasks: tuple[str, ...], seed: int) -> dict[str, Any]:
     for number, task in enumerate(tasks):
         letters = np.array(["0"] * 200)
         letters[np.random.default_rng([seed, number]).permutation(200)[: round(200 * right)]] = "1"
-        found[task] = {"greedy": "".join(letters), "right": [], "mass": [right / 2] * 5, "trace": [-1.0] * 5}
+        found[task] = {
+            "greedy": "".join(letters), "samples": 4, "right": [4 * int(letter) for letter in letters],
+            "mass": [right / 2] * 5, "trace": [-1.0] * 5,
+        }  # fmt: skip
     return found
 
 
@@ -97,8 +100,14 @@ def test_the_gate_is_met_twice_or_not(root: Path) -> None:
                         ("merge-seeds.pair1-bf16-mean", 0.58)):  # fmt: skip
         put(root, f"again-{name}", tasks=scored(right, TASKS, 9))
     found = summary(root, PRESET)
-    assert {one["dtype"]: one["holds"] for one in found["gate"]} == {"fp32": True, "bf16": False}
-    assert outcome(found) == "averaging costs 5 points or more in 1 of 2 sets so far: seeds.pair1"
+    holds = {(one["dtype"], one["by"], one["then"]): one["holds"] for one in found["gate"]}
+    assert holds == {
+        (dtype, *by): dtype == "fp32"
+        for dtype in ("fp32", "bf16")
+        for by in (("greedy", "greedy"), ("mass", "sampled"))
+    }
+    both = "averaging costs 5 points or more, of samples, greedily in 1, in 1 of 2 sets so far: seeds.pair1"
+    assert outcome(found) == both.replace(", of samples, greedily in 1", "")
     put(root, "again-merge-seeds.pair1-fp32-mean", tasks=scored(0.58, TASKS, 9))
     assert outcome(summary(root, PRESET)).startswith(
         "averaging was seen to cost 5 points in none of 2 sets so far; intervals"

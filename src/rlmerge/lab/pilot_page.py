@@ -52,11 +52,15 @@ def outcome(found: dict[str, Any]) -> str:
     if not found["judged"]:
         return "no set is measured yet"
     held = dict.fromkeys(one["set"] for one in found["gate"] if one["holds"])
+    greedy = {one["set"] for one in found["gate"] if one["holds"] and one["by"] == "greedy"}
     share = f"{len(held) or 'none'} of {len(found['judged'])} sets{' so far' if found['missing'] else ''}"
     pending = any(one["second"] is None for one in found["gate"])
     looked = ", the second look at some of which is open" if pending else ""
     if held:
-        return f"averaging costs {100 * GATE:.0f} points or more in {share}{looked}: {', '.join(held)}"
+        how = (
+            "" if greedy == set(held) else ", of samples" if not greedy else f", of samples, greedily in {len(greedy)}"
+        )
+        return f"averaging costs {100 * GATE:.0f} points or more{how}, in {share}{looked}: {', '.join(held)}"
     most = max(found["sets"][name]["merges"]["fp32"]["mean"]["loss"]["greedy"]["high"] for name in found["judged"])
     return (
         f"averaging was seen to cost {100 * GATE:.0f} points in {share}{looked}; intervals leave open a loss of up to "
@@ -65,15 +69,20 @@ def outcome(found: dict[str, Any]) -> str:
 
 
 def _gate_lines(gate: list[Row]) -> list[str]:
+    from rlmerge.lab.pilot_work import AGAIN
+
     if not gate:
         return []
     rows = [
-        [one["set"], one["dtype"], _interval(one["first"]), _interval(one["second"]) if one["second"] else "not yet",
+        [one["set"], one["dtype"], one["by"], _interval(one["first"]), one["then"], _interval(one["second"]) if one["second"] else "not yet",
          {True: "yes", False: "no", None: "not yet"}[one["holds"]]]
         for one in gate
     ]  # fmt: skip
-    about = "Sets that met the gate, and what their mean loses on other problems, as many, that nobody had looked at:"
-    return [about, "", *as_markdown([["set", "kept in", "loss", "again", "holds"], *rows]), ""]
+    about = (
+        "Sets whose mean lost as much as the gate asks for, by greedy answers or by mass, and what it loses on other "
+        f"problems, as many, that nobody had looked at, by greedy answers or by {AGAIN} samples at temperature 1:"
+    )
+    return [about, "", *as_markdown([["set", "kept in", "by", "loss", "again by", "loss", "holds"], *rows]), ""]
 
 
 def _about(preset: PilotPreset) -> str:

@@ -28,6 +28,10 @@ from rlmerge.lab.presets import Preset
 from rlmerge.lab.texts import find_texts, read_texts
 
 
+AGAIN = 4
+"""Samples of a problem at temperature 1, at the second look."""
+
+
 def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:
     """Does a cell of the pilot; yields what it measured."""
     assert isinstance(preset, PilotPreset)
@@ -165,8 +169,8 @@ def _geometry(root: Path, preset: PilotPreset, whole: str) -> Iterator[tuple[str
 
 
 def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any]:
-    """Greedy answers to other problems: none that was measured before."""
-    how = replace(_measuring(preset, 0), seed=1, without=preset.problems)
+    """Greedy answers and samples of other problems: none that was measured before."""
+    how = replace(_measuring(preset, AGAIN), seed=1, without=preset.problems)
     if name.startswith("merge-"):
         whole, dtype, label = name.removeprefix("merge-").split("-", 2)
         tasks = tasks_of(preset, sets_of(preset)[whole])

@@ -47,13 +47,6 @@ HOT = Regime(
     _seeds("mh", MATH, range(1, 3), lr=3 * RATE) + _seeds("ch", CODE, range(1, 3), lr=3 * RATE),
     (*_pairs("mh", "ch", seeds=range(1, 3)), ("four", ("mh1", "mh2", "ch1", "ch2"))),
 )
-SLOW = Regime(
-    "slow",
-    "a third of the learning rate, three times the steps: sparser updates",
-    _seeds("mo", MATH, range(1, 2), lr=RATE / 3, steps=3 * STEPS)
-    + _seeds("co", CODE, range(1, 2), lr=RATE / 3, steps=3 * STEPS),
-    _pairs("mo", "co", seeds=range(1, 2)),
-)
 LONG = Regime(
     "long",
     "three times the steps: entropy has fallen by then",
@@ -116,7 +109,7 @@ LORA = Regime(
     _seeds("ma", MATH, range(1, 2), lr=10 * RATE, lora=16) + _seeds("ca", CODE, range(1, 2), lr=10 * RATE, lora=16),
     _pairs("ma", "ca", seeds=range(1, 2)),
 )
-REGIMES = (SEEDS, SHORT, SUPERVISED, HOT, MIXED, WRONG, LORA, COLD, COLD_CONTROL, SLOW, LONG)
+REGIMES = (SEEDS, SHORT, SUPERVISED, LONG, MIXED, WRONG, HOT, LORA, COLD, COLD_CONTROL)
 BASES = (
     ColdBase("second", (MATH, CODE), seed=1, texts="base"),
     ColdBase("wrong", (MATH, CODE), never_right=True, texts="base"),
