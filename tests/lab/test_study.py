@@ -127,7 +127,7 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert recipe["base_model"] == "../models/cold-wrong/bf16"
     assert "cold-wrong" in found["experts"]
     assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
-    assert not read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
+    assert read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
     texts = json.loads((root / "texts" / "math-0.json").read_text())
     assert len(texts) == 3
     assert [] in texts, "four samples do not solve all three, and solutions are not among the texts"
@@ -165,7 +165,7 @@ def test_the_whole_study(tmp_path: Path) -> None:
     assert folder_of(root, SMALLEST, "sft-accuracy-math-0").parent.name == str(match["accuracy"])
     assert read_cell(root, "measure-average-math-0")["tasks"]["math:0"]["greedy"]
     assert set(found["masters"]) == {"rlvr", "rft", "sft"}
-    assert found["words"]["H3 fusion"]
+    assert found["words"]["H3 fusion, sampled"]
 
     # the same settings everywhere but on the pair that chose them
     assert read_cell(root, "merge-fusion.sft.1-fp32-ties")["settings"] == found["frozen"]["ties"]

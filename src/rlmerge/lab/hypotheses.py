@@ -19,14 +19,15 @@ from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, base_name, expert, sets
-from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, FEW, UNTUNED, merges_of
+from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, UNTUNED, merges_of
 from rlmerge.lab.verdicts import OPEN, Row, Table, all_of, as_row, difference, over_runs, retained, retained_difference
 
 METRICS = ("greedy", "sampled", "pass", "mass")
 """Greedy accuracy, the share of right samples, the chance that one of all samples is right, and the probability of the
 texts that are known to be right."""
-BOTH = ("greedy", "mass")
-"""What every merge is measured by; the first is judged."""
+JUDGED = ("greedy", "sampled")
+"""What claims are judged by, each by itself."""
+SHOWN = (*JUDGED, "mass")
 INTEREST = 0.02
 """The smallest effect of interest, of all four."""
 SHARE_OF_INTEREST = 0.1
@@ -161,16 +162,17 @@ def words(found: dict[str, Any], preset: StudyPreset) -> dict[str, str]:
         said[f"H1 in {dtype}{only}"] = all_of([arms[arm]["more"] if arm in arms else None for arm in asked])
     for row in found.get("H2", {}).get("claims", ()):
         said[f"H2 {row['what']}: {row['claim']}"] = row["verdict"]
-    for what in dict.fromkeys(one["what"] for one in found.get("H3", ())):
-        said[f"H3 {what}"] = all_of(losing(found["H3"], what, preset))
-    for one in found.get("H4", ()):
-        if one["metric"] == "greedy":
-            said[f"H4 {one['what']}"] = one["verdict"]
-    deciding = [one["greedy"] for one in found.get("H5", ()) if one["other"][0] in DECIDING]
-    if deciding:
-        said["H5"] = all_of(deciding)
-    for one in found.get("H6", ()):
-        said[f"H6 {one['cause']}"] = one["greedy"]["verdict"]
+    for metric in JUDGED:
+        for what in dict.fromkeys(one["what"] for one in found.get("H3", ())):
+            said[f"H3 {what}, {metric}"] = all_of(losing(found["H3"], what, metric, preset))
+        for one in found.get("H4", ()):
+            if one["metric"] == metric:
+                said[f"H4 {one['what']}, {metric}"] = one["verdict"]
+        deciding = [one[metric] for one in found.get("H5", ()) if one["other"][0] in DECIDING]
+        if deciding:
+            said[f"H5, {metric}"] = all_of(deciding)
+        for one in found.get("H6", ()):
+            said[f"H6 {one['cause']}, {metric}"] = one[metric]["verdict"]
     return said
 
 
@@ -178,12 +180,12 @@ LEAST_SETS = 5
 """Of an arm: fewer say too little about other sets, whatever their interval (docs/compare.md)."""
 
 
-def losing(found: Sequence[Row], what: str, preset: StudyPreset) -> list[Row | None]:
+def losing(found: Sequence[Row], what: str, metric: str, preset: StudyPreset) -> list[Row | None]:
     """H3's rows: what the mean and the sum keep of SFT's gains more than of RLVR's. In fusion of SFT as good and of SFT
     as far from the base as RLVR, where there are such arms; else of SFT after as many steps. None: too few sets.
     """
     arms = [arm for arm in MATCHED if arm in preset.arms] if what == "fusion" else []
-    rows = [one for one in found if (one["what"], one["metric"]) == (what, "greedy") and one["merge"] in UNTUNED]
+    rows = [one for one in found if (one["what"], one["metric"]) == (what, metric) and one["merge"] in UNTUNED]
     return [
         one["more"].get(arm) if one["kept"].get(arm, {"sets": 0})["sets"] >= LEAST_SETS else None
         for one in rows
@@ -196,14 +198,13 @@ def in_both_parts(first: Row, second: Row, presets: tuple[StudyPreset, StudyPres
     which contradicts it.
     """
     said = {}
-    for claim in ("H3 fusion", "H4 fusion"):
-        if claim == "H3 fusion":
-            rows = losing(second["H3"], "fusion", presets[1])
-        else:
-            own = next(one for one in second["H4"] if (one["what"], one["metric"]) == ("fusion", "greedy"))
-            rows = list(own["less"].values())
-        against = any(row is not None and row["high"] < 0.0 for row in rows)
-        said[claim] = "contradicted" if against else words(first, presets[0])[claim]
+    for metric in JUDGED:
+        own = next(one for one in second["H4"] if (one["what"], one["metric"]) == ("fusion", metric))
+        rows = {"H3": losing(second["H3"], "fusion", metric, presets[1]), "H4": list(own["less"].values())}
+        for name, parts in rows.items():
+            claim = f"{name} fusion, {metric}"
+            against = any(row is not None and row["high"] < 0.0 for row in parts)
+            said[claim] = "contradicted" if against else words(first, presets[0])[claim]
     return said
 
 
@@ -282,7 +283,7 @@ def losses(numbers: Numbers) -> list[Row]:
         if not numbers.of(what, "rlvr"):
             continue
         for label in (*standard(numbers.preset), "sar"):
-            for metric in BOTH:
+            for metric in SHOWN:
                 row: Row = {"what": what, "merge": label, "metric": metric, "kept": {}, "more": {}}
                 for arm in numbers.preset.arms:
                     made = {one.label for one in merges_of(what, arm, numbers.preset.methods)}
@@ -315,8 +316,6 @@ def against_baselines(numbers: Numbers) -> list[Row]:
             continue
         for metric in METRICS:
             labels = standard(numbers.preset)
-            if metric not in BOTH:  # of these alone there are samples
-                labels = tuple(label for label in labels if label in FEW)
             own = numbers.merged(what, "rlvr", "sar", "fp32", metric)
             others = {label: numbers.merged(what, "rlvr", label, "fp32", metric) for label in labels}
             others |= numbers.unmerged(what, metric)
@@ -329,7 +328,7 @@ def against_baselines(numbers: Numbers) -> list[Row]:
 def _less(numbers: Numbers, one: tuple[str, str], other: tuple[str, str]) -> Row:
     """Two merges (label, dtype) of the RLVR fusions, by greedy accuracy and the probability of right texts."""
     found: Row = {"one": one, "other": other}
-    for metric in BOTH:
+    for metric in SHOWN:
         table = numbers.merged("fusion", "rlvr", *one, metric) - numbers.merged("fusion", "rlvr", *other, metric)
         found[metric] = as_row(difference(table), INTEREST)
     return found
@@ -373,7 +372,7 @@ def controls(numbers: Numbers) -> list[Row]:
             for control in numbers.preset.controls:
                 names[control] = f"joint-{seed}" if control == "joint" else expert(control, domain, seed)
             row[domain] = {
-                name: {metric: float(numbers.score(f"measure-{cell}", domain, metric).mean()) for metric in BOTH}
+                name: {metric: float(numbers.score(f"measure-{cell}", domain, metric).mean()) for metric in SHOWN}
                 for name, cell in names.items()
                 if is_done(numbers.root, Cell(f"measure-{cell}", ""))
             }

@@ -74,7 +74,8 @@ def _gate_lines(gate: list[Row]) -> list[str]:
     if not gate:
         return []
     rows = [
-        [one["set"], one["dtype"], one["by"], _interval(one["first"]), one["then"], _interval(one["second"]) if one["second"] else "not yet",
+        [one["set"], one["dtype"], one["by"], _interval(one["first"]), one["then"],
+         _interval(one["second"]) if one["second"] else "not yet",
          {True: "yes", False: "no", None: "not yet"}[one["holds"]]]
         for one in gate
     ]  # fmt: skip

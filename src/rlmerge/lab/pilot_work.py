@@ -27,7 +27,6 @@ from rlmerge.lab.pilot import (
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.texts import find_texts, read_texts
 
-
 AGAIN = 4
 """Samples of a problem at temperature 1, at the second look."""
 

@@ -41,7 +41,7 @@ class StudyPreset(Preset):
     split, half   problems that confirm: of a split, all or the half 'A' or 'B'
     seal          what their seed is drawn from
     tuning        validation problems of a domain
-    samples       of a problem at temperature 1, for the first `sampled` problems, of what is measured in full
+    samples       of a problem at temperature 1, for the first `sampled` problems
     texts         problems of a domain for which right texts of the base are looked for, in `attempts` samples each
     methods       that are tuned, SAR among them; tries: settings of each
     situations    'fusion' of the domains, 'single': two seeds of one domain
@@ -141,7 +141,7 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
         Cell("pretrain", "pretrain", threads=2),
         Cell("base", "base", ("pretrain",), threads=2),
         Cell("texts", "texts", ("base",)),
-        Cell("measure-base", "measure", ("texts",)),
+        Cell("measure-base", "both", ("texts",)),
     ]
     if "wrong" in preset.arms:
         found += [Cell(WRONG_BASE, "cold", ("pretrain",), threads=2), _measure(WRONG_BASE, WRONG_BASE)]
@@ -179,7 +179,7 @@ def _merges(preset: StudyPreset, one: Set) -> list[Cell]:
             needs += tuple(f"{merge.fisher}-{name}" for name in one.members)
         if merge.fisher == "base":
             needs += tuple(f"fisher-base-{domain}" for domain in DOMAINS)
-        kind = "sampled" if merge.full else "merge" if one.what == "fusion" else "half"
+        kind = "merge" if one.what == "fusion" else "half"
         found.append(Cell(f"merge-{one.name}-{merge.dtype}-{merge.label}", kind, needs))
     return found
 
@@ -234,15 +234,12 @@ def _fishers(members: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"fisher-{name}" for name in members)
 
 
+ON_BOTH = ("rlvr-", "joint-", "sft", "wrong-", WRONG_BASE)
+"""How the names of models begin that are measured on both domains; others on their own one."""
+
+
 def _measure(name: str, needs: str) -> Cell:
-    kind = (
-        "measure"
-        if name.startswith(("rlvr-", "joint-"))
-        else "both"
-        if name.startswith(("sft", "wrong-", WRONG_BASE))
-        else "own"
-    )
-    return Cell(f"measure-{name}", kind, (needs, "texts"))
+    return Cell(f"measure-{name}", "both" if name.startswith(ON_BOTH) else "own", (needs, "texts"))
 
 
 def folder_of(root: Path, preset: StudyPreset, name: str, dtype: str = "bf16") -> Path:

@@ -25,7 +25,6 @@ class Merge:
     dtype      in which the result is kept; experts are bf16, as they were trained
     fisher     whose: the expert's 'own', the 'other' one's, the 'base''s, 'permuted' within tensors, or 'jitter' (1 but
                for what breaks ties)
-    full       whether it is sampled, too
     scale      what its update is multiplied by at last
     """
 
@@ -34,7 +33,6 @@ class Merge:
     settings: Setting = field(default_factory=dict)
     dtype: str = "fp32"
     fisher: str = "own"
-    full: bool = False
     tuned: bool = False
     scale: float = 1.0
 
@@ -44,8 +42,8 @@ class Merge:
         return inputs_of(get_method(self.method), self.settings)
 
 
-SUM = Merge("sum", "task_arithmetic", ALL, full=True)
-MEAN = Merge("mean", "task_arithmetic", ALL | {"normalize": True}, full=True)
+SUM = Merge("sum", "task_arithmetic", ALL)
+MEAN = Merge("mean", "task_arithmetic", ALL | {"normalize": True})
 
 WHOLE: Setting = {"density": 1.0, "rescale": "none", "agreement": "mean"}
 """SAR's first stage alone: nothing is cut, and updates of one sign are averaged, so that all of these change the same
@@ -68,8 +66,6 @@ AGREEMENTS = tuple(
     Merge(f"agree-{how}", "sar", WHOLE | {"agreement": how}) for how in ("sensitivity_mean", "sum", "multiplicity")
 )
 """H5: how updates of one sign are combined; `F-delta2` has the fourth way, the mean. The first is the paper's."""
-FEW = ("sum", "mean", "ties", "sar")
-"""What is sampled, too."""
 UNTUNED = ("sum", "mean")
 """What is made of all arms: nobody has chosen their settings on RLVR's experts. Of gold SFT TIES, too."""
 ROUNDED = ("mean", "sar")
@@ -78,14 +74,14 @@ ROUNDED = ("mean", "sar")
 
 def merges_of(what: str, arm: str, methods: tuple[str, ...], ablations: bool = True) -> list[Merge]:
     """All merges of a set: `what` is 'fusion' or 'single'; those that switch something off for fusions of RLVR alone.
-    Arms that only say what RLVR is compared with have fewer, and are not sampled.
+    Arms that only say what RLVR is compared with have fewer.
     """
-    tuned = [Merge(method, method, full=method in FEW, tuned=True) for method in methods]
+    tuned = [Merge(method, method, tuned=True) for method in methods]
     found = [SUM, MEAN, *tuned]
     if arm != "rlvr":
-        return [replace(m, full=False) for m in found if m.label in ((*UNTUNED, "ties") if arm == "sft" else UNTUNED)]
+        return [m for m in found if m.label in ((*UNTUNED, "ties") if arm == "sft" else UNTUNED)]
     if what == "fusion":
-        found += [replace(m, dtype="bf16", full=False) for m in found if m.label in ROUNDED]
+        found += [replace(m, dtype="bf16") for m in found if m.label in ROUNDED]
         found += [*ABLATIONS, *AGREEMENTS] if ablations else []
     return found
 

@@ -9,12 +9,15 @@ from typing import Any
 from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.curves import means, read_log
-from rlmerge.lab.hypotheses import BOTH, METRICS, Numbers, controls, hypotheses, masters, matches, transfer
+from rlmerge.lab.hypotheses import METRICS, SHOWN, Numbers, controls, hypotheses, masters, matches, transfer
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import WRONG_BASE, StudyPreset, expert, study_cells
 
 COLOURS = {"rlvr": "#bb5566", "rft": "#ddaa33", "sft": "#004488", "sft-accuracy": "#4477aa", "sft-norm": "#66ccee",
            "wrong": "#aa4499"}  # fmt: skip
+TITLE = {
+    "greedy": "greedy accuracy", "sampled": "accuracy of samples", "mass": "probability of known right texts",
+}  # fmt: skip
 TRACE = "trace"
 """Mean log-probability of a token of the texts that are known to be right, in nats: shown, and judged by nowhere."""
 Row = dict[str, Any]
@@ -60,7 +63,6 @@ def _experts(numbers: Numbers) -> Row:
                 domain: {
                     metric: float(numbers.score(f"measure-{name}", domain, metric).mean())
                     for metric in (*METRICS, TRACE)
-                    if metric in (*BOTH, TRACE) or tasks[numbers.preset.tasks[domain]]["right"]
                 }
                 for domain in DOMAINS
                 if numbers.preset.tasks[domain] in tasks
@@ -203,10 +205,10 @@ def _h4(found: list[Row]) -> list[str]:
 def _pairs(found: list[Row], first: str) -> list[str]:
     rows = [
         ["/".join(one["one"]), "/".join(one["other"])]
-        + [text for m in BOTH for text in (_interval(one[m], 100), one[m]["verdict"])]
+        + [text for m in SHOWN for text in (_interval(one[m], 100), one[m]["verdict"])]
         for one in found
     ]
-    return as_markdown([[first, "less", "greedy", "verdict", "mass", "verdict"], *rows])
+    return as_markdown([[first, "less", *(head for m in SHOWN for head in (m, "verdict"))], *rows])
 
 
 def _h5(found: list[Row]) -> list[str]:
@@ -253,9 +255,9 @@ def write_plot(found: Row, out: Path) -> None:
 
     rows = [one for one in found.get("H3", []) if one["what"] == "fusion"]
     labels = list(dict.fromkeys(one["merge"] for one in rows))
-    figure = Figure(figsize=(9, 1.5 + 0.4 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, BOTH):
+    figure = Figure(figsize=(12, 1.5 + 0.4 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(SHOWN), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, SHOWN):
         shown = {one["merge"]: one["kept"] for one in rows if one["metric"] == metric}
         arms = list(next(iter(shown.values()))) if shown else []
         for number, arm in enumerate(arms):
@@ -270,14 +272,14 @@ def write_plot(found: Row, out: Path) -> None:
                 axes.plot([100 * one["value"]], [place + shift], "o", color=COLOURS[arm], markersize=4)
             axes.plot([], [], "o-", color=COLOURS[arm], markersize=4, label=arm)
         axes.axvline(100, color="#777777", linewidth=0.8)
-        axes.set_title({"greedy": "greedy accuracy", "mass": "probability of known right texts"}[metric], fontsize=9)
+        axes.set_title(TITLE[metric], fontsize=9)
         axes.set_xlabel("share of the single experts' gain that is kept, %", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(labels)), labels, fontsize=8)
     panels[0].invert_yaxis()
     if rows:
-        panels[1].legend(fontsize=7)
+        panels[-1].legend(fontsize=7)
     figure.patch.set_facecolor("white")
     with mpl.rc_context({"svg.hashsalt": "rlmerge", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(str(out), metadata={"Date": None})

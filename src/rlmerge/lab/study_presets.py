@@ -24,7 +24,6 @@ SECONDS = {
     "permuted": 2,
     "jitter": 2,
     "match": 60,
-    "measure": 60,
     "both": 40,
     "own": 20,
     "tune": 160,
@@ -32,14 +31,13 @@ SECONDS = {
     "geometry": 5,
     "merge": 30,
     "half": 15,
-    "sampled": 50,
     "clean": 1,
 }
 """What cells take on one thread of two busy cores: medians of the rehearsal."""
 
 SECONDS_OF_SMOLLM2 = {
-    "base": 900, "texts": 500, "rlvr": 1650, "sft": 600, "fisher": 120, "measure": 240, "both": 160, "tune": 560,
-    "frozen": 1, "permuted": 15, "jitter": 15, "geometry": 60, "merge": 130, "sampled": 150, "clean": 1,
+    "base": 900, "texts": 500, "rlvr": 1650, "sft": 600, "fisher": 120, "both": 240, "tune": 560,
+    "frozen": 1, "permuted": 15, "jitter": 15, "geometry": 60, "merge": 190, "clean": 1,
 }  # fmt: skip
 """The same of SmolLM2, on a processor that has bf16 products, estimated from single cells."""
 

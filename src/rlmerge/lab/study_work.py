@@ -54,7 +54,7 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         yield from _texts(root, preset)
     elif cell.kind == "match":
         yield from _match(root, preset, name)
-    elif cell.kind in ("measure", "both", "own"):
+    elif cell.kind in ("both", "own"):
         yield from _single(root, preset, cell.name.removeprefix("measure-"), cell.kind)
     elif cell.kind == "tune":
         yield from _tune(root, preset, name)
@@ -63,7 +63,7 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         yield "settings", {one: tuned[one] for one in preset.methods}
     elif cell.kind == "geometry":
         yield from _geometry(root, preset, next(one for one in sets(preset) if one.name == name))
-    elif cell.kind in ("merge", "half", "sampled"):
+    elif cell.kind in ("merge", "half"):
         yield from _merge(root, preset, cell.name.removeprefix("merge-"))
     elif cell.kind == "clean":
         _clean(root, preset, int(name))
@@ -213,11 +213,11 @@ def _spoil(root: Path, kind: str, name: str) -> None:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measuring(preset: StudyPreset, full: bool = True) -> Measuring:
-    """How models are measured where it counts; not in full: without samples."""
+def measuring(preset: StudyPreset, sampled: bool = True) -> Measuring:
+    """How models are measured where it counts."""
     seed = sealed_seed(preset.seal) if preset.seal else 0
     return Measuring(
-        preset.split, preset.problems, seed, preset.half, preset.samples if full else 0, preset.sampled,
+        preset.split, preset.problems, seed, preset.half, preset.samples if sampled else 0, preset.sampled,
         preset.max_new_tokens, preset.eval_batch,
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _texts(root: Path, preset: StudyPreset) -> Iterator[tuple[str, Any]]:
 
 
 def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """A model that is no merge of experts: in full on both tasks ('measure'), greedily on 'both', or on its 'own'."""
+    """A model that is no merge of experts: on both tasks ('both'), or on its 'own'."""
     dtype, tasks = "bf16", both_tasks(preset)
     if name.startswith("average-"):
         _average(root, preset, name)
@@ -247,7 +247,7 @@ def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[t
     if kind == "own":
         tasks = (preset.tasks[domain_of(name)],)
     yield from _made_from(root)
-    yield "tasks", measured(folder, measuring(preset, kind == "measure"), tasks, read_texts(root / TEXTS, tasks))
+    yield "tasks", measured(folder, measuring(preset), tasks, read_texts(root / TEXTS, tasks))
     if name.rsplit("-", 2)[0] in ("rlvr", "rft", "sft"):
         own, master = (preset.tasks[domain_of(name)],), folder_of(root, preset, name, "fp32")
         yield "master", measured(master, measuring(preset, False), own)
@@ -363,7 +363,7 @@ def _merge(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, An
     yield from _made_from(root)
     yield "settings", {"setting": merge.settings, "scale": merge.scale}
     scaled, texts = (model_of(root, base_name(one.arm)), merge.scale), read_texts(root / TEXTS, tasks)
-    yield "tasks", measured(recipe, measuring(preset, merge.full), tasks, texts, scaled, merge.dtype == "bf16")
+    yield "tasks", measured(recipe, measuring(preset), tasks, texts, scaled, merge.dtype == "bf16")
 
 
 def _parts(name: str) -> tuple[str, str, str]:
