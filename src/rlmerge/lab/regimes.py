@@ -45,7 +45,7 @@ HOT = Regime(
     "hot",
     "three times the learning rate, that of `tiny`: larger updates that fight where they overlap",
     _seeds("mh", MATH, range(1, 3), lr=3 * RATE) + _seeds("ch", CODE, range(1, 3), lr=3 * RATE),
-    (*_pairs("mh", "ch", seeds=range(1, 3)), ("four", ("mh1", "mh2", "ch1", "ch2"))),
+    _pairs("mh", "ch", seeds=range(1, 3)),
 )
 LONG = Regime(
     "long",
