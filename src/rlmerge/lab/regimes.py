@@ -109,7 +109,7 @@ LORA = Regime(
     _seeds("ma", MATH, range(1, 2), lr=10 * RATE, lora=16) + _seeds("ca", CODE, range(1, 2), lr=10 * RATE, lora=16),
     _pairs("ma", "ca", seeds=range(1, 2)),
 )
-REGIMES = (SEEDS, SHORT, SUPERVISED, LONG, MIXED, WRONG, HOT, LORA, COLD, COLD_CONTROL)
+REGIMES = (SEEDS, SHORT, SUPERVISED, LONG, MIXED, WRONG, LORA, COLD, COLD_CONTROL, HOT)
 BASES = (
     ColdBase("second", (MATH, CODE), seed=1, texts="base"),
     ColdBase("wrong", (MATH, CODE), never_right=True, texts="base"),
