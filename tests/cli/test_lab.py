@@ -41,7 +41,7 @@ def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
     assert {
         "merge-fusion.rlvr.11-fp32-sar",
         "measure-sft-accuracy-code-16",
-        "merge-fusion.wrong.22-fp32-sum",
+        "merge-fusion.other.22-fp32-sum",
         "joint-11",
     } <= cells
     other = json.loads(rlmerge("lab", "plan", "replication", "--json", cwd=tmp_path).stdout)

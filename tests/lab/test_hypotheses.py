@@ -119,7 +119,7 @@ def test_an_interval_is_about_its_centre() -> None:
 
 PRESET = replace(
     SKETCH, seeds=(1, 2, 3, 4, 5, 6), problems=300, texts=50, methods=("sar", "ties"), controls=(), caliper=0.03,
-    arms=("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "wrong"),
+    arms=("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "other"),
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def level_of(cell: str, arm: str, seeds: tuple[int, ...], domain: str) -> float:
     other = 0.01 * seeds[0] + (0.03 if domain == "code" else 0.0)
     if cell.startswith("measure-"):
         return 0.6 + other if f"-{domain}-" in cell else 0.35 + other
-    if arm == "wrong":
+    if arm == "other":
         return 0.35 + other
     if arm != "rlvr":
         return 0.6 + other
@@ -163,7 +163,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         note: dict = {}
         if cell.name == "measure-base":
             note = {"tasks": scores(dict.fromkeys(PRESET.tasks, 0.3))}
-        elif cell.name == "measure-cold-wrong":
+        elif cell.name == "measure-cold-other":
             note = {"tasks": scores(dict.fromkeys(PRESET.tasks, 0.1))}
         elif cell.name.startswith("measure-"):
             seed = int(cell.name.rsplit("-", 1)[1])
@@ -209,7 +209,7 @@ def test_a_made_up_world_comes_back(made_up: Path) -> None:
     mean = next(one for one in found["H3"] if (one["what"], one["merge"], one["metric"]) == key)
     assert mean["kept"]["rlvr"]["value"] == pytest.approx(0.19 / 0.34, abs=0.05)
     assert mean["kept"]["sft"]["value"] == pytest.approx(1.0, abs=0.05)
-    assert mean["kept"]["wrong"]["value"] == pytest.approx(0.30 / 0.55, abs=0.05), "of its own base"
+    assert mean["kept"]["other"]["value"] == pytest.approx(0.30 / 0.55, abs=0.05), "of its own base"
     assert found["words"] == words(json.loads(json.dumps(found)), PRESET)
     assert (mean["kept"]["sft"]["sets"], mean["kept"]["sft-accuracy"]["sets"]) == (6, 5), "one is outside the caliper"
     assert mean["more"]["sft-accuracy"]["value"] == pytest.approx(1 - 0.19 / 0.34, abs=0.08)

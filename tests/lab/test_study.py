@@ -115,7 +115,7 @@ def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
 def test_a_rehearsal(tmp_path: Path) -> None:
     """One pair, one arm: every merge of it, and a page that says it is no result."""
     root = tmp_path / "study"
-    arms = ("rlvr", "rft", "wrong")
+    arms = ("rlvr", "rft", "other")
     preset = replace(SMALLEST, seeds=(0,), arms=arms, controls=(), methods=("sar", "ram"), tries=1, cold_steps=2)
     put_base(root, preset)
     shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
@@ -123,9 +123,9 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert "**No result.**" in (root / "study.md").read_text()
     assert {"H1", "H2", "H4", "H5", "H6"} <= set(found)
     assert found["H5"][0]["one"] == ("F-delta2", "fp32")
-    recipe = yaml.safe_load((root / "recipes" / "fusion.wrong.0-fp32-mean.yml").read_text())
-    assert recipe["base_model"] == "../models/cold-wrong/bf16"
-    assert "cold-wrong" in found["experts"]
+    recipe = yaml.safe_load((root / "recipes" / "fusion.other.0-fp32-mean.yml").read_text())
+    assert recipe["base_model"] == "../models/cold-other/bf16"
+    assert "cold-other" in found["experts"]
     assert read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]["right"]
     assert read_cell(root, "merge-fusion.rlvr.0-bf16-mean")["tasks"]["math:0"]["right"]
     texts = json.loads((root / "texts" / "math-0.json").read_text())

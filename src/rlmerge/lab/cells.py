@@ -183,7 +183,8 @@ def _trained(root: Path, preset: Preset, cell: Cell) -> None:
         return
     if cell.kind == "base":
         cold = supervised.ColdStart(tasks, steps=preset.cold_steps, batch=preset.batch, share=preset.careless,
-                                    slip=preset.slip, rate=Rate(preset.cold_lr, 20, True))  # fmt: skip
+                                    slip=preset.slip, rate=Rate(preset.cold_lr, 20, True),
+                                    never_right=preset.never_right)  # fmt: skip
         supervised.cold_start(model_of(root, "pretrain"), out, cold)
         return
     kind, domain, seed = cell.name.split("-")

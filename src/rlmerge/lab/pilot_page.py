@@ -39,8 +39,8 @@ def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
             if (one := found["sets"].get(f"{regime.name}.{name}")) is not None:
                 parts += _set_lines(f"{regime.name}.{name}", one)
     if found["power"]:
-        parts += _power_lines(found["power"], preset.pairs)
-        parts += _together_lines(found["together"], preset.pairs)
+        parts += _power_lines(found["power"], preset.pairs, dict(preset.paired))
+        parts += _together_lines(found["together"], preset.pairs, dict(preset.paired))
     if found["missing"]:
         parts += [f"Not done yet: {len(found['missing'])} cells.", ""]
     page.write_text("\n".join(parts))
@@ -150,9 +150,9 @@ def _set_lines(name: str, one: Row) -> list[str]:
     return [*lines, *as_markdown([head, *rows]), ""]
 
 
-def _power_lines(rows: list[Row], pairs: int) -> list[str]:
+def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     """The table of variances and detectable effects."""
-    head = ["difference", "metric", "pairs", "here", "sd of pairs", "at most", "of problems", "of what is left"]
+    head = ["difference", "sets", "metric", "pairs", "here", "sd of pairs", "at most", "of problems", "of what is left"]
     head += [f"found with {count}" for count in PROBLEMS]
     lines = []
     for row in rows:
@@ -163,7 +163,15 @@ def _power_lines(rows: list[Row], pairs: int) -> list[str]:
             for count in PROBLEMS
         ]
         lines.append(
-            [row["difference"], row["metric"], str(row["pairs"]), f"{100 * row['mean']:.2f}", *spread, *effects]
+            [
+                row["difference"],
+                names[row["arm"]],
+                row["metric"],
+                str(row["pairs"]),
+                f"{100 * row['mean']:.2f}",
+                *spread,
+                *effects,
+            ]
         )
     about = (
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
@@ -174,16 +182,16 @@ def _power_lines(rows: list[Row], pairs: int) -> list[str]:
     return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
 
 
-def _together_lines(rows: list[Row], pairs: int) -> list[str]:
+def _together_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     if not rows:
         return []
-    head = ["metric", "SAR better by", *(f"with {count}" for count in PROBLEMS)]
+    head = ["sets", "metric", "SAR better by", *(f"with {count}" for count in PROBLEMS)]
     lines = []
-    for metric, effect in dict.fromkeys((row["metric"], row["effect"]) for row in rows):
-        own = [row for row in rows if (row["metric"], row["effect"]) == (metric, effect)]
+    for arm, metric, effect in dict.fromkeys((row["arm"], row["metric"], row["effect"]) for row in rows):
+        own = [row for row in rows if (row["arm"], row["metric"], row["effect"]) == (arm, metric, effect)]
         cells = [" to ".join(f"{100 * end:.0f}" for end in row["bounds"])
                  + f" ({' to '.join(f'{100 * end:.0f}' for end in row['bounds_upper'])})" for row in own]  # fmt: skip
-        lines.append([metric, f"{100 * effect:.0f} points", *cells])
+        lines.append([names[arm], metric, f"{100 * effect:.0f} points", *cells])
     about = (
         f"The chance, in percent, that {pairs} pairs show SAR above all of the {rows[0]['merges']} merges that it is "
         "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. "

@@ -220,12 +220,17 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
         return _parts(root, preset, f"merge-{name}-fp32-{label}", sets[name]["members"], metric, "measure")
 
     for metric in ("greedy", "mass"):
-        for one, other in compared if len(pairs["rlvr"]) > 1 else ():
-            rows = []
-            for name in pairs["rlvr"]:
-                both = zip(parts(name, one, metric), parts(name, other, metric), strict=True)
-                rows.append(np.concatenate([left["merged"] - right["merged"] for left, right in both]))
-            found.append(_foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST, preset.pairs))
+        for arm, names in pairs.items():
+            made = [{label for dtype, label in merges_of(preset, name) if dtype == "fp32"} for name in names]
+            for one, other in [pair for pair in compared if all(set(pair) <= some for some in made)]:
+                if len(names) < 2 or arm in SUPERVISED:
+                    continue
+                rows = []
+                for name in names:
+                    both = zip(parts(name, one, metric), parts(name, other, metric), strict=True)
+                    rows.append(np.concatenate([left["merged"] - right["merged"] for left, right in both]))
+                row = _foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST, preset.pairs)
+                found.append(row | {"arm": arm})
         for label in sorted(labels & {"mean", "sum"}):
             shares = {}
             for arm, names in pairs.items():
@@ -234,16 +239,18 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
                     above, below = (np.array([table[place] for table in tables]) for place in (0, 1))
                     kept = above.mean() / below.mean()
                     shares[arm] = (kept, (above - kept * below) / below.mean())
-            for arm in ("sft", "rft"):
+            for arm in SUPERVISED:
                 if {arm, "rlvr"} <= set(shares):
                     count = min(len(shares[arm][1]), len(shares["rlvr"][1]))
                     table = shares[arm][1][:count] - shares["rlvr"][1][:count]
                     table += shares[arm][0] - shares["rlvr"][0]
                     name = f"kept by {arm} − rlvr, {label}"
-                    found.append(_foreseen(name, metric, table, 5 * INTEREST, preset.pairs))
+                    found.append(_foreseen(name, metric, table, 5 * INTEREST, preset.pairs) | {"arm": arm})
     return found
 
 
+SUPERVISED = ("sft", "rft")
+"""Arms whose retention is compared with RLVR's."""
 EFFECTS = (0.02, 0.05)
 """True differences for which the chance is foreseen that all of several are found."""
 
@@ -253,11 +260,13 @@ def together(rows: Sequence[Row], pairs: int) -> list[Row]:
     by the same; between pairs as found, and at their upper limit.
     """
     found = []
-    for metric in ("greedy", "mass"):
-        own = [row for row in rows if row["metric"] == metric and row["difference"].startswith("sar − ")]
+    keys = dict.fromkeys((row["arm"], row["metric"]) for row in rows if row["difference"].startswith("sar − "))
+    for arm, metric in keys:
+        own = [row for row in rows if (row["arm"], row["metric"]) == (arm, metric)]
+        own = [row for row in own if row["difference"].startswith("sar − ")]
         for effect in EFFECTS if own else ():
             for count in PROBLEMS:
-                row: Row = {"metric": metric, "effect": effect, "problems": count, "merges": len(own)}
+                row: Row = {"arm": arm, "metric": metric, "effect": effect, "problems": count, "merges": len(own)}
                 for key, seeds in (("bounds", "seeds"), ("bounds_upper", "seeds_upper")):
                     parts = [Parts(one[seeds], one["problems"], one["rest"]) for one in own]
                     row[key] = all_found([power(effect, one, pairs, 2 * count) for one in parts])

@@ -24,6 +24,7 @@ class Preset:
                tiny, estimated for small from single steps
     kinds      of experts
     methods    labels of the contenders that are merged; empty: all
+    never_right   whether the cold start's answers are all wrong
     """
 
     name: str
@@ -46,6 +47,7 @@ class Preset:
     seconds: dict[str, float]
     kinds: tuple[str, ...] = KINDS
     methods: tuple[str, ...] = ()
+    never_right: bool = False
 
 
 TINY = Preset(

@@ -18,11 +18,11 @@ from rlmerge.lab.presets import DOMAINS, Preset
 from rlmerge.lab.schedule import Step, run
 from rlmerge.lab.study_merges import merges_of
 
-ARMS = ("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "wrong")
-"""RLVR; SFT on that run's own verified samples; SFT on gold solutions; checkpoints of it that are matched; RLVR from a
-cold start that has shown no right answer."""
-WRONG_BASE = "cold-wrong"
-"""What the arm 'wrong' begins with."""
+ARMS = ("rlvr", "rft", "sft", "sft-accuracy", "sft-norm", "other")
+"""RLVR; SFT on that run's own verified samples; SFT on gold solutions; checkpoints of it that are matched; RLVR from
+the other cold start: with right answers where the preset's has none, without where it has some."""
+OTHER_BASE = "cold-other"
+"""What the arm 'other' begins with."""
 CONTROLS = ("twice", "average", "joint")
 """A run of twice the steps; the mean of one run's checkpoints; RL on both domains, as many steps as two runs."""
 MATCHED = {"sft-accuracy": "accuracy", "sft-norm": "norm"}
@@ -116,7 +116,7 @@ def pairs(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def base_name(arm: str) -> str:
     """The model that the experts of an arm begin with."""
-    return WRONG_BASE if arm == "wrong" else "base"
+    return OTHER_BASE if arm == "other" else "base"
 
 
 def tuning_set(preset: StudyPreset) -> Set:
@@ -143,8 +143,8 @@ def study_cells(preset: StudyPreset) -> list[Cell]:
         Cell("texts", "texts", ("base",)),
         Cell("measure-base", "both", ("texts",)),
     ]
-    if "wrong" in preset.arms:
-        found += [Cell(WRONG_BASE, "cold", ("pretrain",), threads=2), _measure(WRONG_BASE, WRONG_BASE)]
+    if "other" in preset.arms:
+        found += [Cell(OTHER_BASE, "cold", ("pretrain",), threads=2), _measure(OTHER_BASE, OTHER_BASE)]
     if preset.ablations:
         found += [Cell(f"fisher-base-{domain}", "fisher", ("base",)) for domain in DOMAINS]
     tunes: list[Cell] = []
@@ -207,9 +207,9 @@ def _experts(preset: StudyPreset, domain: str, seed: int) -> list[Cell]:
     if "rft" in preset.arms:
         name = expert("rft", domain, seed)
         found += [Cell(name, "rft", (own,)), _measure(name, name)]
-    if "wrong" in preset.arms:
-        name = expert("wrong", domain, seed)
-        found += [Cell(name, "wrong", (WRONG_BASE,)), _measure(name, name)]
+    if "other" in preset.arms:
+        name = expert("other", domain, seed)
+        found += [Cell(name, "other", (OTHER_BASE,)), _measure(name, name)]
     matched = [arm for arm in preset.arms if arm in MATCHED]
     if "sft" in preset.arms or matched:
         name, match = expert("sft", domain, seed), f"match-{domain}-{seed}"
@@ -234,7 +234,7 @@ def _fishers(members: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"fisher-{name}" for name in members)
 
 
-ON_BOTH = ("rlvr-", "joint-", "sft", "wrong-", WRONG_BASE)
+ON_BOTH = ("rlvr-", "joint-", "sft", "other-", OTHER_BASE)
 """How the names of models begin that are measured on both domains; others on their own one."""
 
 

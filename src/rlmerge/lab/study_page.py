@@ -11,10 +11,10 @@ from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.curves import means, read_log
 from rlmerge.lab.hypotheses import METRICS, SHOWN, Numbers, controls, hypotheses, masters, matches, transfer
 from rlmerge.lab.presets import DOMAINS
-from rlmerge.lab.study import WRONG_BASE, StudyPreset, expert, study_cells
+from rlmerge.lab.study import OTHER_BASE, StudyPreset, expert, study_cells
 
 COLOURS = {"rlvr": "#bb5566", "rft": "#ddaa33", "sft": "#004488", "sft-accuracy": "#4477aa", "sft-norm": "#66ccee",
-           "wrong": "#aa4499"}  # fmt: skip
+           "other": "#aa4499"}  # fmt: skip
 TITLE = {
     "greedy": "greedy accuracy", "sampled": "accuracy of samples", "mass": "probability of known right texts",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
 
 def _experts(numbers: Numbers) -> Row:
     """Scores of the base and of every expert on both domains."""
-    names = ["base", WRONG_BASE]
+    names = ["base", OTHER_BASE]
     for seed in numbers.preset.seeds:
         names += [expert(arm, domain, seed) for arm in numbers.preset.arms for domain in DOMAINS]
     found: Row = {}
@@ -75,7 +75,7 @@ def _curves(root: Path, preset: StudyPreset) -> Row:
     found = {}
     for cell in study_cells(preset):
         log = root / "models" / cell.name / "log.jsonl"
-        if cell.kind in ("rlvr", "twice", "joint", "wrong") and log.exists():
+        if cell.kind in ("rlvr", "twice", "joint", "other") and log.exists():
             found[cell.name] = means(read_log(log), ("reward", "entropy", "kl", "length", "live_groups"))
     return found
 

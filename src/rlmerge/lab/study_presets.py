@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlmerge.lab.presets import SMALL, TINY
-from rlmerge.lab.regimes import PILOT, SHORT, STEPS
+from rlmerge.lab.regimes import PILOT, RATE, STEPS
 from rlmerge.lab.study import CONTROLS, StudyPreset
 from rlmerge.lab.study_merges import BASELINES
 
@@ -15,7 +15,7 @@ SECONDS = {
     "texts": 60,
     "cold": 60,
     "rlvr": 200,
-    "wrong": 200,
+    "other": 200,
     "twice": 400,
     "joint": 400,
     "sft": 60,
@@ -44,14 +44,14 @@ SECONDS_OF_SMOLLM2 = {
 CONFIRMATION = StudyPreset(
     **{
         **vars(TINY), "name": "confirmation", "seeds": tuple(range(11, 23)), "problems": 400,
-        "lr": SHORT.experts[0].lr, "steps": STEPS, "prompts": PILOT.prompts,
+        "lr": RATE, "steps": STEPS, "prompts": PILOT.prompts, "never_right": True,
         "seconds": {**TINY.seconds, **SECONDS}, "methods": METHODS,
     },
-    development=10, controls=CONTROLS, controlled=(11, 12), samples=16, sampled=100, texts=200,
-    split="test", half="A", seal="to be drawn when the protocol is frozen",
+    development=10, controls=CONTROLS, controlled=(11, 12), kept=(5, *range(10, 101, 10)),
+    samples=16, sampled=100, texts=200, split="test", half="A", seal="to be drawn when the protocol is frozen",
 )  # fmt: skip
-"""What docs/study/protocol.md describes. Seeds 1 to 7 are the pilot's, whose experts have been seen. It is
-not run before that page has been read by others."""
+"""What docs/study/protocol.md describes: the regime in which the pilot saw averaging fail. Seeds 1 to 7 are those of the
+pilot, whose experts have been seen. It is not run before that page has been read by others."""
 
 REPLICATION = StudyPreset(
     **{

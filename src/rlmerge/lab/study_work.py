@@ -18,7 +18,7 @@ from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.study import (
     MATCHED,
-    WRONG_BASE,
+    OTHER_BASE,
     Set,
     StudyPreset,
     base_name,
@@ -85,22 +85,22 @@ def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
     rlvr(model_of(root, "base"), root / "models" / name, settings)
 
 
-def _wrong(root: Path, preset: StudyPreset, name: str) -> None:
+def _other(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab.rlvr import rlvr
 
     domain, seed = name.split("-")[1:]
     settings = _rl_settings(preset, preset.tasks[domain], int(seed), preset.steps, ())
-    rlvr(model_of(root, WRONG_BASE), root / "models" / name, settings)
+    rlvr(model_of(root, OTHER_BASE), root / "models" / name, settings)
 
 
 def _cold(root: Path, preset: StudyPreset, name: str) -> None:
-    """The cold start again, by answers of which none is right."""
+    """The other cold start: by answers of which none is right, unless that is the preset's own."""
     from rlmerge.lab import supervised
     from rlmerge.lab.optimizer import Rate
 
     settings = supervised.ColdStart(
         both_tasks(preset), 0, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
-        preset.slip, never_right=True,
+        preset.slip, not preset.never_right,
     )  # fmt: skip
     supervised.cold_start(model_of(root, "pretrain"), root / "models" / name, settings)
 
@@ -146,7 +146,7 @@ def _rft(root: Path, preset: StudyPreset, name: str) -> None:
 
 
 TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
-    "rlvr": _rlvr, "twice": _rlvr, "wrong": _wrong, "joint": _joint, "sft": _sft, "rft": _rft,
+    "rlvr": _rlvr, "twice": _rlvr, "other": _other, "joint": _joint, "sft": _sft, "rft": _rft,
 }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def _single(root: Path, preset: StudyPreset, name: str, kind: str) -> Iterator[t
         dtype = "fp32"
     if name.rsplit("-", 2)[0] == "sft" and set(preset.arms) & set(MATCHED):
         _keep_matched(root, preset, name)
-    bases = ("base", WRONG_BASE)
+    bases = ("base", OTHER_BASE)
     folder = model_of(root, name) if name in bases else folder_of(root, preset, name, dtype)
     if kind == "own":
         tasks = (preset.tasks[domain_of(name)],)
