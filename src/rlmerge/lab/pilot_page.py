@@ -162,17 +162,8 @@ def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str
             f"{100 * row['detectable'][str(count)]:.1f} ({100 * row['detectable_upper'][str(count)]:.1f})"
             for count in PROBLEMS
         ]
-        lines.append(
-            [
-                row["difference"],
-                names[row["arm"]],
-                row["metric"],
-                str(row["pairs"]),
-                f"{100 * row['mean']:.2f}",
-                *spread,
-                *effects,
-            ]
-        )
+        first = [row["difference"], names[row["arm"]], row["metric"], str(row["pairs"])]
+        lines.append([*first, f"{100 * row['mean']:.2f}", *spread, *effects])
     about = (
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
         f"points, and the effects that {pairs} pairs would find four times in five with so many problems of each "

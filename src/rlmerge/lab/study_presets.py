@@ -50,8 +50,8 @@ CONFIRMATION = StudyPreset(
     development=10, controls=CONTROLS, controlled=(11, 12), kept=(5, *range(10, 101, 10)),
     samples=16, sampled=100, texts=200, split="test", half="A", seal="to be drawn when the protocol is frozen",
 )  # fmt: skip
-"""What docs/study/protocol.md describes: the regime in which the pilot saw averaging fail. Seeds 1 to 7 are those of the
-pilot, whose experts have been seen. It is not run before that page has been read by others."""
+"""What docs/study/protocol.md describes: the regime in which the pilot saw averaging fail. Seeds 1 to 7 are those of
+the pilot, whose experts have been seen. It is not run before that page has been read by others."""
 
 REPLICATION = StudyPreset(
     **{
