@@ -100,8 +100,8 @@ COLD_CONTROL = Regime(
 WRONG = Regime(
     "wrong",
     "a cold start that has not shown one right answer: all that is right comes from RLVR, or from pre-training",
-    _seeds("mx", MATH, range(1, 4), base="wrong") + _seeds("cx", CODE, range(1, 4), base="wrong"),
-    _pairs("mx", "cx", seeds=range(1, 4)),
+    _seeds("mx", MATH, range(1, 2), base="wrong") + _seeds("cx", CODE, range(1, 2), base="wrong"),
+    _pairs("mx", "cx", seeds=range(1, 2)),
 )
 LORA = Regime(
     "lora",
@@ -123,7 +123,7 @@ PILOT = PilotPreset(
     regimes=REGIMES,
     bases=BASES,
     paired=(
-        ("rlvr", "short.pair"), ("sft", "supervised.sft"), ("rft", "supervised.rft"), ("wrong", "wrong.pair"),
+        ("rlvr", "short.pair"), ("sft", "supervised.sft"), ("rft", "supervised.rft"),
     ),
     pairs=12,
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
