@@ -57,10 +57,8 @@ def outcome(found: dict[str, Any]) -> str:
     pending = any(one["second"] is None for one in found["gate"])
     looked = ", the second look at some of which is open" if pending else ""
     if held:
-        how = (
-            "" if greedy == set(held) else ", of samples" if not greedy else f", of samples, greedily in {len(greedy)}"
-        )
-        return f"averaging costs {100 * GATE:.0f} points or more{how}, in {share}{looked}: {', '.join(held)}"
+        how = f" (of greedy answers in {len(greedy)}, of samples in the others)" if greedy != set(held) else ""
+        return f"averaging costs {100 * GATE:.0f} points of accuracy or more in {share}{how}{looked}: {', '.join(held)}"
     most = max(found["sets"][name]["merges"]["fp32"]["mean"]["loss"]["greedy"]["high"] for name in found["judged"])
     return (
         f"averaging was seen to cost {100 * GATE:.0f} points in {share}{looked}; intervals leave open a loss of up to "
