@@ -45,7 +45,7 @@ def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
         "joint-11",
     } <= cells
     other = json.loads(rlmerge("lab", "plan", "replication", "--json", cwd=tmp_path).stdout)
-    assert {"merge-fusion.rlvr.16-fp32-sar", "rlvr-math-10"} <= {one["cell"] for one in other["cells"]}
+    assert {"merge-fusion.rlvr.16-fp32-sar", "rlvr-math-11"} <= {one["cell"] for one in other["cells"]}
     assert 3600 < found["seconds_left"] < found["seconds_left"] + other["seconds_left"] < 12 * 3600
 
 
