@@ -101,7 +101,7 @@ def declare(parser: Parser) -> None:
         metavar="PRESET|BASE",
         nargs="?",
         help="plan, run: tiny, small (plan: methods, pilot, and those of study); pilot: pilot, smollm2, plumbing; "
-        "study: rehearsal, sketch, confirmation; else a model folder",
+        "study: rehearsal, sketch, confirmation, replication; else a model folder",
     )
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
     add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")
@@ -231,7 +231,8 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
-    known = "measured" if preset.name in ("tiny", TABLE.name) else "estimated from single steps"
+    measured = ("tiny", TABLE.name, "pilot", "rehearsal", "confirmation")
+    known = "from measured cells" if preset.name in measured else "estimated from single steps"
     print(
         f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
     )

@@ -182,10 +182,7 @@ def _trained(root: Path, preset: Preset, cell: Cell) -> None:
         _first(out, preset, tasks)
         return
     if cell.kind == "base":
-        cold = supervised.ColdStart(tasks, steps=preset.cold_steps, batch=preset.batch, share=preset.careless,
-                                    slip=preset.slip, rate=Rate(preset.cold_lr, 20, True),
-                                    never_right=preset.never_right)  # fmt: skip
-        supervised.cold_start(model_of(root, "pretrain"), out, cold)
+        start_cold(root, preset, cell.name, tasks, 0, preset.never_right)
         return
     kind, domain, seed = cell.name.split("-")
     task, rate, steps = preset.tasks[domain], Rate(preset.lr, 5), preset.steps
@@ -196,6 +193,18 @@ def _trained(root: Path, preset: Preset, cell: Cell) -> None:
     else:
         rft = supervised.Rft(task, int(seed), steps, preset.batch, rate, max_new_tokens=preset.max_new_tokens)
         supervised.rft(base, out, rft)
+
+
+def start_cold(root: Path, preset: Preset, name: str, tasks: tuple[str, ...], seed: int, never_right: bool) -> None:
+    """Makes a cold start of the preset's sizes from the pre-trained model."""
+    from rlmerge.lab import supervised
+    from rlmerge.lab.optimizer import Rate
+
+    settings = supervised.ColdStart(
+        tasks, seed, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless, preset.slip,
+        never_right,
+    )  # fmt: skip
+    supervised.cold_start(model_of(root, "pretrain"), root / "models" / name, settings)
 
 
 def _first(out: Path, preset: Preset, tasks: tuple[str, ...]) -> None:

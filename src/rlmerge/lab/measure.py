@@ -31,7 +31,7 @@ class Measured(TypedDict):
     """Problem by problem, in the order of the task.
 
     problems   digest of the problems: what may be compared
-    greedy     '1' for a right answer, '0' for a wrong one; '' where nobody asked
+    greedy     '1' for a right answer, '0' for a wrong one
     right      right ones of `samples` at temperature 1; perhaps of the first problems alone
     mass       probability at temperature 1 that the answer is one of the known right texts, of the first problems: from
                below it bounds pass@1, whose noise it does not have, and is it where there is one right text
@@ -55,7 +55,6 @@ class Measuring:
     split      'validation' or 'test', `problems` of it by `seed`; half: all, or those of the half 'A' or 'B' of it
     samples    of a problem at temperature 1, for the first `sampled` of them (0: all)
     without    how many problems of seed 0 are left out: to look again at others
-    greedy     whether greedy answers are asked for
     """
 
     split: str
@@ -66,7 +65,6 @@ class Measuring:
     sampled: int = 0
     max_new_tokens: int = 64
     batch: int = 64
-    greedy: bool = True
     without: int = 0
 
     def task(self, spec: str) -> Task:
@@ -132,9 +130,7 @@ def measure(policy: Policy, task: Task, how: Measuring, texts: Texts = ()) -> Me
 
 def _measure(policy: Policy, task: Task, how: Measuring, texts: Texts) -> Measured:
     samples, batch = how.samples, how.batch
-    greedy, lengths = np.zeros(0, bool), [0]
-    if how.greedy:
-        greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
+    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
     right = np.zeros(0, np.int64)
     if samples:
         some = replace(task, problems=task.problems[: how.sampled or None])

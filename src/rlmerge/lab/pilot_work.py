@@ -7,13 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of
+from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, start_cold
 from rlmerge.lab.contenders import Contender, write_recipe
 from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.pilot import (
     DTYPES,
     MASTERS,
-    ColdBase,
     Expert,
     PilotPreset,
     base_of,
@@ -59,7 +58,8 @@ def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
         found = _measured(texts, _folder(root, expert, other), preset, (expert.task,), 0)
         yield "other", {"dtype": other, "tasks": found}
     elif cell.kind == "cold":
-        _cold(root, preset, next(one for one in preset.bases if one.name == cell.name))
+        base = next(one for one in preset.bases if one.name == cell.name)
+        start_cold(root, preset, base.name, base.tasks, base.seed, base.never_right)
     elif cell.kind == "again":
         yield "tasks", _measured_again(root, preset, cell.name.removeprefix("again-"))
     elif cell.kind == "geometry":
@@ -79,17 +79,6 @@ def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[
     yield "expert", asdict(expert)
     yield "curve", means(log, ("reward", "loss", "entropy", "kl", "length", "live_groups"))
     yield "step_seconds", sorted(line["seconds"] for line in log)[len(log) // 2]
-
-
-def _cold(root: Path, preset: PilotPreset, base: ColdBase) -> None:
-    from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
-
-    settings = supervised.ColdStart(
-        base.tasks, base.seed, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
-        preset.slip, base.never_right,
-    )  # fmt: skip
-    supervised.cold_start(model_of(root, "pretrain"), root / "models" / base.name, settings)
 
 
 def _rlvr(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:

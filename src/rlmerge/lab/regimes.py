@@ -37,7 +37,7 @@ SEEDS = Regime(
 )
 SHORT = Regime(
     "short",
-    "a third of the learning rate: accuracy is far from its ceiling, where little can be lost",
+    "a third of the learning rate: smaller updates, and more room below the ceiling of accuracy",
     _seeds("me", MATH, range(1, 5), lr=RATE / 3) + _seeds("ce", CODE, range(1, 5), lr=RATE / 3),
     (*_pairs("me", "ce", seeds=range(1, 5)), ("six", ("me1", "me2", "me3", "ce1", "ce2", "ce3"))),
 )
@@ -115,10 +115,16 @@ BASES = (
     ColdBase("wrong", (MATH, CODE), never_right=True, texts="base"),
 )
 
+MEDIANS = {
+    "pretrain": 480, "base": 290, "cold": 290, "texts": 40, "rlvr": 95, "sft": 35, "rft": 37, "fisher": 20,
+    "measure": 17, "geometry": 3, "merge": 12, "again": 27,
+}  # fmt: skip
+"""What cells took (docs/study/pilot/cells), on two cores without bf16 products."""
+
 PILOT = PilotPreset(
     **{
         **vars(TINY), "name": "pilot", "lr": RATE, "steps": STEPS, "prompts": 8, "problems": 300,
-        "seconds": {**TINY.seconds, "cold": 60, "texts": 60, "measure": 60, "geometry": 5, "merge": 30, "again": 25},
+        "seconds": {**TINY.seconds, **MEDIANS},
     },
     regimes=REGIMES,
     bases=BASES,

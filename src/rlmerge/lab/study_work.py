@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, read_cell
+from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of, read_cell, start_cold
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.grids import Setting
 from rlmerge.lab.measure import Measuring, measured
@@ -45,7 +45,7 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
     if cell.kind in TRAINERS:
         TRAINERS[cell.kind](root, preset, cell.name)
     elif cell.kind == "cold":
-        _cold(root, preset, cell.name)
+        start_cold(root, preset, cell.name, both_tasks(preset), 0, not preset.never_right)
     elif cell.kind == "fisher":
         _estimate(root, preset, name)
     elif cell.kind in ("permuted", "jitter"):
@@ -75,34 +75,15 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
 
 
 def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
+    """Of the arms 'rlvr' and 'other', which differ in what they begin with."""
     from rlmerge.lab.rlvr import rlvr
 
-    domain, seed = name.split("-")[1:]
-    steps, keep = preset.steps, (preset.steps,)
-    if int(seed) in preset.controlled and preset.controls:  # a 'twice' cell
+    arm, domain, seed = name.split("-")
+    steps, keep = preset.steps, (preset.steps,) if arm == "rlvr" else ()
+    if arm == "rlvr" and int(seed) in preset.controlled and preset.controls:  # a 'twice' cell
         steps, keep = 2 * steps, tuple(sorted({*preset.averaged, preset.steps}))
     settings = _rl_settings(preset, preset.tasks[domain], int(seed), steps, keep)
-    rlvr(model_of(root, "base"), root / "models" / name, settings)
-
-
-def _other(root: Path, preset: StudyPreset, name: str) -> None:
-    from rlmerge.lab.rlvr import rlvr
-
-    domain, seed = name.split("-")[1:]
-    settings = _rl_settings(preset, preset.tasks[domain], int(seed), preset.steps, ())
-    rlvr(model_of(root, OTHER_BASE), root / "models" / name, settings)
-
-
-def _cold(root: Path, preset: StudyPreset, name: str) -> None:
-    """The other cold start: by answers of which none is right, unless that is the preset's own."""
-    from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
-
-    settings = supervised.ColdStart(
-        both_tasks(preset), 0, preset.cold_steps, preset.batch, Rate(preset.cold_lr, 20, True), preset.careless,
-        preset.slip, not preset.never_right,
-    )  # fmt: skip
-    supervised.cold_start(model_of(root, "pretrain"), root / "models" / name, settings)
+    rlvr(model_of(root, base_name(arm)), root / "models" / name, settings)
 
 
 def _joint(root: Path, preset: StudyPreset, name: str) -> None:
@@ -146,7 +127,7 @@ def _rft(root: Path, preset: StudyPreset, name: str) -> None:
 
 
 TRAINERS: dict[str, Callable[[Path, StudyPreset, str], None]] = {
-    "rlvr": _rlvr, "twice": _rlvr, "other": _other, "joint": _joint, "sft": _sft, "rft": _rft,
+    "rlvr": _rlvr, "twice": _rlvr, "other": _rlvr, "joint": _joint, "sft": _sft, "rft": _rft,
 }  # fmt: skip
 
 
