@@ -26,7 +26,7 @@ from rlmerge.lab.pilot import (
     tasks_of,
 )  # fmt: skip
 from rlmerge.lab.pilot_page import write_page
-from rlmerge.lab.pilot_work import _is_base
+from rlmerge.lab.pilot_work import AGAIN, _is_base
 from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(
@@ -119,10 +119,16 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     assert geometry["coordinates"]["pairs"][0]["a"] == "c1"
     assert read_cell(root, "m1")["curve"][-1]["step"] == 2
     before = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
-    run_pilot(root, replace(SMALL, regimes=(PAIR, SEEDS)), 1, only=("seeds",))
+    run_pilot(root, replace(SMALL, regimes=(PAIR, SEEDS), paired=(("rlvr", "seeds.both"),)), 1, only=("seeds",))
     after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     assert before.items() <= after.items()
     assert "merge-seeds.both-fp32-sar.json" in after
+    looked = {name.removesuffix(".json") for name in after if name.startswith("again-")}
+    models = {"again-base", "again-m1", "again-m2", "again-merge-seeds.both-fp32-mean"}
+    assert looked >= {*models, "again-merge-seeds.both-fp32-sar"}
+    again = read_cell(root, "again-m1")["tasks"]["math:0"]
+    assert again["problems"] != one["problems"]
+    assert again["samples"] == AGAIN == 4
     third = replace(SMALL, regimes=(PAIR, OTHERS), bases=(ColdBase("second", ("math:0", "code:0"), 1),))
     shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
     run_pilot(root, third, 1, only=("others",))

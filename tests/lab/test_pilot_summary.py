@@ -87,12 +87,26 @@ def test_what_is_lost_and_kept(root: Path) -> None:
         one for one in found["together"] if (one["metric"], one["effect"], one["problems"]) == ("greedy", 0.02, 400)
     )
     assert alone["bounds"] == pytest.approx((row["power"]["400"],) * 2), "of one comparison, its own power"
-    assert row["detectable_upper"]["400"] > row["detectable"]["400"] > row["detectable"]["800"]
+    assert row["detectable_upper"]["400"] > row["detectable"]["400"]
+    assert row["detectable"]["100"] > row["detectable"]["400"]
+
+
+def test_what_samples_could_see_is_foreseen_from_the_second_look(root: Path) -> None:
+    assert "sampled" not in {one["metric"] for one in summary(root, PRESET)["power"]}
+    models = ["base", *(one.name for one in PRESET.regimes[0].experts)]
+    merges = [f"merge-seeds.pair{pair}-fp32-{label}" for pair in (1, 2) for label in ("mean", "sar")]
+    for number, name in enumerate((*models, *merges)):
+        right = {"base": 0.2, "merge-seeds.pair2-fp32-mean": 0.3}.get(name, 0.5)
+        put(root, f"again-{name}", tasks=scored(right, TASKS, 100 + number))
+    rows = {one["difference"]: one for one in summary(root, PRESET)["power"] if one["metric"] == "sampled"}
+    assert rows["sar − mean"]["mean"] == pytest.approx(0.1)
+    assert rows["sar − mean"]["pairs"] == 2
+    (root / "cells" / "again-c2.json").unlink()
+    assert "sampled" not in {one["metric"] for one in summary(root, PRESET)["power"]}, "of one pair there is no spread"
 
 
 def test_the_gate_is_met_twice_or_not(root: Path) -> None:
-    met = met_once(root, PRESET)
-    assert {(name, dtype) for name, _, dtype in met} == {("seeds.pair1", "fp32"), ("seeds.pair1", "bf16")}
+    assert met_once(root, PRESET) == [("seeds.pair1", dtype, "mean") for dtype in ("fp32", "bf16")]
     found = summary(root, PRESET)
     assert {one["holds"] for one in found["gate"]} == {None}
     assert "the second look" in outcome(found)

@@ -231,17 +231,28 @@ def tasks_from(preset: PilotPreset, base: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def again_cells(preset: PilotPreset, members: Sequence[tuple[str, tuple[str, ...], str]]) -> list[Cell]:
-    """For sets that meet the gate, as (set, experts, dtype): base, experts and mean on other validation problems.
-    A gate that many sets try is met by chance, too; the second look is at the same models.
-    """
+def again_cells(preset: PilotPreset, merges: Sequence[tuple[str, str, str]]) -> list[Cell]:
+    """For some merges, as (set, dtype, label): base, experts and merge on other validation problems, with samples."""
     found = {}
-    for name, experts, dtype in members:
+    for name, dtype, label in merges:
+        experts = sets_of(preset)[name]
         for one in (*dict.fromkeys(experts_of(preset)[expert].base for expert in experts), *experts):
             found[f"again-{one}"] = Cell(f"again-{one}", "again", (f"measure-{one}",))
-        cell = f"merge-{name}-{dtype}-mean"
+        cell = f"merge-{name}-{dtype}-{label}"
         found[f"again-{cell}"] = Cell(f"again-{cell}", "again", (cell,))
     return list(found.values())
+
+
+def paired_merges(preset: PilotPreset) -> list[tuple[str, str, str]]:
+    """(set, 'fp32', label): the merges of disjoint pairs from which it is foreseen what a study could see."""
+    begun = tuple(start for _, start in preset.paired)
+    return [
+        (name, dtype, label)
+        for name in sets_of(preset)
+        if name.startswith(begun)
+        for dtype, label in merges_of(preset, name)
+        if dtype == "fp32"
+    ]
 
 
 def run_pilot(
@@ -258,12 +269,14 @@ def run_pilot(
     chosen = tuple(regime for regime in preset.regimes if not only or regime.name in only)
     if len(chosen) < len(only):
         raise LabError(f"regimes {only}: there are {', '.join(regime.name for regime in preset.regimes)}.")
+    names = {regime.name for regime in chosen}
     wanted = pilot_cells(PilotPreset(**{**vars(preset), "regimes": chosen}))
     # a regime more is no other pilot
     others: dict[str, Any] = {"regimes": (), "bases": (), "merges": (), "note": "", "paired": (), "pairs": 0}
     stable = PilotPreset(**{**vars(preset), **others})
     with opened_root(out, stable):
         run(out, preset, workers, tell, wanted, pilot_work)
-        again = again_cells(preset, met_once(out, preset))
-        if again:
-            run(out, preset, workers, tell, [*wanted, *again], pilot_work)
+        # a gate that many sets try is met by chance, too: the second look is at the same models, by other problems
+        asked = [*met_once(out, preset), *(one for one in paired_merges(preset) if one[0].split(".")[0] in names)]
+        if asked:
+            run(out, preset, workers, tell, [*wanted, *again_cells(preset, asked)], pilot_work)

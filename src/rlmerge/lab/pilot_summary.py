@@ -21,7 +21,7 @@ from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, pilot_cells, sets_of
+from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, paired_merges, pilot_cells, sets_of
 from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, upper_parts
 
 GATE = 0.05
@@ -62,9 +62,9 @@ LOOKS = {"greedy": "greedy", "mass": "sampled"}
 """What is looked at first, and what then, on other problems, to see whether accuracy is lost."""
 
 
-def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str]]:
-    """(set, experts, dtype) where the mean loses as much as the gate asks for, on the problems that were looked at."""
-    return list(dict.fromkeys((name, members, dtype) for name, members, dtype, _ in met_by(root, preset)))
+def met_once(root: Path, preset: PilotPreset) -> list[tuple[str, str, str]]:
+    """(set, dtype, 'mean') where that loses as much as the gate asks for, on the problems that were looked at."""
+    return list(dict.fromkeys((name, dtype, "mean") for name, _, dtype, _ in met_by(root, preset)))
 
 
 def met_by(root: Path, preset: PilotPreset) -> list[tuple[str, tuple[str, ...], str, str]]:
@@ -199,27 +199,36 @@ def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
 """Differences whose variances say what a study could see."""
-PROBLEMS = (200, 300, 400, 800)
+PROBLEMS = (50, 100, 200, 400)
 
 
 def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
     """Variances of differences over disjoint pairs of experts, merged in fp32, and the effects that the study's pairs
     and some problems of each domain would find four times in five: of scores of two merges, and of the share of its
-    gain that an arm keeps less that which RLVR keeps.
+    gain that an arm keeps less that which RLVR keeps. Samples are those of the second look.
     """
     found: list[Row] = []
     labels = {one.label for one in preset.merges}
     compared = [pair for pair in COMPARED if set(pair) <= labels]
 
-    def whole(name: str) -> bool:
-        return len(sets[name]["merges"].get("fp32", {})) == sum(dtype == "fp32" for dtype, _ in merges_of(preset, name))
-
-    pairs = {arm: [name for name in sets if name.startswith(prefix) and whole(name)] for arm, prefix in preset.paired}
+    def whole(name: str, look: str) -> bool:
+        """Whether all that is compared has been looked at."""
+        merges = [f"merge-{one}-{dtype}-{label}" for one, dtype, label in paired_merges(preset) if one == name]
+        if not look:
+            return _done(root, *merges)
+        models = [*sets[name]["members"], *(experts_of(preset)[one].base for one in sets[name]["members"])]
+        return _done(root, *(f"again-{one}" for one in (*merges, *models)))
 
     def parts(name: str, label: str, metric: str) -> list[Row]:
-        return _parts(root, preset, f"merge-{name}-fp32-{label}", sets[name]["members"], metric, "measure")
+        how, prefix = ("again", "again-") if metric == "sampled" else ("measure", "")
+        return _parts(root, preset, f"{prefix}merge-{name}-fp32-{label}", sets[name]["members"], metric, how)
 
-    for metric in ("greedy", "mass"):
+    for metric in ("greedy", "mass", "sampled"):
+        look = "again" if metric == "sampled" else ""
+        pairs = {
+            arm: [name for name in sets if name.startswith(prefix) and whole(name, look)]
+            for arm, prefix in preset.paired
+        }
         for arm, names in pairs.items():
             made = [{label for dtype, label in merges_of(preset, name) if dtype == "fp32"} for name in names]
             for one, other in [pair for pair in compared if all(set(pair) <= some for some in made)]:
@@ -237,6 +246,8 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
                 if len(names) > 1:
                     tables = [_gains(parts(name, label, metric)) for name in names]
                     above, below = (np.array([table[place] for table in tables]) for place in (0, 1))
+                    if not below.mean():  # no gain to keep
+                        continue
                     kept = above.mean() / below.mean()
                     shares[arm] = (kept, (above - kept * below) / below.mean())
             for arm in SUPERVISED:

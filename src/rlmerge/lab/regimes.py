@@ -100,8 +100,8 @@ COLD_CONTROL = Regime(
 WRONG = Regime(
     "wrong",
     "a cold start that has not shown one right answer: all that is right comes from RLVR, or from pre-training",
-    _seeds("mx", MATH, range(1, 2), base="wrong") + _seeds("cx", CODE, range(1, 2), base="wrong"),
-    _pairs("mx", "cx", seeds=range(1, 2)),
+    _seeds("mx", MATH, range(1, 5), base="wrong") + _seeds("cx", CODE, range(1, 5), base="wrong"),
+    (*_pairs("mx", "cx", seeds=range(1, 5)), ("six", ("mx1", "mx2", "mx3", "cx1", "cx2", "cx3"))),
 )
 LORA = Regime(
     "lora",
@@ -129,7 +129,7 @@ PILOT = PilotPreset(
     regimes=REGIMES,
     bases=BASES,
     paired=(
-        ("rlvr", "short.pair"), ("sft", "supervised.sft"), ("rft", "supervised.rft"),
+        ("rlvr", "short.pair"), ("sft", "supervised.sft"), ("rft", "supervised.rft"), ("never right", "wrong.pair"),
     ),
     pairs=12,
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
