@@ -196,7 +196,7 @@ def test_the_command_is_killed_at_any_time(cluster, models, tmp_path, lines):
 
 
 def test_a_cluster_of_our_own(models, tmp_path):
-    """By the command line; nothing is said but the result, and nothing stays behind."""
+    """By the command line; nothing is said but the result and, on a slow machine, how far it is."""
     recipe = recipe_of(models, "ties", {"density": 0.5})
     (models / "own.yml").write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "rlmerge", "merge", str(models / "own.yml"), str(tmp_path / "ray")]
@@ -204,7 +204,7 @@ def test_a_cluster_of_our_own(models, tmp_path):
         [*command, "--executor", "ray", "--threads", "2", "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if not line.endswith("units written")] == []
     rlmerge.merge_to_folder(recipe, tmp_path / "local")
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 

@@ -15,6 +15,7 @@ from tests.lab.demo_base import put_base
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.pilot import (
+    AGAIN,
     MERGES,
     ColdBase,
     Expert,
@@ -26,7 +27,7 @@ from rlmerge.lab.pilot import (
     tasks_of,
 )  # fmt: skip
 from rlmerge.lab.pilot_page import write_page
-from rlmerge.lab.pilot_work import AGAIN, _is_base
+from rlmerge.lab.pilot_work import _is_base
 from rlmerge.lab.regimes import PLUMBING
 
 PAIR = Regime(

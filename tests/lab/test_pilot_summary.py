@@ -102,7 +102,16 @@ def test_what_samples_could_see_is_foreseen_from_the_second_look(root: Path) -> 
     assert rows["sar − mean"]["mean"] == pytest.approx(0.1)
     assert rows["sar − mean"]["pairs"] == 2
     (root / "cells" / "again-c2.json").unlink()
-    assert "sampled" not in {one["metric"] for one in summary(root, PRESET)["power"]}, "of one pair there is no spread"
+    (alone,) = [one for one in summary(root, PRESET)["power"] if one["metric"] == "sampled"]
+    assert alone["pairs"] == 1, "of which nothing is known of how pairs differ"
+    assert alone["alike"]["400"] > alone["apart"]["400"] > 0.0
+    assert "From one pair" in write_text(root)
+
+
+def write_text(root: Path) -> str:
+    """The page of these cells."""
+    write_page(root, PRESET, root / "pilot.md")
+    return (root / "pilot.md").read_text()
 
 
 def test_the_gate_is_met_twice_or_not(root: Path) -> None:

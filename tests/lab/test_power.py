@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlmerge.evaluate.statistics import crossed_difference
-from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, problems_needed, upper_parts
+from rlmerge.lab.power import Parts, all_found, bounds_of_one, detectable, parts_of, power, problems_needed, upper_parts
 
 PILOT = Parts(seeds=0.0004, problems=0.02, rest=0.04)
 
@@ -55,6 +55,16 @@ def test_detectable_effects_and_problems_needed():
     assert needed == 400
     assert problems_needed(0.001, PILOT, 6) is None, "seeds alone hide it, whatever the number of problems"
     assert problems_needed(1e-9, Parts(0, 0, 0), 6) == 2
+
+
+def test_one_pair_bounds_what_several_see_if_pairs_do_not_differ():
+    parts = Parts(0.0, 0.02, 0.04)
+    tables = draw(np.random.default_rng(2), parts, 0.0, 1, 400, 50)
+    found = [[detectable(one, 6, 400) for one in bounds_of_one(table[0])] for table in tables]
+    assert np.all(np.diff(found, axis=1) < 0)
+    alike, apart = np.mean(found, axis=0)
+    assert apart < detectable(parts, 6, 400) < alike
+    assert apart == pytest.approx(detectable(Parts(0.0, 0.0, 0.06), 6, 400), rel=0.05)
 
 
 def test_several_at_once():

@@ -35,6 +35,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MASTERS = "masters"
 """Stands for a dtype where the fp32 masters are merged, in fp32; by the mean alone."""
 
+AGAIN = 4
+"""Samples of a problem at temperature 1, at the second look."""
+
 
 @dataclass(frozen=True)
 class Expert:

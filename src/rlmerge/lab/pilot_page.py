@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlmerge.figures import as_markdown
-from rlmerge.lab.pilot import PilotPreset
+from rlmerge.lab.pilot import AGAIN, PilotPreset
 from rlmerge.lab.pilot_summary import GATE, PROBLEMS, Row, summary
 
 
@@ -67,8 +67,6 @@ def outcome(found: dict[str, Any]) -> str:
 
 
 def _gate_lines(gate: list[Row]) -> list[str]:
-    from rlmerge.lab.pilot_work import AGAIN
-
     if not gate:
         return []
     rows = [
@@ -149,7 +147,32 @@ def _set_lines(name: str, one: Row) -> list[str]:
 
 
 def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
-    """The table of variances and detectable effects."""
+    """The tables of variances and detectable effects: of several pairs, and of one."""
+    several, alone = ([row for row in rows if (row["pairs"] > 1) == want] for want in (True, False))
+    parts = ["## What a study could see", ""]
+    if several:
+        parts += _of_several(several, pairs, names)
+    if alone:
+        parts += _of_one(alone, pairs)
+    return parts
+
+
+def _of_one(rows: list[Row], pairs: int) -> list[str]:
+    head = ["difference", "metric", "here", *(f"found with {count}" for count in PROBLEMS)]
+    lines = [
+        [row["difference"], row["metric"], f"{100 * row['mean']:.2f}",
+         *(f"{100 * row['apart'][str(count)]:.1f} to {100 * row['alike'][str(count)]:.1f}" for count in PROBLEMS)]
+        for row in rows
+    ]  # fmt: skip
+    about = (
+        f"From one pair of experts, merges in fp32 (`rlmerge.lab.power`): effects, in points, that {pairs} pairs would "
+        "find four times in five with so many problems of each domain, if problems differ by chance, or in all pairs "
+        "alike. Pairs differ, too, by how much one pair cannot say, so that both are from below."
+    )
+    return [about, "", *as_markdown([head, *lines]), ""]
+
+
+def _of_several(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     head = ["difference", "sets", "metric", "pairs", "here", "sd of pairs", "at most", "of problems", "of what is left"]
     head += [f"found with {count}" for count in PROBLEMS]
     lines = []
@@ -166,9 +189,9 @@ def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
         f"points, and the effects that {pairs} pairs would find four times in five with so many problems of each "
         "domain; in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are "
-        "points of the gain."
+        f"points of the gain. *Sampled*: {AGAIN} samples of each problem of the second look."
     )
-    return ["## What a study could see", "", about, "", *as_markdown([head, *lines]), ""]
+    return [about, "", *as_markdown([head, *lines]), ""]
 
 
 def _together_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:

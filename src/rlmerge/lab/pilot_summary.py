@@ -22,7 +22,7 @@ from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.measure import scores_of
 from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, paired_merges, pilot_cells, sets_of
-from rlmerge.lab.power import Parts, all_found, detectable, parts_of, power, upper_parts
+from rlmerge.lab.power import Parts, all_found, bounds_of_one, detectable, parts_of, power, upper_parts
 
 GATE = 0.05
 """Accuracy that averaging must lose."""
@@ -199,7 +199,7 @@ def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
 """Differences whose variances say what a study could see."""
-PROBLEMS = (50, 100, 200, 400)
+PROBLEMS = (50, 100, 160, 400)
 
 
 def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
@@ -232,14 +232,17 @@ def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
         for arm, names in pairs.items():
             made = [{label for dtype, label in merges_of(preset, name) if dtype == "fp32"} for name in names]
             for one, other in [pair for pair in compared if all(set(pair) <= some for some in made)]:
-                if len(names) < 2 or arm in SUPERVISED:
+                if not names or arm in SUPERVISED:
                     continue
                 rows = []
                 for name in names:
                     both = zip(parts(name, one, metric), parts(name, other, metric), strict=True)
                     rows.append(np.concatenate([left["merged"] - right["merged"] for left, right in both]))
-                row = _foreseen(f"{one} − {other}", metric, np.array(rows), INTEREST, preset.pairs)
-                found.append(row | {"arm": arm})
+                name, table = f"{one} − {other}", np.array(rows)
+                if len(names) > 1:
+                    found.append(_foreseen(name, metric, table, INTEREST, preset.pairs) | {"arm": arm})
+                else:
+                    found.append(_foreseen_of_one(name, metric, table[0], preset.pairs) | {"arm": arm})
         for label in sorted(labels & {"mean", "sum"}):
             shares = {}
             for arm, names in pairs.items():
@@ -274,7 +277,7 @@ def together(rows: Sequence[Row], pairs: int) -> list[Row]:
     keys = dict.fromkeys((row["arm"], row["metric"]) for row in rows if row["difference"].startswith("sar − "))
     for arm, metric in keys:
         own = [row for row in rows if (row["arm"], row["metric"]) == (arm, metric)]
-        own = [row for row in own if row["difference"].startswith("sar − ")]
+        own = [row for row in own if row["difference"].startswith("sar − ") and row["pairs"] > 1]
         for effect in EFFECTS if own else ():
             for count in PROBLEMS:
                 row: Row = {"arm": arm, "metric": metric, "effect": effect, "problems": count, "merges": len(own)}
@@ -293,6 +296,17 @@ def _foreseen(name: str, metric: str, table: NDArray[np.float64], interest: floa
         row[f"detectable{key}"] = {str(count): detectable(one, pairs, 2 * count) for count in PROBLEMS}
         row[f"power{key}"] = {str(count): power(interest, one, pairs, 2 * count) for count in PROBLEMS}
     return row | {"interest": interest}
+
+
+def _foreseen_of_one(name: str, metric: str, differences: NDArray[np.float64], pairs: int) -> Row:
+    """Of a single pair, with nothing said of how pairs differ: from below."""
+    alike, apart = (
+        {str(count): detectable(parts, pairs, 2 * count) for count in PROBLEMS} for parts in bounds_of_one(differences)
+    )
+    return {
+        "difference": name, "metric": metric, "pairs": 1, "mean": float(differences.mean()), "apart": apart,
+        "alike": alike,
+    }  # fmt: skip
 
 
 def _estimate(differences: Sequence[NDArray[np.float64]]) -> Row:

@@ -11,6 +11,7 @@ from rlmerge.lab.cells import Cell, estimate_once, input_of, lab_work, model_of,
 from rlmerge.lab.contenders import Contender, write_recipe
 from rlmerge.lab.measure import Measuring, measured
 from rlmerge.lab.pilot import (
+    AGAIN,
     DTYPES,
     MASTERS,
     Expert,
@@ -25,9 +26,6 @@ from rlmerge.lab.pilot import (
 )
 from rlmerge.lab.presets import Preset
 from rlmerge.lab.texts import find_texts, read_texts
-
-AGAIN = 4
-"""Samples of a problem at temperature 1, at the second look."""
 
 
 def pilot_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]]:

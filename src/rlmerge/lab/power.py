@@ -49,6 +49,14 @@ def parts_of(table: NDArray[np.float64]) -> Parts:
     )
 
 
+def bounds_of_one(row: NDArray[np.float64]) -> tuple[Parts, Parts]:
+    """From one pair's differences [problems], of which it is not known what another pair would show: as if problems
+    differed in all pairs alike, and as if by chance. How pairs differ is not in it, so that both are from below.
+    """
+    spread = float(np.var(row, ddof=1))
+    return Parts(0.0, spread, 0.0), Parts(0.0, 0.0, spread)
+
+
 def upper_parts(table: NDArray[np.float64], chance: float = 0.8) -> Parts:
     """The same, but for the variance between seeds its upper limit with this confidence: few pairs say little about it.
 
