@@ -21,14 +21,17 @@ from rlmerge.lab.pilot import (
     Expert,
     PilotPreset,
     Regime,
+    merge_named,
+    merges_of,
     pilot_cells,
     run_pilot,
+    sets_of,
     tasks_from,
     tasks_of,
 )  # fmt: skip
 from rlmerge.lab.pilot_page import write_page
 from rlmerge.lab.pilot_work import _is_base
-from rlmerge.lab.regimes import PLUMBING
+from rlmerge.lab.regimes import PILOT, PLUMBING
 
 PAIR = Regime(
     "pair", "two domains",
@@ -63,6 +66,12 @@ def test_cells_come_after_what_they_need():
         seen.add(cell.name)
     assert {"m1", "m2", "c1", "fisher-m2", "measure-base", "geometry-pair.fusion", "merge-seeds.both-bf16-sar"} <= seen
     assert tasks_of(both, ("m1", "m2")) == ("math:0",)
+
+
+def test_the_name_of_a_merge_says_what_it_is():
+    named = [merge_named(cell.name) for cell in pilot_cells(PILOT) if cell.kind == "merge"]
+    assert named == [(name, *one) for name in sets_of(PILOT) for one in merges_of(PILOT, name)]
+    assert ("cold-control.math", "fp32", "ties") in named
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,12 @@ def merges_of(preset: PilotPreset, whole: str) -> list[tuple[str, str]]:
     return found + [(MASTERS, label) for label in labels if regime.masters and label == "mean"]
 
 
+def merge_named(cell: str) -> tuple[str, str, str]:
+    """(set, dtype, label) of a merge's cell; a regime may have dashes in its name."""
+    whole, dtype, label = cell.removeprefix("merge-").rsplit("-", 2)
+    return whole, dtype, label
+
+
 def tasks_of(preset: PilotPreset, members: tuple[str, ...]) -> tuple[str, ...]:
     """The tasks of some experts, each once."""
     experts = experts_of(preset)

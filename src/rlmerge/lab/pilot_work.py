@@ -20,6 +20,7 @@ from rlmerge.lab.pilot import (
     dtype_of,
     experts_of,
     measured_on,
+    merge_named,
     sets_of,
     tasks_from,
     tasks_of,
@@ -158,7 +159,7 @@ def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any
     """Greedy answers and samples of other problems: none that was measured before."""
     how = replace(_measuring(preset, AGAIN), seed=1, without=preset.problems)
     if name.startswith("merge-"):
-        whole, dtype, label = name.removeprefix("merge-").split("-", 2)
+        whole, dtype, label = merge_named(name)
         tasks = tasks_of(preset, sets_of(preset)[whole])
         return dict(measured(root / "recipes" / f"{whole}-{dtype}-{label}.yml", how, tasks))
     if _is_base(preset, name):
@@ -168,7 +169,7 @@ def _measured_again(root: Path, preset: PilotPreset, name: str) -> dict[str, Any
 
 
 def _merged(root: Path, preset: PilotPreset, cell: Cell) -> Iterator[tuple[str, Any]]:
-    whole, dtype, label = cell.name.removeprefix("merge-").split("-", 2)
+    whole, dtype, label = merge_named(cell.name)
     members = sets_of(preset)[whole]
     contender = next(one for one in preset.merges if one.label == label)
     stored = Contender(label, contender.method, contender.settings, contender.inputs)
