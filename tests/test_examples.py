@@ -94,9 +94,31 @@ def without_network() -> list[str]:
     return []
 
 
+def test_the_models_of_the_demo_are_in_the_wheel(tmp_path):
+    python = wheel_installed(tmp_path)
+    command = [*without_network(), str(python), "-m", "rlmerge", "demo", "--models", "-o", "play"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=UNTOUCHED)
+    base = next(iter((tmp_path / "play" / "models" / "base").rglob("model.safetensors")))
+    assert base.read_bytes() == (ROOT / "src/rlmerge/demo/data/models/base/bf16/model.safetensors").read_bytes()
+
+
+@pytest.mark.long
 def test_the_demo_runs_from_a_wheel_in_any_folder(tmp_path):
-    """The wheel in an environment of its own; what it depends on is borrowed from this one."""
     pytest.importorskip("torch")
+    python = wheel_installed(tmp_path)
+    command = [*without_network(), str(python), "-m", "rlmerge", "demo", "--problems", "20", "--quiet", "--json"]
+    run = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=UNTOUCHED
+    )
+    assert len(json.loads(run.stdout)["models"]) == 5
+    assert (tmp_path / "demo-out" / "demo.txt").exists()
+
+
+UNTOUCHED = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
+
+
+def wheel_installed(tmp_path: Path) -> Path:
+    """A Python that has the wheel, in an environment of its own; what it depends on is borrowed from this one."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
         [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)],
@@ -113,13 +135,7 @@ def test_the_demo_runs_from_a_wheel_in_any_folder(tmp_path):
     shown = "import rlmerge; print(rlmerge.__file__)"
     place = subprocess.run([python, "-c", shown], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert place.stdout.startswith(str(site))
-    command = [*without_network(), str(python), "-m", "rlmerge", "demo", "--problems", "20", "--quiet", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
-    run = subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=environment
-    )
-    assert len(json.loads(run.stdout)["models"]) == 5
-    assert (tmp_path / "demo-out" / "demo.txt").exists()
+    return python
 
 
 def test_readme_names_the_two_commands():

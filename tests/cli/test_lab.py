@@ -8,27 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.command_line import refused, rlmerge
 
 pytest.importorskip("torch")
 
 
-def rlmerge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlmerge", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
 def test_the_plan_lists_cells_and_hours(tmp_path: Path) -> None:
-    done = rlmerge("lab", "plan", "tiny", cwd=tmp_path)
+    done = in_a_process("lab", "plan", "tiny", cwd=tmp_path)
     assert done.returncode == 0
     assert "rlvr-math-1" in done.stdout
     assert "hours on 2 processes" in done.stdout
-    found = json.loads(rlmerge("lab", "plan", "tiny", "--json", cwd=tmp_path).stdout)
+    found = json.loads(in_a_process("lab", "plan", "tiny", "--json", cwd=tmp_path).stdout)
     assert found["cells"][0] == {"cell": "pretrain", "seconds": found["cells"][0]["seconds"], "done": False}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
-    found = json.loads(rlmerge("lab", "plan", "methods", "--json", cwd=tmp_path).stdout)
+    found = json.loads(in_a_process("lab", "plan", "methods", "--json", cwd=tmp_path).stdout)
     cells = [one["cell"] for one in found["cells"]]
     assert {"tune-tsv_m", "score-1-default-ties", "score-2-tuned-passthrough-code", "fisher-rlvr-code-2"} <= set(cells)
     assert 0 < found["seconds_left"] < 3600
@@ -36,7 +37,7 @@ def test_the_plan_of_the_table_knows_every_method(tmp_path: Path) -> None:
 
 
 def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
-    found = json.loads(rlmerge("lab", "plan", "confirmation", "--json", cwd=tmp_path).stdout)
+    found = json.loads(in_a_process("lab", "plan", "confirmation", "--json", cwd=tmp_path).stdout)
     cells = {one["cell"] for one in found["cells"]}
     assert {
         "merge-fusion.rlvr.11-fp32-sar",
@@ -44,7 +45,7 @@ def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
         "merge-fusion.other.22-fp32-sum",
         "joint-11",
     } <= cells
-    other = json.loads(rlmerge("lab", "plan", "replication", "--json", cwd=tmp_path).stdout)
+    other = json.loads(in_a_process("lab", "plan", "replication", "--json", cwd=tmp_path).stdout)
     assert {"merge-fusion.rlvr.16-fp32-sar", "rlvr-math-11"} <= {one["cell"] for one in other["cells"]}
     assert 3600 < found["seconds_left"] < found["seconds_left"] + other["seconds_left"] < 12 * 3600
 
@@ -80,24 +81,24 @@ def test_the_plan_of_the_study_counts_the_hours(tmp_path: Path) -> None:
         (("run", "rehearsal"), "'rlmerge lab study rehearsal'"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("")
-    done = rlmerge("lab", *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(rlmerge("lab", *arguments))
     assert not (tmp_path / "out").exists()
 
 
 def test_demo_copies_its_models(tmp_path: Path) -> None:
-    done = rlmerge("demo", "--models", "-o", "play", cwd=tmp_path)
+    done = in_a_process("demo", "--models", "-o", "play", cwd=tmp_path)
     assert done.returncode == 0
     assert "rlvr-code-2" in done.stdout
     assert (tmp_path / "play" / "models" / "base" / "bf16" / "model.safetensors").exists()
     assert (tmp_path / "play" / "models" / "rlvr-math-1" / "bf16" / "pack.json").exists()
     (tmp_path / "other" / "models" / "mine").mkdir(parents=True)
-    done = rlmerge("demo", "--models", "-o", "other", cwd=tmp_path)
+    done = in_a_process("demo", "--models", "-o", "other", cwd=tmp_path)
     assert done.returncode == 2
     assert "does not hold the demo's models" in done.stderr
     assert list((tmp_path / "other" / "models").iterdir()) == [tmp_path / "other" / "models" / "mine"]
@@ -106,6 +107,6 @@ def test_demo_copies_its_models(tmp_path: Path) -> None:
 def test_demo_leaves_a_folder_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "one.txt").write_text("mine")
-    done = rlmerge("demo", "-o", "thesis", cwd=tmp_path)
+    done = in_a_process("demo", "-o", "thesis", cwd=tmp_path)
     assert done.returncode == 2
     assert "Name another folder" in done.stderr

@@ -50,18 +50,18 @@ def made(model, requests, sampling, batch):
     return {sample.key: sample for sample in Generator(model, Tokenizer(), batch).run(requests, sampling)}
 
 
-@pytest.mark.parametrize("batch", [1, 3, 32])
-def test_greedy_is_what_transformers_makes(model, requests, batch):
-    found = made(model, requests, Sampling(max_new_tokens=20), batch)
+def test_greedy_is_what_transformers_makes(model, requests):
+    found = [made(model, requests, Sampling(max_new_tokens=20), batch) for batch in (1, 3, 32)]
     for request in requests:
         ids = torch.tensor([request.prompt])
         whole = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
         )
         expected = whole[0, ids.shape[1] :].tolist()
-        sample = found[request.key]
-        assert sample.finish == ("stop" if END in expected else "length")
-        assert list(sample.tokens) == (expected[: expected.index(END)] if END in expected else expected)
+        for samples in found:
+            sample = samples[request.key]
+            assert sample.finish == ("stop" if END in expected else "length")
+            assert list(sample.tokens) == (expected[: expected.index(END)] if END in expected else expected)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 24), Sampling(0.7, 24, top_p=0.9), Sampling(1.3, 24, top_k=9)])

@@ -97,15 +97,20 @@ def check_same(models, tmp_path, method, parameters, blocks):
 
 
 # small units: tensors of many units, measured unit by unit; large ones: tensors that one job takes through all stages
-@pytest.mark.parametrize("blocks", [(8, 16), (2**16, 2**24)], ids=["units", "tensors"])
-@pytest.mark.parametrize(("method", "parameters"), CASES)
+UNITS, TENSORS = (8, 16), (2**16, 2**24)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "blocks"),
+    [(*case, UNITS) for case in CASES] + [(*CASES[0], TENSORS)],
+)
 def test_the_bytes_of_a_local_merge(connection, models, tmp_path, method, parameters, blocks):
     check_same(models, tmp_path, method, parameters, blocks)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("blocks", [(8, 16), (2**16, 2**24)], ids=["units", "tensors"])
-@pytest.mark.parametrize(("method", "parameters"), MORE)
+@pytest.mark.parametrize("blocks", [UNITS, TENSORS], ids=["units", "tensors"])
+@pytest.mark.parametrize(("method", "parameters"), [*CASES, *MORE])
 def test_the_bytes_of_a_local_merge_by_every_method(connection, models, tmp_path, method, parameters, blocks):
     check_same(models, tmp_path, method, parameters, blocks)
 

@@ -129,7 +129,10 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     assert geometry["coordinates"]["pairs"][0]["a"] == "c1"
     assert read_cell(root, "m1")["curve"][-1]["step"] == 2
     before = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
-    run_pilot(root, replace(SMALL, regimes=(PAIR, SEEDS), paired=(("rlvr", "seeds.both"),)), 1, only=("seeds",))
+    shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
+    regimes, second = (PAIR, SEEDS, OTHERS), ColdBase("second", ("math:0", "code:0"), 1)
+    more = replace(SMALL, regimes=regimes, bases=(second,), paired=(("rlvr", "seeds.both"),))
+    run_pilot(root, more, 1, only=("seeds", "others"))
     after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     assert before.items() <= after.items()
     assert "merge-seeds.both-fp32-sar.json" in after
@@ -139,13 +142,10 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     again = read_cell(root, "again-m1")["tasks"]["math:0"]
     assert again["problems"] != one["problems"]
     assert again["samples"] == AGAIN == 4
-    third = replace(SMALL, regimes=(PAIR, OTHERS), bases=(ColdBase("second", ("math:0", "code:0"), 1),))
-    shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
-    run_pilot(root, third, 1, only=("others",))
     said = yaml.safe_load((root / "recipes" / "others.both-fp32-mean.yml").read_text())
     assert "pretrain" in said["base_model"]
     assert json.loads((root / "models" / "second" / "run.json").read_text())["seed"] == 1
-    assert write_page(root, third, tmp_path / "third.md")["sets"]["others.both"]["members"] == ["m1", "k1"]
+    assert write_page(root, more, tmp_path / "more.md")["sets"]["others.both"]["members"] == ["m1", "k1"]
     assert json.loads((root / "models" / "m2" / "run.json").read_text())["lora"] == 2
     page = write_page(root, replace(SMALL, regimes=(PAIR, SEEDS)), tmp_path / "pilot.md")
     assert set(page["sets"]) == {"pair.fusion", "seeds.both"}

@@ -107,17 +107,17 @@ def test_della_keeps_large_ones_more_often(tmp_path, method, epsilon):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_published_rescaling_is_unbiased(tmp_path, method):
-    """The mean over 400 seeds is the delta itself: within five standard errors at each of 24 coordinates."""
+    """The mean over 100 seeds is the delta itself: within five standard errors at each of 24 coordinates."""
     size = np.arange(1, 25, dtype=np.float64).reshape(3, 8)
     write_all(tmp_path, {"w": np.zeros((3, 8), np.float32)}, {"a": {"w": size.astype(np.float32)}})
     epsilon = 0.2 if method.startswith("della") else 0.0
     parameters = {"density": 0.6, "rescale": PUBLISHED} | ({"epsilon": epsilon} if epsilon else {})
     own = {"a": {"weight": 1.0}}
     found = np.mean(
-        [merge_values(make_recipe(tmp_path, method, ["a"], parameters, own, seed=s))["w"] for s in range(400)], axis=0
+        [merge_values(make_recipe(tmp_path, method, ["a"], parameters, own, seed=s))["w"] for s in range(100)], axis=0
     )
     chance = chances(size, 0.6, epsilon)
-    error = size * np.sqrt((1 - chance) / chance / 400)
+    error = size * np.sqrt((1 - chance) / chance / 100)
     assert (np.abs(found - size) < 5 * error).all()
 
 

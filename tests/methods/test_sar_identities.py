@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.methods.small_models import (
     DTYPE,
@@ -46,6 +46,7 @@ def fresh(factory):
 
 @each_form
 @pytest.mark.parametrize(("arbitration", "agreement"), list(zip(ARBITRATION, AGREEMENT)))
+@settings(max_examples=settings.default.max_examples // 5)  # six merges each
 @given(SEEDS)
 def test_order_of_experts_is_irrelevant(tmp_path_factory, dtype, arbitration, agreement, seed):
     folder = fresh(tmp_path_factory)

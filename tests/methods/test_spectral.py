@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.checkpoint.checkpoint_files import write_model, write_tensors
 from tests.methods.small_models import (
@@ -90,6 +90,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "count", "more"), CASES)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(SEEDS)
 def test_references(tmp_path_factory, method, count, more, seed):
     """One rounding to fp32, and what decompositions by other ways lose (they divide by the smallest singular value)."""

@@ -163,7 +163,7 @@ ARRAYS = [(TsvMerge, 4.6, 4.6), (IsoC, 2.4, 2.4), (IsoCts, 5.0, 4.6), (IsoMerger
 """Arrays of a square matrix and of one that is three times as long as wide."""
 
 
-@pytest.mark.parametrize("shape", [(640, 640), (900, 300)])
+@pytest.mark.parametrize("shape", [pytest.param((640, 640), marks=pytest.mark.long), (900, 300)])
 @pytest.mark.parametrize(("method", "square", "tall"), ARRAYS)
 def test_arrays_that_methods_hold(method, square, tall, shape):
     """Three experts. The target is six arrays; iso_merger holds those of all experts at once."""

@@ -1,8 +1,8 @@
 """EleutherAI's lm-evaluation-harness, in a process of its own and through its `simple_evaluate` alone.
 
-Its other functions move between versions; this one has stayed. A task is a name that the harness knows, or a YAML file
-of one: that is read here and handed over as a dictionary. Scores go to one JSON file; samples that a metric calls right
-or wrong also become results files, which `rlmerge compare` reads.
+Its other functions move between versions; this one has stayed, and so has the class of what tasks there are. A task is
+a name that the harness knows, or a YAML file of one: that is read here and handed over as a dictionary. Scores go to
+one JSON file; samples that a metric calls right or wrong also become results files, which `rlmerge compare` reads.
 """
 
 from __future__ import annotations
@@ -163,6 +163,10 @@ def _child() -> None:
         import lm_eval  # pyright: ignore[reportMissingImports]
 
         seed = asked["seed"]
+        if all(isinstance(task, dict) for task in asked["tasks"]):  # it need not read its thousands of own tasks
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+            asked["options"]["task_manager"] = TaskManager(include_defaults=False)
         evaluate: Any = lm_eval.simple_evaluate
         found = evaluate(
             model="hf",

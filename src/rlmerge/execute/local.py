@@ -1,4 +1,4 @@
-"""Does the jobs of a run on this machine, in threads or, for a single tensor, in the thread that asks."""
+"""Does the jobs of a run on this machine, in threads or, if one is enough, in the thread that asks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from .work import Worker, Write
 
 
 class Threads:
-    """A number of threads that share one worker and write through `write`; an `Executor`."""
+    """A number of threads that share one worker and write through `write`; an `Executor`. One is the thread that asks:
+    to start another for every tensor takes longer than a small merge.
+    """
 
     walks = False
 
@@ -71,6 +73,10 @@ class Threads:
                 with self._lock:
                     self._lock.notify_all()
 
+        if self.threads == 1:
+            while step():
+                pass
+            return
         threads = [threading.Thread(target=loop, daemon=True, name=f"rlmerge-{i}") for i in range(self.threads)]
         for thread in threads:
             thread.start()
