@@ -82,4 +82,21 @@ SKETCH = StudyPreset(
 )  # fmt: skip
 """A tiny model, minutes: that the parts work together, and no evidence."""
 
-PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, SKETCH)}
+SKETCH_OF_PART_2 = replace(
+    REPLICATION,
+    name="smollm2-sketch",
+    seeds=(10,),
+    steps=4,
+    cold_steps=20,
+    problems=16,
+    fisher=16,
+    texts=8,
+    attempts=8,
+    split="validation",
+    half="",
+    seal="",
+    seconds={kind: seconds / 20 for kind, seconds in REPLICATION.seconds.items()},
+)
+"""Part 2's every cell from SmolLM2 itself, on the development pair, with a few steps and problems: no evidence."""
+
+PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, SKETCH, SKETCH_OF_PART_2)}
