@@ -98,8 +98,15 @@ def test_the_models_of_the_demo_are_in_the_wheel(tmp_path):
     python = wheel_installed(tmp_path)
     command = [*without_network(), str(python), "-m", "rlmerge", "demo", "--models", "-o", "play"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=LIMIT, env=UNTOUCHED)
-    base = next(iter((tmp_path / "play" / "models" / "base").rglob("model.safetensors")))
-    assert base.read_bytes() == (ROOT / "src/rlmerge/demo/data/models/base/bf16/model.safetensors").read_bytes()
+    (installed,) = (tmp_path / "venv" / "lib").glob("python*/site-packages/rlmerge")
+    source = ROOT / "src/rlmerge"
+    data = [path for path in source.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert len(data) > 10
+    for path in data:
+        assert (installed / path.relative_to(source)).read_bytes() == path.read_bytes()
+    for path in (source / "demo/data/models").rglob("*.safetensors"):
+        copied = tmp_path / "play" / "models" / path.relative_to(source / "demo/data/models")
+        assert copied.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.long

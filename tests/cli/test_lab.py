@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.command_line import refused, rlmerge
+from tests.cli.command_line import rlmerge
 
 pytest.importorskip("torch")
 
@@ -87,7 +87,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert message in refused(rlmerge("lab", *arguments))
+    done = rlmerge("lab", *arguments)
+    assert (done.code, done.err.count("\n"), message in done.err) == (2, 1, True), done.err
     assert not (tmp_path / "out").exists()
 
 

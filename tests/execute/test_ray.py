@@ -102,7 +102,7 @@ UNITS, TENSORS = (8, 16), (2**16, 2**24)
 
 @pytest.mark.parametrize(
     ("method", "parameters", "blocks"),
-    [(*case, UNITS) for case in CASES] + [(*CASES[0], TENSORS)],
+    [(*case, UNITS) for case in CASES] + [(*CASES[0], TENSORS), (*CASES[2], TENSORS)],
 )
 def test_the_bytes_of_a_local_merge(connection, models, tmp_path, method, parameters, blocks):
     check_same(models, tmp_path, method, parameters, blocks)

@@ -235,9 +235,9 @@ def main() -> None:
         return
     first = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
     names = given.only or list(SCENARIOS)
-    until = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory(prefix="fuzz-good-") as home:
         write_good(Path(home))
+        until = time.monotonic() + 60 * given.minutes
         readers = []
         for job in range(given.jobs):
             reader, writer = os.pipe()

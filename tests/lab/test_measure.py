@@ -12,7 +12,7 @@ from rlmerge.evaluate.backend import Sampling
 from rlmerge.evaluate.results import scores
 from rlmerge.evaluate.run import TransformersBackend, evaluate
 from rlmerge.evaluate.tasks import load_task
-from rlmerge.lab.measure import Measured, Measuring, half_of, measure, measured, scores_of
+from rlmerge.lab.measure import FEW, Measured, Measuring, half_of, measure, measured, scores_of
 from rlmerge.lab.policy import Policy, read_policy
 
 
@@ -61,6 +61,19 @@ def test_the_first_problems_alone_are_sampled(base: Policy, task, found: Measure
     some = measure(base, task, replace(HOW, sampled=10))
     assert some["right"] == found["right"][:10]
     assert (some["greedy"], some["mass"], some["trace"]) == (found["greedy"], [], [])
+
+
+def test_few_problems_are_asked_often(base: Policy, task, found: Measured) -> None:
+    some = measure(base, task, replace(HOW, samples=7, sampled=10, deep=3))
+    assert some["drawn"] == [7] * 3 + [FEW] * 7
+    often = measure(base, task, replace(HOW, samples=7, sampled=3))
+    assert some["right"][:3] == often["right"]
+    rest = measure(base, task, replace(HOW, samples=FEW, sampled=10))
+    assert some["right"][3:] == rest["right"][3:]
+    assert scores_of([some], "sampled")[0].tolist() == [
+        count / of for count, of in zip(some["right"], [7] * 3 + [FEW] * 7, strict=True)
+    ]
+    assert scores_of([some, found | {"right": found["right"][:10], "drawn": []}], "sampled").shape == (2, 10)
 
 
 def test_halves_share_no_problem() -> None:

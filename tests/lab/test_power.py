@@ -41,6 +41,14 @@ def test_what_is_foreseen_is_found(seeds, problems, effect):
     assert share == pytest.approx(expected, abs=0.06)
 
 
+def test_where_problems_differ_by_chance_alone_less_is_found():
+    """The estimate of what seeds differ by is cut off at 0, so that intervals are wider than foreseen."""
+    parts = Parts(0.0, 0.0, 0.06)
+    effect = detectable(parts, 6, 400)
+    share = np.mean(crossed_difference(draw(np.random.default_rng(3), parts, effect, 6, 400, 2000)).low > 0)
+    assert 0.62 < share < 0.74
+
+
 def test_more_of_everything_finds_more():
     assert power(0.02, PILOT, 6, 400) > power(0.02, PILOT, 6, 100)
     assert power(0.02, PILOT, 12, 400) > power(0.02, PILOT, 6, 400)

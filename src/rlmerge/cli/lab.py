@@ -183,7 +183,7 @@ def run(given: Namespace) -> None:
 
 
 def _preset(given: Namespace) -> None:
-    from rlmerge.lab.pilot import pilot_cells
+    from rlmerge.lab.pilot import again_cells, paired_merges, pilot_cells
     from rlmerge.lab.presets import get_preset
     from rlmerge.lab.regimes import PILOTS
     from rlmerge.lab.schedule import Planned, plan, seconds_left
@@ -211,7 +211,8 @@ def _preset(given: Namespace) -> None:
         return
     wanted = table_cells(TABLE) if table else None
     if given.what in PILOTS:
-        wanted = pilot_cells(PILOTS[given.what])
+        pilot = PILOTS[given.what]
+        wanted = [*pilot_cells(pilot), *again_cells(pilot, paired_merges(pilot))]
     elif given.what in STUDIES:
         wanted = study_cells(STUDIES[given.what])
     planned = plan(root, preset, wanted)

@@ -1,8 +1,9 @@
-"""EleutherAI's lm-evaluation-harness, in a process of its own and through its `simple_evaluate` alone.
+"""EleutherAI's lm-evaluation-harness, in a process of its own and through its `simple_evaluate`.
 
-Its other functions move between versions; this one has stayed, and so has the class of what tasks there are. A task is
-a name that the harness knows, or a YAML file of one: that is read here and handed over as a dictionary. Scores go to
-one JSON file; samples that a metric calls right or wrong also become results files, which `rlmerge compare` reads.
+Its other functions move between versions; this one has stayed, and so has `TaskManager`, which is told to look at none
+of its own tasks where none is asked for. A task is a name that the harness knows, or a YAML file of one: that is read
+here and handed over as a dictionary. Scores go to one JSON file; samples that a metric calls right or wrong also become
+results files, which `rlmerge compare` reads.
 """
 
 from __future__ import annotations
@@ -154,6 +155,11 @@ def _read_task(task: str) -> str | dict[str, Any]:
     return content
 
 
+def _is_whole(task: Mapping[str, Any]) -> bool:
+    """Whether a task stands alone: names its data itself, and builds on no other one."""
+    return "dataset_path" in task and "include" not in task
+
+
 def _child() -> None:
     """Runs in the other process: the request on stdin, the answer as the last line of stdout."""
     import contextlib
@@ -163,7 +169,8 @@ def _child() -> None:
         import lm_eval  # pyright: ignore[reportMissingImports]
 
         seed = asked["seed"]
-        if all(isinstance(task, dict) for task in asked["tasks"]):  # it need not read its thousands of own tasks
+        if all(isinstance(task, dict) and _is_whole(task) for task in asked["tasks"]):
+            # it need not read its thousands of own tasks
             from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
             asked["options"]["task_manager"] = TaskManager(include_defaults=False)

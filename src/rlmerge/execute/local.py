@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
+
 from .memory import Space
 from .schedule import Agenda
 from .work import Worker, Write
@@ -74,8 +76,9 @@ class Threads:
                     self._lock.notify_all()
 
         if self.threads == 1:
-            while step():
-                pass
+            with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):  # as a new thread has it
+                while step():
+                    pass
             return
         threads = [threading.Thread(target=loop, daemon=True, name=f"rlmerge-{i}") for i in range(self.threads)]
         for thread in threads:

@@ -17,6 +17,7 @@ import numpy as np
 from rlmerge.evaluate.statistics import pass_at_k
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
+from rlmerge.lab.measure import drawn_of
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import MATCHED, Set, StudyPreset, base_name, expert, sets
 from rlmerge.lab.study_merges import ABLATIONS, AGREEMENTS, UNTUNED, merges_of
@@ -89,8 +90,9 @@ class Numbers:
             return np.array([float(letter) for letter in found["greedy"]])
         if metric in ("mass", "trace"):
             return np.array(found[metric])
-        right, samples = np.array(found["right"], np.float64), found["samples"]
-        return right / samples if metric == "sampled" else pass_at_k(samples, right.astype(np.int64), samples)
+        right, drawn = np.array(found["right"], np.int64), drawn_of(found)
+        often = drawn == found["samples"]  # pass@k takes problems that were asked k times
+        return right / drawn if metric == "sampled" else pass_at_k(drawn[often], right[often], found["samples"])
 
     def merged(self, what: str, arm: str, label: str, dtype: str, metric: str, seeds: Seeds = None) -> Table:
         """Of a merge, [sets, problems of both domains]; of all sets of an arm, or those of some seeds."""

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlmerge.evaluate.backend import Asked, Sampling
 from rlmerge.evaluate.run import TransformersBackend, seed_of, stops_of
@@ -26,13 +27,17 @@ from rlmerge.lab.linear import by_onednn
 from rlmerge.lab.policy import Policy
 from rlmerge.lab.texts import Texts, likelihoods
 
+FEW = 4
+"""Samples of the problems that are not asked often: many problems say more of the mean than many samples."""
+
 
 class Measured(TypedDict):
     """Problem by problem, in the order of the task.
 
     problems   digest of the problems: what may be compared
     greedy     '1' for a right answer, '0' for a wrong one
-    right      right ones of `samples` at temperature 1; perhaps of the first problems alone
+    right      right ones of `drawn` at temperature 1; perhaps of the first problems alone
+    drawn      samples of each of these problems: `samples` of the first, perhaps fewer of the rest
     mass       probability at temperature 1 that the answer is one of the known right texts, of the first problems: from
                below it bounds pass@1, whose noise it does not have, and is it where there is one right text
     trace      mean log-probability of a token of these texts, in nats
@@ -43,6 +48,7 @@ class Measured(TypedDict):
     samples: int
     greedy: str
     right: list[int]
+    drawn: NotRequired[list[int]]
     mass: list[float]
     trace: list[float]
     tokens: float
@@ -54,6 +60,7 @@ class Measuring:
 
     split      'validation' or 'test', `problems` of it by `seed`; half: all, or those of the half 'A' or 'B' of it
     samples    of a problem at temperature 1, for the first `sampled` of them (0: all)
+    deep       of so many problems alone (0: all that are sampled); of the others there are FEW
     without    how many problems of seed 0 are left out: to look again at others
     """
 
@@ -66,6 +73,7 @@ class Measuring:
     max_new_tokens: int = 64
     batch: int = 64
     without: int = 0
+    deep: int = 0
 
     def task(self, spec: str) -> Task:
         """The problems of a task. A form is in one half, whatever the seed."""
@@ -130,30 +138,35 @@ def measure(policy: Policy, task: Task, how: Measuring, texts: Texts = ()) -> Me
 
 def _measure(policy: Policy, task: Task, how: Measuring, texts: Texts) -> Measured:
     samples, batch = how.samples, how.batch
-    greedy, lengths = _answers(policy, task, 1, Sampling(0.0, how.max_new_tokens), batch)
-    right = np.zeros(0, np.int64)
+    greedy, lengths = _answers(policy, task, [1] * len(task.problems), Sampling(0.0, how.max_new_tokens), batch)
+    right, drawn = np.zeros(0, np.int64), list[int]()
     if samples:
         some = replace(task, problems=task.problems[: how.sampled or None])
-        drawn, _ = _answers(policy, some, samples, Sampling(1.0, how.max_new_tokens), batch)
-        right = drawn.reshape(len(some.problems), samples).sum(1)
+        deep = how.deep or len(some.problems)
+        drawn = [samples if place < deep else min(FEW, samples) for place in range(len(some.problems))]
+        verdicts, _ = _answers(policy, some, drawn, Sampling(1.0, how.max_new_tokens), batch)
+        right = np.add.reduceat(verdicts.astype(np.int64), np.cumsum([0, *drawn[:-1]]))
     mass, trace = likelihoods(policy, task, texts)
     return {
         "problems": str(task.settings["problems"]),
         "samples": samples,
         "greedy": "".join(str(int(verdict)) for verdict in greedy),
         "right": right.tolist(),
+        "drawn": drawn,
         "mass": [round(value, 7) for value in mass],
         "trace": [round(value, 5) for value in trace],
         "tokens": round(float(np.mean(lengths)), 2),
     }
 
 
-def _answers(policy: Policy, task: Task, samples: int, sampling: Sampling, batch: int) -> tuple[Any, list[int]]:
-    """Verdicts bool[problems · samples], the samples of a problem together, and the lengths of the answers."""
+def _answers(
+    policy: Policy, task: Task, samples: Sequence[int], sampling: Sampling, batch: int
+) -> tuple[NDArray[np.bool_], list[int]]:
+    """Verdicts of so many samples of each problem, those of a problem together, and the lengths of the answers."""
     asked = [
         Asked((place, number), problem, seed_of(0, task.name, problem.id, number), stops_of(problem))
-        for place, problem in enumerate(task.problems)
-        for number in range(samples)
+        for place, (problem, count) in enumerate(zip(task.problems, samples, strict=True))
+        for number in range(count)
     ]
     made = {one.key: one for one in TransformersBackend(policy.model, policy.tokenizer, batch).run(asked, sampling)}
     ordered = [made[one.key] for one in asked]
@@ -163,10 +176,15 @@ def _answers(policy: Policy, task: Task, samples: int, sampling: Sampling, batch
     return verdicts, [one.tokens for one in ordered]
 
 
+def drawn_of(measured: Measured) -> NDArray[np.int64]:
+    """Samples of each problem that was sampled."""
+    return np.array(measured.get("drawn") or [measured["samples"]] * len(measured["right"]), np.int64)
+
+
 def scores_of(measured: Sequence[Measured], metric: str) -> np.ndarray:
     """A table [models, problems] of one metric: 'greedy', 'sampled' (share of right samples), 'mass' or 'trace'."""
     if metric == "greedy":
         return np.array([[float(letter) for letter in one["greedy"]] for one in measured])
     if metric == "sampled":
-        return np.array([one["right"] for one in measured]) / np.array([[one["samples"]] for one in measured])
+        return np.array([np.array(one["right"]) / drawn_of(one) for one in measured])
     return np.array([one["mass" if metric == "mass" else "trace"] for one in measured])

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlmerge.figures import as_markdown
 from rlmerge.lab.pilot import AGAIN, PilotPreset
-from rlmerge.lab.pilot_summary import GATE, PROBLEMS, Row, summary
+from rlmerge.lab.pilot_summary import GATE, Row, summary
 
 
 def write_page(root: Path, preset: PilotPreset, page: Path) -> dict[str, Any]:
@@ -153,59 +153,63 @@ def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str
     if several:
         parts += _of_several(several, pairs, names)
     if alone:
-        parts += _of_one(alone, pairs)
+        parts += _of_one(alone, pairs, names)
     return parts
 
 
-def _of_one(rows: list[Row], pairs: int) -> list[str]:
-    head = ["difference", "metric", "here", *(f"found with {count}" for count in PROBLEMS)]
-    lines = [
-        [row["difference"], row["metric"], f"{100 * row['mean']:.2f}",
-         *(f"{100 * row['apart'][str(count)]:.1f} to {100 * row['alike'][str(count)]:.1f}" for count in PROBLEMS)]
-        for row in rows
-    ]  # fmt: skip
+FOUND = "found four times in five, with so many problems"
+SAMPLED = (
+    f"*Sampled*: {AGAIN} samples of each problem of the second look; the study draws more, so these are from above."
+)
+
+
+def _of_one(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
+    head = ["difference", "sets", "metric", "here", FOUND]
+    lines = []
+    for row in rows:
+        effects = [f"{count}: {100 * low:.1f}, {100 * row['alike'][count]:.1f}" for count, low in row["apart"].items()]
+        first = [row["difference"], names[row["arm"]], row["metric"], f"{100 * row['mean']:.2f}"]
+        lines.append([*first, "; ".join(effects)])
     about = (
         f"From one pair of experts, merges in fp32 (`rlmerge.lab.power`): effects, in points, that {pairs} pairs would "
-        "find four times in five with so many problems of each domain, if problems differ by chance, or in all pairs "
-        "alike. Pairs differ, too, by how much one pair cannot say, so that both are from below."
+        "find, the first if problems differ from pair to pair by chance, the second if they differ in all pairs alike. "
+        f"The truth is between the two, or above: pairs differ, too, by how much one pair cannot say. {SAMPLED}"
     )
     return [about, "", *as_markdown([head, *lines]), ""]
 
 
 def _of_several(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     head = ["difference", "sets", "metric", "pairs", "here", "sd of pairs", "at most", "of problems", "of what is left"]
-    head += [f"found with {count}" for count in PROBLEMS]
     lines = []
     for row in rows:
         keys = ("seeds", "seeds_upper", "problems", "rest")
         spread = [f"{100 * np.sqrt(row[key]):.2f}" for key in keys]
         effects = [
-            f"{100 * row['detectable'][str(count)]:.1f} ({100 * row['detectable_upper'][str(count)]:.1f})"
-            for count in PROBLEMS
+            f"{count}: {100 * effect:.1f} ({100 * row['detectable_upper'][count]:.1f})"
+            for count, effect in row["detectable"].items()
         ]
         first = [row["difference"], names[row["arm"]], row["metric"], str(row["pairs"])]
-        lines.append([*first, f"{100 * row['mean']:.2f}", *spread, *effects])
+        lines.append([*first, f"{100 * row['mean']:.2f}", *spread, "; ".join(effects)])
     about = (
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
-        f"points, and the effects that {pairs} pairs would find four times in five with so many problems of each "
-        "domain; in brackets, if pairs differ as much as their upper limit (80 %) has it. Shares that are kept are "
-        f"points of the gain. *Sampled*: {AGAIN} samples of each problem of the second look."
+        f"points, and the effects that {pairs} pairs would find with so many problems of each domain; in brackets, if "
+        "pairs differ as much as their upper limit (80 %) has it. Shares that are kept are points of the gain. "
+        f"{SAMPLED}"
     )
-    return [about, "", *as_markdown([head, *lines]), ""]
+    return [about, "", *as_markdown([[*head, FOUND], *lines]), ""]
 
 
 def _together_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     if not rows:
         return []
-    head = ["sets", "metric", "SAR better by", *(f"with {count}" for count in PROBLEMS)]
+    head = ["sets", "metric", "SAR better by", "problems", "chance, %"]
     lines = []
-    for arm, metric, effect in dict.fromkeys((row["arm"], row["metric"], row["effect"]) for row in rows):
-        own = [row for row in rows if (row["arm"], row["metric"], row["effect"]) == (arm, metric, effect)]
-        cells = [" to ".join(f"{100 * end:.0f}" for end in row["bounds"])
-                 + f" ({' to '.join(f'{100 * end:.0f}' for end in row['bounds_upper'])})" for row in own]  # fmt: skip
-        lines.append([names[arm], metric, f"{100 * effect:.0f} points", *cells])
+    for row in rows:
+        low, high = (" to ".join(f"{100 * end:.0f}" for end in row[key]) for key in ("bounds", "bounds_upper"))
+        effect = f"{100 * row['effect']:.0f} points"
+        lines.append([names[row["arm"]], row["metric"], effect, str(row["problems"]), f"{low} ({high})"])
     about = (
-        f"The chance, in percent, that {pairs} pairs show SAR above all of the {rows[0]['merges']} merges that it is "
+        f"The chance that {pairs} pairs show SAR above all of the {rows[0]['merges']} merges that it is "
         "compared with here, if it is better than each by so much: bounds, whatever the comparisons have in common. "
         "(The study asks for more of them at once, so its chance is below the upper bound.)"
     )

@@ -21,7 +21,16 @@ from rlmerge.evaluate.statistics import paired_difference, ratio
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.errors import LabError
 from rlmerge.lab.measure import scores_of
-from rlmerge.lab.pilot import DTYPES, PilotPreset, experts_of, merges_of, paired_merges, pilot_cells, sets_of
+from rlmerge.lab.pilot import (
+    DTYPES,
+    PilotPreset,
+    again_cells,
+    experts_of,
+    merges_of,
+    paired_merges,
+    pilot_cells,
+    sets_of,
+)
 from rlmerge.lab.power import Parts, all_found, bounds_of_one, detectable, parts_of, power, upper_parts
 
 GATE = 0.05
@@ -35,7 +44,8 @@ Row = dict[str, Any]
 
 def summary(root: Path, preset: PilotPreset) -> dict[str, Any]:
     """All numbers of the sets whose mean is measured: {'experts': …, 'sets': {set: …}, 'gate': …, 'missing': cells}."""
-    missing = [cell.name for cell in pilot_cells(preset) if not is_done(root, cell)]
+    wanted = [*pilot_cells(preset), *again_cells(preset, paired_merges(preset))]
+    missing = [cell.name for cell in wanted if not is_done(root, cell)]
     known = [
         name
         for name, one in experts_of(preset).items()
@@ -199,7 +209,8 @@ def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
 """Differences whose variances say what a study could see."""
-PROBLEMS = (50, 100, 160, 400)
+PROBLEMS = {"greedy": (160, 400), "mass": (60, 200), "sampled": (40, 140)}
+"""Problems of a domain that the study's parts ask for, the second and the first (docs/study/protocol.md)."""
 
 
 def _power(root: Path, preset: PilotPreset, sets: dict[str, Row]) -> list[Row]:
@@ -279,7 +290,7 @@ def together(rows: Sequence[Row], pairs: int) -> list[Row]:
         own = [row for row in rows if (row["arm"], row["metric"]) == (arm, metric)]
         own = [row for row in own if row["difference"].startswith("sar − ") and row["pairs"] > 1]
         for effect in EFFECTS if own else ():
-            for count in PROBLEMS:
+            for count in PROBLEMS[metric]:
                 row: Row = {"arm": arm, "metric": metric, "effect": effect, "problems": count, "merges": len(own)}
                 for key, seeds in (("bounds", "seeds"), ("bounds_upper", "seeds_upper")):
                     parts = [Parts(one[seeds], one["problems"], one["rest"]) for one in own]
@@ -293,15 +304,16 @@ def _foreseen(name: str, metric: str, table: NDArray[np.float64], interest: floa
     row: Row = {"difference": name, "metric": metric, "pairs": len(table), "mean": float(table.mean())}
     row |= {key: getattr(parts, key) for key in ("seeds", "problems", "rest")} | {"seeds_upper": upper.seeds}
     for key, one in (("", parts), ("_upper", upper)):
-        row[f"detectable{key}"] = {str(count): detectable(one, pairs, 2 * count) for count in PROBLEMS}
-        row[f"power{key}"] = {str(count): power(interest, one, pairs, 2 * count) for count in PROBLEMS}
+        row[f"detectable{key}"] = {str(count): detectable(one, pairs, 2 * count) for count in PROBLEMS[metric]}
+        row[f"power{key}"] = {str(count): power(interest, one, pairs, 2 * count) for count in PROBLEMS[metric]}
     return row | {"interest": interest}
 
 
 def _foreseen_of_one(name: str, metric: str, differences: NDArray[np.float64], pairs: int) -> Row:
     """Of a single pair, with nothing said of how pairs differ: from below."""
     alike, apart = (
-        {str(count): detectable(parts, pairs, 2 * count) for count in PROBLEMS} for parts in bounds_of_one(differences)
+        {str(count): detectable(parts, pairs, 2 * count) for count in PROBLEMS[metric]}
+        for parts in bounds_of_one(differences)
     )
     return {
         "difference": name, "metric": metric, "pairs": 1, "mean": float(differences.mean()), "apart": apart,

@@ -42,6 +42,7 @@ class StudyPreset(Preset):
     seal          what their seed is drawn from
     tuning        validation problems of a domain
     samples       of a problem at temperature 1, for the first `sampled` problems
+    deep          of so many of them alone (0: all); the others have `measure.FEW`
     texts         problems of a domain for which right texts of the base are looked for, in `attempts` samples each
     methods       that are tuned, SAR among them; tries: settings of each
     situations    'fusion' of the domains, 'single': two seeds of one domain
@@ -63,6 +64,7 @@ class StudyPreset(Preset):
     tuning: int = 300
     samples: int = 16
     sampled: int = 40
+    deep: int = 0
     texts: int = 100
     attempts: int = 32
     tries: int = 8

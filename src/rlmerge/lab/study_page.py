@@ -10,6 +10,7 @@ from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.curves import means, read_log
 from rlmerge.lab.hypotheses import METRICS, SHOWN, Numbers, controls, hypotheses, masters, matches, transfer
+from rlmerge.lab.measure import FEW
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import OTHER_BASE, StudyPreset, expert, study_cells
 
@@ -80,23 +81,29 @@ def _curves(root: Path, preset: StudyPreset) -> Row:
     return found
 
 
+def _samples(preset: StudyPreset) -> str:
+    if not preset.deep:
+        return f"{preset.samples} samples of the first {preset.sampled}"
+    return f"{preset.samples} samples of the first {preset.deep} and {FEW} of the next {preset.sampled - preset.deep}"
+
+
 def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
     rehearsal = len(preset.seeds) < 2
     title = "The study, rehearsed on the development pair" if rehearsal else "The study"
     lines = [f"# {title}", ""]
     if rehearsal:
+        tuned = "the one that methods were tuned on, " if preset.frozen is None else ""
         lines += [
-            "**No result.** One pair of runs, the one that methods were tuned on, on validation problems; intervals "
-            "are over problems alone. It shows what the pages of the confirmation will hold.",
+            f"**No result.** One pair of runs of {preset.steps} steps, {tuned}on validation problems; intervals are "
+            "over problems alone. It shows what the pages of the confirmation will hold.",
             "",
         ]
     lines += [
         f"{preset.problems} problems of a domain ({preset.split}{f', half {preset.half}' if preset.half else ''}), "
-        f"greedy; {preset.samples} samples of the first {preset.sampled} at temperature 1, with the same random "
-        f"numbers for all models; *mass*: the probability that the answer is one of the right texts that the base was "
-        f"seen to write ({preset.attempts} samples of each of the first {preset.texts} problems), a bound of "
-        "pass@1 from below, without noise of samples; *trace*: mean log-probability of a token of these, in nats. In "
-        "points. Experts are bf16 "
+        f"greedy; {_samples(preset)} at temperature 1, with the same random numbers for all models; *mass*: the "
+        f"probability that the answer is one of the right texts that the base was seen to write ({preset.attempts} "
+        f"samples of each of the first {preset.texts} problems), a bound of pass@1 from below, without noise of "
+        "samples; *trace*: mean log-probability of a token of these, in nats. In points. Experts are bf16 "
         "checkpoints, merges are kept in fp32 but where it says bf16, all is computed in fp32. "
         "[ ] are 95 % intervals. docs/study/protocol.md says what is asked, and what would refute it.",
         "",

@@ -42,7 +42,7 @@ CONFIRMATION = StudyPreset(
         "seconds": {**TINY.seconds, **SECONDS}, "methods": METHODS,
     },
     development=10, controls=CONTROLS, controlled=(11,), kept=(5, *range(10, 101, 10)),
-    samples=16, sampled=50, texts=200, split="test", half="A", seal="to be drawn when the protocol is frozen",
+    samples=16, sampled=140, deep=20, texts=200, split="test", half="A", seal="to be drawn when the protocol is frozen",
     frozen=FROZEN,
 )  # fmt: skip
 """What docs/study/protocol.md describes: the regime in which the pilot saw averaging fail. Seeds 1 to 7 are those of
@@ -53,7 +53,7 @@ REPLICATION = StudyPreset(
         **vars(SMALL), "name": "replication", "seeds": tuple(range(11, 17)), "problems": 160, "fisher": 96,
         "seconds": {**SMALL.seconds, **SECONDS_OF_SMOLLM2}, "methods": ("sar", "ties", "ram", "task_arithmetic"),
     },
-    development=10, arms=("rlvr", "sft"), controls=(), sampled=10, texts=60,
+    development=10, arms=("rlvr", "sft"), controls=(), samples=4, sampled=40, texts=60,
     situations=("fusion",), ablations=False, split="test", half="A", seal=CONFIRMATION.seal, frozen=FROZEN,
 )  # fmt: skip
 """H1 to H4 in fusion once more, from a language model: as much of the study as hours allow there."""
@@ -68,6 +68,7 @@ REHEARSAL = replace(
     controlled=(10,),
     problems=300,
     sampled=100,
+    deep=0,
     frozen=None,
 )
 """The development pair alone, on validation problems, of which there are fewer."""

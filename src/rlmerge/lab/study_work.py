@@ -199,7 +199,7 @@ def measuring(preset: StudyPreset, sampled: bool = True) -> Measuring:
     seed = sealed_seed(preset.seal) if preset.seal else 0
     return Measuring(
         preset.split, preset.problems, seed, preset.half, preset.samples if sampled else 0, preset.sampled,
-        preset.max_new_tokens, preset.eval_batch,
+        preset.max_new_tokens, preset.eval_batch, deep=preset.deep,
     )  # fmt: skip
 
 
