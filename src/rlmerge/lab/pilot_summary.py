@@ -207,7 +207,7 @@ def _gains(parts: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.float6
     return above, np.concatenate([part["single"] - part["base"] for part in parts])
 
 
-COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sum", "mean"))
+COMPARED = (("sar", "ties"), ("sar", "ram"), ("sar", "mean"), ("sar", "sum"), ("sum", "mean"))
 """Differences whose variances say what a study could see."""
 PROBLEMS = {"greedy": (160, 400), "mass": (60, 200), "sampled": (40, 140)}
 """Problems of a domain that the study's parts ask for, the second and the first (docs/study/protocol.md)."""
