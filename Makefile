@@ -43,7 +43,7 @@ test-browser: $(STAMP)
 	  { echo "It could not be installed. Run 'sudo apt-get install chromium', or: make test-browser CHROMIUM=/path/to/it"; exit 1; }
 	$(BIN)/python -m pytest -p no:cacheprovider tests_browser
 
-# The long suite: 200 kills instead of 20, a fault at every call, more examples for every law.
+# The long suite: 200 kills instead of 8, a fault at every call, more examples for every law.
 test-long: $(STAMP)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "long or not long" tests
 

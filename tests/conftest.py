@@ -13,7 +13,7 @@ _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthChec
 # quick as a green one; the long profile shrinks.
 settings.register_profile(
     "default",
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,

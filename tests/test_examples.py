@@ -30,7 +30,7 @@ QUIET = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
 
 def run_demo(folder: Path) -> str:
     """What the demo prints, on few problems."""
-    command = [BINARY, "demo", "-o", "demo-out", "--problems", "40"]
+    command = [BINARY, "demo", "-o", "demo-out", "--problems", "20"]
     return subprocess.run(
         command, cwd=folder, check=True, capture_output=True, text=True, timeout=LIMIT, env=QUIET
     ).stdout

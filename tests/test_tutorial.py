@@ -1,17 +1,22 @@
 """docs/tutorial.md, block by block, as a reader would run it: real TRL training, Fishers, a merge, evaluations.
 
-Every block runs in every suite, with less to train on and to ask; as it stands, in the long one.
+The long suite runs it, and once more as fast as it goes; every suite reads it: a script that compiles, a recipe that
+parses, commands and options that there are.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.command_line import rlmerge
+
+from rlmerge.stages import parse_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -25,6 +30,25 @@ SHORTER = (
 """What is written instead, and each is to be found."""
 
 
+def test_every_block_can_be_run() -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    commands = 0
+    for language, title, body in BLOCK.findall(text):
+        if language == "python":
+            compile(body, title, "exec")
+        elif language == "yaml":
+            parse_stages(body, title)
+        else:
+            for line in body.splitlines():
+                words = shlex.split(line)
+                if words[:1] == ["rlmerge"]:
+                    commands += 1
+                    known = rlmerge(words[1], "--help").out
+                    assert [word for word in words if word.startswith("--") and word not in known] == [], line
+    assert commands > 10
+
+
+@pytest.mark.long
 def test_every_block_runs(tmp_path: Path) -> None:
     check(tmp_path, SHORTER)
 

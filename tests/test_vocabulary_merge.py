@@ -79,7 +79,7 @@ def twin_merge(folder: Path, method, models, weights, vocab, rows, base, dtypes=
     return rlmerge.merge_to_folder(recipe(twins, method, models, base, **top), folder / "twin", kernels="numpy").out
 
 
-@pytest.mark.parametrize("source", ["union", "base", "chat", "other"])
+@pytest.mark.parametrize("source", ["union", pytest.param("base", marks=pytest.mark.long), "chat", "other"])
 @pytest.mark.parametrize(
     ("method", "base"),
     [("task_arithmetic", "base"), ("ties", "base"), ("linear", None), ("linear", "base"), ("tsv_m", "base")],

@@ -120,7 +120,7 @@ def check_kill(killable, tmp_path, seed: int) -> None:
     assert not unfinished.exists()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [pytest.param(k, marks=() if k < 8 else pytest.mark.long) for k in range(20)])
 def test_kill_and_continue(killable, tmp_path, seed):
     check_kill(killable, tmp_path, seed)
 

@@ -107,7 +107,7 @@ def check(name: str, home: Path, folder: Path, want: dict[str, bytes], call: int
     assert os.listdir(folder) == ["out"], site
 
 
-QUICK = {"merge --fsync-broken", "merge --fsync-full", "merge --overwrite-broken", "stages-broken", "sweep-broken"}
+QUICK = {"merge --fsync-full", "merge --overwrite-broken", "stages-broken"}
 CASES = [(name, disk) for name in OPERATIONS for disk in ("broken", "full")]
 
 

@@ -72,6 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.long
 def test_it_is_the_local_one_but_for_the_order_of_sums(home: Path) -> None:
     local, found = (load_file(home / name / "fisher.safetensors") for name in ("local", "whole"))
     assert local.keys() == found.keys()
@@ -132,6 +133,7 @@ def test_the_command_is_killed_and_given_again(cluster, home: Path, tmp_path: Pa
     assert CHUNKS - 1 <= len(done.read_text().splitlines()) <= CHUNKS
 
 
+@pytest.mark.long  # in a merge: tests/execute/test_ray.py
 def test_a_machine_is_killed(cluster, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle, at work on a chunk; the others do it. Two processes, as one left over, end with the same bits."""
     marks, said, left = tmp_path / "marks", [], [cluster]

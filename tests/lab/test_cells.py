@@ -100,6 +100,7 @@ def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.long  # what trains, estimates and evaluates is killed in tests of its own
 def test_a_run_that_is_killed_is_continued(tmp_path: Path) -> None:
     root = tmp_path / "root"
     begin(root)

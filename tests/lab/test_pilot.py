@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,11 +111,10 @@ def test_a_cold_start_among_the_experts_is_measured_as_a_base():
     assert tasks_from(preset, "base") == ("math:0", "code:0")
 
 
-def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
-    pytest.importorskip("peft")
-    root = tmp_path / "pilot"
+def begin(root: Path, pair: Regime) -> dict[str, Any]:
+    """Runs one regime; what its first expert was measured to do."""
     put_base(root, replace(SMALL, regimes=(), merges=(), note="", paired=(), pairs=0))
-    run_pilot(root, SMALL, 1)
+    run_pilot(root, replace(SMALL, regimes=(pair,)), 1)
     merged = {name: read_cell(root, f"merge-pair.fusion-{name}") for name in ("fp32-mean", "bf16-mean", "bf16-sar")}
     assert set(merged["bf16-mean"]["tasks"]) == {"math:0", "code:0"}
     traces = {str(merged["fp32-mean"]["tasks"]["math:0"]["trace"])} | {
@@ -128,11 +128,24 @@ def test_a_pilot_runs_and_takes_another_regime(tmp_path: Path):
     geometry = read_cell(root, "geometry-pair.fusion")
     assert geometry["coordinates"]["pairs"][0]["a"] == "c1"
     assert read_cell(root, "m1")["curve"][-1]["step"] == 2
+    return one
+
+
+def test_a_pilot_runs(tmp_path: Path):
+    begin(tmp_path / "pilot", replace(PAIR, experts=PAIR.experts[:2]))
+
+
+@pytest.mark.long
+def test_a_pilot_takes_other_regimes(tmp_path: Path):
+    pytest.importorskip("peft")
+    root = tmp_path / "pilot"
+    one = begin(root, PAIR)
     before = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
-    regimes, second = (PAIR, SEEDS, OTHERS), ColdBase("second", ("math:0", "code:0"), 1)
-    more = replace(SMALL, regimes=regimes, bases=(second,), paired=(("rlvr", "seeds.both"),))
-    run_pilot(root, more, 1, only=("seeds", "others"))
+    more = replace(SMALL, regimes=(PAIR, SEEDS), paired=(("rlvr", "seeds.both"),))
+    second = ColdBase("second", ("math:0", "code:0"), 1)
+    more = replace(more, regimes=(PAIR, SEEDS, OTHERS), bases=(second,))
+    run_pilot(root, more, 1, only=tuple(one.name for one in more.regimes[1:]))
     after = {path.name: path.read_bytes() for path in (root / "cells").iterdir()}
     assert before.items() <= after.items()
     assert "merge-seeds.both-fp32-sar.json" in after

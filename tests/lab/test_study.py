@@ -112,6 +112,24 @@ def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
     assert sealed_seed("one") != sealed_seed("another")
 
 
+def test_a_rehearsal_of_few_merges(tmp_path: Path) -> None:
+    """One pair, two arms, no ablations: all kinds of cells but those, and a page that says it is no result."""
+    root = tmp_path / "study"
+    arms = ("rlvr", "other")
+    preset = replace(SMALLEST, seeds=(0,), arms=arms, controls=(), methods=("sar",), tries=1, ablations=False)
+    preset = replace(preset, cold_steps=2, samples=6, sampled=3, deep=1)
+    put_base(root, preset)
+    shutil.copytree(root / "models" / "base", root / "models" / "pretrain")
+    found = run_study(root, preset, 1)
+    assert "**No result.**" in (root / "study.md").read_text()
+    assert "6 samples of the first 1 and 4 of the next 2" in (root / "study.md").read_text()
+    assert {"H1", "H2", "H4"} <= set(found)
+    one = read_cell(root, "merge-fusion.rlvr.0-fp32-sum")["tasks"]["math:0"]
+    assert one["drawn"] == [6, 4, 4]
+    assert {"bf16"} == {path.name for path in (root / "models" / "other-math-0").iterdir() if path.is_dir()}, "cleaned"
+
+
+@pytest.mark.long
 def test_a_rehearsal(tmp_path: Path) -> None:
     """One pair, one arm: every merge of it, and a page that says it is no result."""
     root = tmp_path / "study"

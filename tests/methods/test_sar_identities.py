@@ -46,7 +46,7 @@ def fresh(factory):
 
 @each_form
 @pytest.mark.parametrize(("arbitration", "agreement"), list(zip(ARBITRATION, AGREEMENT)))
-@settings(max_examples=settings.default.max_examples // 5)  # six merges each
+@settings(max_examples=settings.default.max_examples // 3)  # six merges each
 @given(SEEDS)
 def test_order_of_experts_is_irrelevant(tmp_path_factory, dtype, arbitration, agreement, seed):
     folder = fresh(tmp_path_factory)

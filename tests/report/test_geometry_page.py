@@ -154,6 +154,7 @@ def test_an_expert_that_changed_nothing_has_a_page(tmp_path):
     assert render(alone)
 
 
+@pytest.mark.long
 def test_a_large_model_fits():
     """36 layers, three experts, spectra of every matrix: at most 5 MB."""
     found = large()

@@ -86,18 +86,22 @@ SKETCH = StudyPreset(
 SKETCH_OF_PART_2 = replace(
     REPLICATION,
     name="smollm2-sketch",
+    tasks=TINY.tasks,
     seeds=(10,),
     steps=4,
-    cold_steps=20,
-    problems=16,
+    cold_steps=40,
+    problems=8,
+    sampled=8,
+    samples=2,
     fisher=16,
-    texts=8,
+    texts=4,
     attempts=8,
     split="validation",
     half="",
     seal="",
     seconds={kind: seconds / 20 for kind, seconds in REPLICATION.seconds.items()},
 )
-"""Part 2's every cell from SmolLM2 itself, on the development pair, with a few steps and problems: no evidence."""
+"""Part 2's every cell from SmolLM2 itself, on the development pair, with easier tasks, a few steps and problems: no
+evidence. With less of a cold start it would get nothing right, and no Fisher could be estimated."""
 
 PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, SKETCH, SKETCH_OF_PART_2)}
