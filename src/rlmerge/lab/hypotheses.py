@@ -328,7 +328,7 @@ def against_baselines(numbers: Numbers) -> list[Row]:
 
 
 def _less(numbers: Numbers, one: tuple[str, str], other: tuple[str, str]) -> Row:
-    """Two merges (label, dtype) of the RLVR fusions, by greedy accuracy and the probability of right texts."""
+    """Two merges (label, dtype) of the RLVR fusions, greedily, by samples, and by the probability of right texts."""
     found: Row = {"one": one, "other": other}
     for metric in SHOWN:
         table = numbers.merged("fusion", "rlvr", *one, metric) - numbers.merged("fusion", "rlvr", *other, metric)

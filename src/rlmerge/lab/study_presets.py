@@ -89,7 +89,9 @@ SKETCH_OF_PART_2 = replace(
     tasks=TINY.tasks,
     seeds=(10,),
     steps=4,
-    cold_steps=40,
+    cold_steps=24,
+    careless=0.0,
+    slip=0.0,
     problems=8,
     sampled=8,
     samples=2,
@@ -101,7 +103,7 @@ SKETCH_OF_PART_2 = replace(
     seal="",
     seconds={kind: seconds / 20 for kind, seconds in REPLICATION.seconds.items()},
 )
-"""Part 2's every cell from SmolLM2 itself, on the development pair, with easier tasks, a few steps and problems: no
-evidence. With less of a cold start it would get nothing right, and no Fisher could be estimated."""
+"""Part 2's every cell from SmolLM2 itself, on the development pair, with easier tasks, a cold start of right answers,
+a few steps and problems: no evidence. A harder beginning gets nothing right, and then no Fisher can be estimated."""
 
 PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, SKETCH, SKETCH_OF_PART_2)}
