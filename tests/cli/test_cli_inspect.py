@@ -67,11 +67,11 @@ def test_function_space_of_trained_experts(tmp_path, monkeypatch):
     monkeypatch.chdir(DATA / "models")
     done = run(
         "inspect", "base/bf16", "rlvr-math-1/bf16", "rlvr-code-1/bf16", "--name", "math", "--name", "code",
-        "--data", "math=math:0", "--data", "code=code:0", "--source", "gold", "--sequences", "6", "--points", "2",
+        "--data", "math=math:0", "--data", "code=code:0", "--source", "gold", "--sequences", "3", "--points", "2",
         "--max-new-tokens", "48", "--no-storage", "--no-null", "-o", str(tmp_path / "report.json"),
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "passes over 6 sequences follow" in done.err
+    assert "passes over 3 sequences follow" in done.err
     found = json.loads((tmp_path / "report.json").read_text())
     jsonschema.validate(found, rlmerge.geometry_schema())
     assert found["function"]["settings"]["choice"]["source"] == "gold"
