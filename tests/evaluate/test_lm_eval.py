@@ -89,6 +89,18 @@ def test_a_task_that_the_harness_does_not_know(tmp_path: Path) -> None:
     assert "network" not in message
 
 
+@pytest.mark.parametrize(
+    ("task", "whole"),
+    [
+        ({"task": "sums", "dataset_path": "json"}, True),
+        ({"task": "gsm8k", "num_fewshot": 0}, False),  # what lm-eval 0.4.9 takes for an override of its own task
+        ({"task": "sums", "dataset_path": "json", "include": "other.yaml"}, False),
+    ],
+)
+def test_its_own_tasks_are_left_alone_where_none_is_built_upon(task: dict, whole: bool) -> None:
+    assert module._is_whole(task) == whole
+
+
 def test_samples_without_a_verdict_make_no_results_file(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     header = Header("m", "t")

@@ -134,6 +134,22 @@ def test_order_where_sums_depend_on_it(tmp_path, method, parameters):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("method", ["ties", "sar"])
+def test_the_error_state_of_numpy_is_not_the_callers(tmp_path, method):
+    """One thread is the one that asks, which may have been told to raise where a subnormal number comes out."""
+    base = {"w": np.full((4, 8), 1e-39, np.float32)}
+    experts = {f"e{k}": {"w": base["w"] + np.float32(k + 1) * np.float32(1e-42)} for k in range(2)}
+    write_all(tmp_path, base, experts, some_fishers(np.random.default_rng(0), []))
+    recipe = make_recipe(
+        tmp_path, method, list(experts), {"sensitivity": "delta2"} if method == "sar" else {"weight": 1.0}
+    )
+    found = []
+    for threads in (1, 2):
+        with np.errstate(all="raise"):
+            found.append(dict(rlmerge.merge(recipe, threads=threads, kernels="numpy")))
+    assert found[0]["w"].tobytes() == found[1]["w"].tobytes()
+
+
 def test_hash_seed_of_python_and_the_command_line(models, tmp_path):
     """The command in processes with other PYTHONHASHSEEDs writes what the API writes."""
     recipe = recipe_of(models, "sar", SAR["magprune"])

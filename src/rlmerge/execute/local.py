@@ -38,6 +38,10 @@ class Threads:
 
     def run(self, agenda: Agenda[Any]) -> None:
         """See `Executor`."""
+        if self.threads == 1:
+            with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):  # as a new thread has it
+                Inline(self.worker, self.write, self._space()).run(agenda)
+            return
         queue, failures = agenda.queue, list[BaseException]()
         busy = 0
 
@@ -75,11 +79,6 @@ class Threads:
                 with self._lock:
                     self._lock.notify_all()
 
-        if self.threads == 1:
-            with np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):  # as a new thread has it
-                while step():
-                    pass
-            return
         threads = [threading.Thread(target=loop, daemon=True, name=f"rlmerge-{i}") for i in range(self.threads)]
         for thread in threads:
             thread.start()
