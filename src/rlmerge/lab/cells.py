@@ -171,9 +171,8 @@ def lab_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, Any]
 
 
 def _trained(root: Path, preset: Preset, cell: Cell) -> None:
-    from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
-    from rlmerge.lab.rlvr import Rlvr, rlvr
+    from rlmerge.lab import supervised, training
+    from rlmerge.lab.rlvr import rlvr
 
     out, base = root / "models" / cell.name, model_of(root, "base")
     tasks = tuple(preset.tasks[domain] for domain in DOMAINS)
@@ -185,14 +184,13 @@ def _trained(root: Path, preset: Preset, cell: Cell) -> None:
         start_cold(root, preset, cell.name, tasks, 0, preset.never_right)
         return
     kind, domain, seed = cell.name.split("-")
-    task, rate, steps = preset.tasks[domain], Rate(preset.lr, 5), preset.steps
+    which = preset, preset.tasks[domain], int(seed)
     if kind == "rlvr":
-        rlvr(base, out, Rlvr(task, int(seed), steps, preset.prompts, preset.group, rate, preset.max_new_tokens))
+        rlvr(base, out, training.rlvr_settings(*which))
     elif kind == "sft":
-        supervised.sft(base, out, supervised.Sft(task, int(seed), steps, preset.batch, rate))
+        supervised.sft(base, out, training.sft_settings(*which))
     else:
-        rft = supervised.Rft(task, int(seed), steps, preset.batch, rate, max_new_tokens=preset.max_new_tokens)
-        supervised.rft(base, out, rft)
+        supervised.rft(base, out, training.rft_settings(*which))
 
 
 def start_cold(root: Path, preset: Preset, name: str, tasks: tuple[str, ...], seed: int, never_right: bool) -> None:

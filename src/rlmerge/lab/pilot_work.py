@@ -81,32 +81,25 @@ def _trained(root: Path, preset: PilotPreset, expert: Expert) -> Iterator[tuple[
 
 
 def _rlvr(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
-    from rlmerge.lab.optimizer import Rate
-    from rlmerge.lab.rlvr import Rlvr, rlvr
+    from rlmerge.lab.rlvr import rlvr
+    from rlmerge.lab.training import rlvr_settings
 
-    settings = Rlvr(
-        expert.task, expert.seed, expert.steps or preset.steps, preset.prompts, preset.group,
-        Rate(expert.lr or preset.lr, 5), preset.max_new_tokens, "fast", expert.temperature, expert.advantage,
-        expert.curriculum, expert.lora,
+    settings = rlvr_settings(
+        preset, expert.task, expert.seed, expert.lr, steps=expert.steps or preset.steps, temperature=expert.temperature,
+        advantage=expert.advantage, curriculum=expert.curriculum, lora=expert.lora,
     )  # fmt: skip
     rlvr(model_of(root, expert.base), out, settings)
 
 
 def _supervised(root: Path, preset: PilotPreset, expert: Expert, out: Path) -> None:
-    from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab import supervised, training
 
-    steps, rate = expert.steps or preset.steps, Rate(expert.lr or preset.lr, 5)
+    which, steps = (preset, expert.task, expert.seed, expert.lr), expert.steps or preset.steps
     if expert.kind == "sft":
-        supervised.sft(
-            model_of(root, expert.base), out, supervised.Sft(expert.task, expert.seed, steps, preset.batch, rate)
-        )
+        supervised.sft(model_of(root, expert.base), out, training.sft_settings(*which, steps=steps))
         return
     samples = str(root / "models" / expert.of / "samples.jsonl")
-    settings = supervised.Rft(
-        expert.task, expert.seed, steps, preset.batch, rate, samples, max_new_tokens=preset.max_new_tokens
-    )
-    supervised.rft(model_of(root, expert.base), out, settings)
+    supervised.rft(model_of(root, expert.base), out, training.rft_settings(*which, steps=steps, samples=samples))
 
 
 TRAINERS: dict[str, Callable[[Path, PilotPreset, Expert, Path], None]] = {

@@ -77,52 +77,43 @@ def study_work(root: Path, preset: Preset, cell: Cell) -> Iterator[tuple[str, An
 def _rlvr(root: Path, preset: StudyPreset, name: str) -> None:
     """Of the arms 'rlvr' and 'other', which differ in what they begin with."""
     from rlmerge.lab.rlvr import rlvr
+    from rlmerge.lab.training import rlvr_settings
 
     arm, domain, seed = name.split("-")
     steps, keep = preset.steps, (preset.steps,) if arm == "rlvr" else ()
     if arm == "rlvr" and int(seed) in preset.controlled and preset.controls:  # a 'twice' cell
         steps, keep = 2 * steps, tuple(sorted({*preset.averaged, preset.steps}))
-    settings = _rl_settings(preset, preset.tasks[domain], int(seed), steps, keep)
+    settings = rlvr_settings(preset, preset.tasks[domain], int(seed), steps=steps, keep=keep)
     rlvr(model_of(root, base_name(arm)), root / "models" / name, settings)
 
 
 def _joint(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab.rlvr import rlvr
+    from rlmerge.lab.training import rlvr_settings
 
-    tasks = both_tasks(preset)
-    settings = _rl_settings(preset, tasks[0], int(name.removeprefix("joint-")), 2 * preset.steps, ())
-    rlvr(model_of(root, "base"), root / "models" / name, replace(settings, curriculum=tasks * preset.steps))
-
-
-def _rl_settings(preset: StudyPreset, task: str, seed: int, steps: int, keep: tuple[int, ...]) -> Any:
-    from rlmerge.lab.optimizer import Rate
-    from rlmerge.lab.rlvr import Rlvr
-
-    rate = Rate(preset.lr, 5)
-    return Rlvr(task, seed, steps, preset.prompts, preset.group, rate, preset.max_new_tokens, keep=keep)
+    tasks, seed = both_tasks(preset), int(name.removeprefix("joint-"))
+    settings = rlvr_settings(preset, tasks[0], seed, steps=2 * preset.steps, curriculum=tasks * preset.steps)
+    rlvr(model_of(root, "base"), root / "models" / name, settings)
 
 
 def _sft(root: Path, preset: StudyPreset, name: str) -> None:
     from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.training import sft_settings
 
     domain, seed = name.split("-")[1:]
     kept = preset.kept if set(preset.arms) & set(MATCHED) else ()
-    settings = supervised.Sft(preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), kept)
+    settings = sft_settings(preset, preset.tasks[domain], int(seed), keep=kept)
     supervised.sft(model_of(root, "base"), root / "models" / name, settings)
 
 
 def _rft(root: Path, preset: StudyPreset, name: str) -> None:
     """On what the RLVR run itself drew and a verifier found right, up to the expert's own last step."""
     from rlmerge.lab import supervised
-    from rlmerge.lab.optimizer import Rate
+    from rlmerge.lab.training import rft_settings
 
     domain, seed = name.split("-")[1:]
-    samples = root / "models" / expert("rlvr", domain, int(seed)) / "samples.jsonl"
-    settings = supervised.Rft(
-        preset.tasks[domain], int(seed), preset.steps, preset.batch, Rate(preset.lr, 5), str(samples),
-        max_new_tokens=preset.max_new_tokens, before=preset.steps,
-    )  # fmt: skip
+    samples = str(root / "models" / expert("rlvr", domain, int(seed)) / "samples.jsonl")
+    settings = rft_settings(preset, preset.tasks[domain], int(seed), samples=samples, before=preset.steps)
     supervised.rft(model_of(root, "base"), root / "models" / name, settings)
 
 
