@@ -158,6 +158,32 @@ SMOLLM2 = PilotPreset(
 )
 """What the pilot was meant to begin with (docs/study/pilot-smollm2.md has how far it came)."""
 
+SMOLLM2_WRONG = PilotPreset(
+    **{
+        **vars(SMALL), "name": "smollm2-wrong", "tasks": TINY.tasks, "never_right": True, "cold_steps": 60,
+        "lr": 2e-5, "steps": 50, "problems": 150, "fisher": 64,
+        "seconds": {
+            **SMALL.seconds, "base": 1000, "texts": 300, "rlvr": 2000, "fisher": 300, "measure": 250, "geometry": 30,
+            "merge": 150, "again": 250,
+        },
+    },
+    regimes=(
+        Regime(
+            "wrong",
+            "a cold start that has not shown one right answer, from a language model: half the steps, twice the rate",
+            (Expert("mx1", MATH, 1), Expert("cx1", CODE, 1)),
+            (("pair1", ("mx1", "cx1")),),
+            kept=("fp32",),
+        ),
+    ),
+    texts=40,
+    attempts=8,
+    paired=(("never right", "wrong.pair"),),
+    note="From SmolLM2-135M-Instruct (Q4_1-dequantized), on the easier tasks of the small model and in the regime in "
+    "which that one met the gate, as far as three hours of two cores without bf16 products go: one pair.",
+)  # fmt: skip
+"""Whether the regime of part 1 costs a language model as much (docs/study/pilot-smollm2-wrong.md)."""
+
 PLUMBING = PilotPreset(
     **{
         **vars(TINY),
@@ -181,4 +207,4 @@ PLUMBING = PilotPreset(
     ),
 )
 
-PILOTS = {preset.name: preset for preset in (PILOT, SMOLLM2, PLUMBING)}
+PILOTS = {preset.name: preset for preset in (PILOT, SMOLLM2, SMOLLM2_WRONG, PLUMBING)}
