@@ -16,7 +16,7 @@ from tests.lab.demo_base import put_base
 
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.regimes import PILOT, SMOLLM2
+from rlmerge.lab.regimes import PILOT, SMOLLM2, SMOLLM2_WRONG
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
 from rlmerge.lab.study_merges import ABLATIONS, BASELINES, first_tries, later_tries, merges_of
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, REPLICATION, SKETCH
@@ -41,7 +41,7 @@ def test_cells_come_after_what_they_need(preset: StudyPreset) -> None:
 
 
 def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
-    for pilot, study in ((PILOT, CONFIRMATION), (SMOLLM2, REPLICATION)):
+    for pilot, study in ((PILOT, CONFIRMATION), (SMOLLM2, REPLICATION), (SMOLLM2_WRONG, REPLICATION)):
         assert len(study.seeds) >= 6
         seen = {expert.seed for regime in pilot.regimes for expert in regime.experts}
         assert not seen & {study.development, *study.seeds}

@@ -100,8 +100,9 @@ def declare(parser: Parser) -> None:
         "what",
         metavar="PRESET|BASE",
         nargs="?",
-        help="plan, run: tiny, small (plan: methods, pilot, and those of study); pilot: pilot, smollm2, plumbing; "
-        "study: rehearsal, sketch, smollm2-sketch, confirmation, replication; else a model folder",
+        help="plan, run: tiny, small (plan: methods, and those of pilot and study); pilot: pilot, smollm2, "
+        "smollm2-wrong, plumbing; study: rehearsal, smollm2-rehearsal, sketch, confirmation, replication; "
+        "else a model folder",
     )
     add("-o", "--out", metavar="DIR", help="folder for what is made; of run, plan, methods: lab-PRESET by default")
     add("--task", metavar="TASK", action="append", help="task such as math:0; pretrain, cold-start: several")

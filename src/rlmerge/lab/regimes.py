@@ -6,6 +6,8 @@ far as hours went; `PLUMBING` is the same shape in minutes, and no evidence.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rlmerge.lab.pilot import ColdBase, Expert, PilotPreset, Regime
 from rlmerge.lab.presets import SMALL, TINY
 
@@ -158,10 +160,15 @@ SMOLLM2 = PilotPreset(
 )
 """What the pilot was meant to begin with (docs/study/pilot-smollm2.md has how far it came)."""
 
+SMALL_WRONG = replace(
+    SMALL, tasks=TINY.tasks, never_right=True, cold_steps=60, lr=2e-5, steps=50, fisher=64, problems=150
+)
+"""SmolLM2 in the regime in which the small model met the gate: its tasks, and a cold start without a right answer. Half
+the steps at twice the rate of `small`, for the hours."""
+
 SMOLLM2_WRONG = PilotPreset(
     **{
-        **vars(SMALL), "name": "smollm2-wrong", "tasks": TINY.tasks, "never_right": True, "cold_steps": 60,
-        "lr": 2e-5, "steps": 50, "problems": 150, "fisher": 64,
+        **vars(SMALL_WRONG), "name": "smollm2-wrong",
         "seconds": {
             **SMALL.seconds, "base": 1000, "texts": 300, "rlvr": 2000, "fisher": 300, "measure": 250, "geometry": 30,
             "merge": 150, "again": 250,
