@@ -136,7 +136,8 @@ PILOT = PilotPreset(
     pairs=12,
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
     "can be many; answers have some 27 tokens. Its updates are dense in bf16, other than those of language models. "
-    "What there is from SmolLM2-135M stands [beside it](pilot-smollm2.md): five experts and one set.",
+    "What there is from SmolLM2-135M stands beside it: [five experts and one set](pilot-smollm2.md) from a cold start "
+    "with right answers, and [a pair](pilot-smollm2-wrong.md) from one without, which meets the gate, too.",
 )  # fmt: skip
 
 SECONDS = {
