@@ -46,6 +46,7 @@ def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
         seen = {expert.seed for regime in pilot.regimes for expert in regime.experts}
         assert not seen & {study.development, *study.seeds}
         assert study.development not in study.seeds
+    assert not set(CONFIRMATION.seeds) & set(REPLICATION.seeds)
     single = [one for one in sets(CONFIRMATION) if one.what == "single" and one.arm == "rlvr"]
     used = Counter(name for one in single for name in one.members)
     assert set(used.values()) == {1}
@@ -109,7 +110,7 @@ def test_a_half_needs_a_seal_and_the_whole_test_split_is_closed() -> None:
         study_cells(replace(SMALLEST, half="A"))
     with pytest.raises(LabError, match="only a half"):
         study_cells(replace(SMALLEST, split="test"))
-    assert sealed_seed("one") != sealed_seed("another")
+    assert len({sealed_seed(seal, part) for seal in ("one", "another") for part in ("this", "that")}) == 4
 
 
 def test_a_rehearsal_of_few_merges(tmp_path: Path) -> None:

@@ -158,9 +158,7 @@ def _power_lines(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str
 
 
 FOUND = "found four times in five, with so many problems"
-SAMPLED = (
-    f"*Sampled*: {AGAIN} samples of each problem of the second look; the study draws more, so these are from above."
-)
+SAMPLED = f"*Sampled*: {AGAIN} samples of each problem of the second look; "
 
 
 def _of_one(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
@@ -173,7 +171,8 @@ def _of_one(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     about = (
         f"From one pair of experts, merges in fp32 (`rlmerge.lab.power`): effects, in points, that {pairs} pairs would "
         "find, the first if problems differ from pair to pair by chance, the second if they differ in all pairs alike. "
-        f"The truth is between the two, or above: pairs differ, too, by how much one pair cannot say. {SAMPLED}"
+        f"The truth is between the two, or above: pairs differ, too, by how much one pair cannot say. "
+        f"{SAMPLED}part 2 of the study draws as many."
     )
     return [about, "", *as_markdown([head, *lines]), ""]
 
@@ -194,7 +193,7 @@ def _of_several(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]
         "From disjoint pairs of experts, merges in fp32 (`rlmerge.lab.power`): standard deviations of a difference, in "
         f"points, and the effects that {pairs} pairs would find with so many problems of each domain; in brackets, if "
         "pairs differ as much as their upper limit (80 %) has it. Shares that are kept are points of the gain. "
-        f"{SAMPLED}"
+        f"{SAMPLED}part 1 of the study draws more of some, so these are from above."
     )
     return [about, "", *as_markdown([[*head, FOUND], *lines]), ""]
 

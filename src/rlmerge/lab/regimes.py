@@ -1,7 +1,8 @@
 """What the pilot tries: the regimes of G0, in the order in which they are run, and why averaging might fail there.
 
 `PILOT` begins with a model of a million parameters, of which there can be many runs; `SMOLLM2` with SmolLM2-135M, as
-far as hours went; `PLUMBING` is the same shape in minutes, and no evidence.
+far as hours went, and `SMOLLM2_WRONG`, one pair, from a cold start of it without a right answer; `PLUMBING` is the same
+shape in minutes, and no evidence.
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ SMOLLM2 = PilotPreset(
 SMALL_WRONG = replace(
     SMALL, tasks=TINY.tasks, never_right=True, cold_steps=60, lr=2e-5, steps=50, fisher=64, problems=150
 )
-"""SmolLM2 in the regime in which the small model met the gate: its tasks, and a cold start without a right answer. Half
-the steps at twice the rate of `small`, for the hours."""
+"""SmolLM2 on the small model's tasks, from the kind of cold start from which that one met the gate: without a right
+answer. Half the steps of `small` at twice its rate, for the hours."""
 
 SMOLLM2_WRONG = PilotPreset(
     **{
@@ -178,7 +179,7 @@ SMOLLM2_WRONG = PilotPreset(
     regimes=(
         Regime(
             "wrong",
-            "a cold start that has not shown one right answer, from a language model: half the steps, twice the rate",
+            "a cold start that has not shown one right answer, from a language model: 50 steps at 2e-5",
             (Expert("mx1", MATH, 1), Expert("cx1", CODE, 1)),
             (("pair1", ("mx1", "cx1")),),
             kept=("fp32",),
@@ -187,8 +188,8 @@ SMOLLM2_WRONG = PilotPreset(
     texts=40,
     attempts=8,
     paired=(("never right", "wrong.pair"),),
-    note="From SmolLM2-135M-Instruct (Q4_1-dequantized), on the easier tasks of the small model and in the regime in "
-    "which that one met the gate, as far as three hours of two cores without bf16 products go: one pair.",
+    note="From SmolLM2-135M-Instruct (Q4_1-dequantized): one pair, on the tasks of the small model and from the kind "
+    "of cold start from which that one met the gate, in an hour and a half of two cores without bf16 products.",
 )  # fmt: skip
 """Whether the regime of part 1 costs a language model as much (docs/study/pilot-smollm2-wrong.md)."""
 

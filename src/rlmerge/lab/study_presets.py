@@ -50,14 +50,14 @@ the pilot, whose experts have been seen. It is not run before that page has been
 
 REPLICATION = StudyPreset(
     **{
-        **vars(SMALL_WRONG), "name": "replication", "seeds": tuple(range(11, 17)), "problems": 160,
+        **vars(SMALL_WRONG), "name": "replication", "seeds": tuple(range(23, 29)), "problems": 160, "fisher": 64,
         "seconds": {**SMALL.seconds, **SECONDS_OF_SMOLLM2}, "methods": ("sar", "ties", "ram", "task_arithmetic"),
     },
     development=10, arms=("rlvr", "sft"), controls=(), samples=4, sampled=40, texts=60, attempts=16,
     situations=("fusion",), ablations=False, split="test", half="A", seal=CONFIRMATION.seal, frozen=FROZEN,
 )  # fmt: skip
-"""H1 to H4 in fusion once more, from a language model, in the same regime: as much of the study as hours allow there.
-What of the pilot's one pair was seen is in docs/study/pilot-smollm2-wrong.md."""
+"""H1 to H4 in fusion once more, from a language model: part 1's tasks and kind of cold start, other seeds, as much of
+the study as hours allow. The pilot's one pair from this base: docs/study/pilot-smollm2-wrong.md."""
 
 REHEARSAL = replace(
     CONFIRMATION,

@@ -187,7 +187,7 @@ def _spoil(root: Path, kind: str, name: str) -> None:
 
 def measuring(preset: StudyPreset, sampled: bool = True) -> Measuring:
     """How models are measured where it counts."""
-    seed = sealed_seed(preset.seal) if preset.seal else 0
+    seed = sealed_seed(preset.seal, preset.name) if preset.seal else 0
     return Measuring(
         preset.split, preset.problems, seed, preset.half, preset.samples if sampled else 0, preset.sampled,
         preset.max_new_tokens, preset.eval_batch, deep=preset.deep,
@@ -234,9 +234,11 @@ def _made_from(root: Path) -> Iterator[tuple[str, Any]]:
     yield "arithmetic", "bf16" if fast_bf16() else "fp32"
 
 
-def sealed_seed(seal: str) -> int:
-    """The seed that a text stands for: nobody can choose the text for its problems, as a hash is between."""
-    return int(hashlib.sha256(f"rlmerge/study/{seal}".encode()).hexdigest()[:12], 16)
+def sealed_seed(seal: str, part: str) -> int:
+    """The seed that a text stands for in one part of the study: nobody can choose the text for its problems, as a hash
+    is between, and the parts draw theirs apart.
+    """
+    return int(hashlib.sha256(f"rlmerge/study/{part}/{seal}".encode()).hexdigest()[:12], 16)
 
 
 def _match(root: Path, preset: StudyPreset, name: str) -> Iterator[tuple[str, Any]]:
