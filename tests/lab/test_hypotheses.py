@@ -12,7 +12,7 @@ import pytest
 
 from rlmerge.evaluate.statistics import paired_difference
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.hypotheses import INTEREST, Numbers, hypotheses, in_both_parts, words
+from rlmerge.lab.hypotheses import INTEREST, Numbers, by_domain, hypotheses, in_both_parts, words
 from rlmerge.lab.study import sets, study_cells
 from rlmerge.lab.study_presets import SKETCH
 from rlmerge.lab.verdicts import (
@@ -264,6 +264,22 @@ def test_rows_are_seeds_and_columns_both_domains(made_up: Path) -> None:
     for place, seed in enumerate((1, 3, 5)):
         assert both[place, :300].mean() == pytest.approx(0.6 + 0.01 * seed, abs=0.04)
     assert len(numbers.merged("fusion", "sft-accuracy", "mean", "fp32", "greedy")) == 5
+
+
+def test_domains_are_shown_apart(made_up: Path) -> None:
+    def greedy(cell: str, domain: str) -> np.ndarray:
+        tasks = json.loads((made_up / "cells" / f"{cell}.json").read_text())["tasks"]
+        return np.array([int(one) for one in tasks[PRESET.tasks[domain]]["greedy"]])
+
+    rows = {(one["arm"], one["merge"], one["metric"]): one for one in by_domain(Numbers(made_up, PRESET))}
+    assert {("rlvr", "sar", "sampled"), ("sft", "ties", "greedy"), ("other", "mean", "greedy")} <= set(rows)
+    assert ("sft", "sar", "greedy") not in rows, "SFT's are merged by the plain methods alone"
+    for domain in PRESET.tasks:
+        less = [
+            greedy(f"merge-fusion.rlvr.{seed}-fp32-mean", domain) - greedy(f"measure-rlvr-{domain}-{seed}", domain)
+            for seed in PRESET.seeds
+        ]
+        assert rows["rlvr", "mean", "greedy"][domain]["value"] == pytest.approx(np.mean(less), abs=1e-12)
 
 
 def test_other_problems_are_an_error(made_up: Path, tmp_path: Path) -> None:

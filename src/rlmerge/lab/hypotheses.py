@@ -301,6 +301,24 @@ def losses(numbers: Numbers) -> list[Row]:
     return found
 
 
+def by_domain(numbers: Numbers) -> list[Row]:
+    """What a fusion has more than the expert of a domain there: over both, what is above one expert hides what is lost
+    of the other.
+    """
+    found = []
+    for arm in numbers.preset.arms:
+        seeds = tuple(numbers.of("fusion", arm))
+        made = {one.label for one in merges_of("fusion", arm, numbers.preset.methods)}
+        for label in (*standard(numbers.preset), "sar") if seeds else ():
+            for metric in JUDGED if label in made else ():
+                less = numbers.merged("fusion", arm, label, "fp32", metric) - numbers.singles("fusion", arm, metric)
+                first = len(numbers.score("measure-base", DOMAINS[0], metric))
+                parts = zip(DOMAINS, (less[:, :first], less[:, first:]))
+                found.append({"arm": arm, "merge": label, "metric": metric}
+                             | {domain: as_row(difference(part), INTEREST) for domain, part in parts})  # fmt: skip
+    return found
+
+
 def retention(
     numbers: Numbers, what: str, arm: str, label: str, metric: str, seeds: Seeds = None
 ) -> tuple[Table, Table]:

@@ -9,7 +9,7 @@ from typing import Any
 from rlmerge.figures import as_markdown
 from rlmerge.lab.cells import Cell, is_done, read_cell
 from rlmerge.lab.curves import means, read_log
-from rlmerge.lab.hypotheses import METRICS, SHOWN, Numbers, controls, hypotheses, masters, matches, transfer
+from rlmerge.lab.hypotheses import METRICS, SHOWN, Numbers, by_domain, controls, hypotheses, masters, matches, transfer
 from rlmerge.lab.measure import FEW
 from rlmerge.lab.presets import DOMAINS
 from rlmerge.lab.study import OTHER_BASE, StudyPreset, expert, study_cells
@@ -43,6 +43,7 @@ def write_page(root: Path, preset: StudyPreset, page: Path) -> dict[str, Any]:
         "masters": masters(numbers),
         "transfer": transfer(numbers),
         "controls": controls(numbers),
+        "domains": by_domain(numbers),
         **hypotheses(numbers),
     }
     page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
@@ -118,6 +119,8 @@ def _lines(preset: StudyPreset, found: Row, page: Path) -> list[str]:
     for name, make in (("H1", _h1), ("H2", _h2), ("H3", _h3), ("H4", _h4), ("H5", _h5), ("H6", _h6)):
         if name in found:
             lines += [f"## {name}: {TITLES[name]}", "", *make(found[name]), ""]
+        if name == "H3" and found["domains"]:
+            lines += _domains_lines(found["domains"])
     return [*lines, *_tuning_lines(found), ""]
 
 
@@ -198,6 +201,13 @@ def _h3(found: list[Row]) -> list[str]:
         row = [one["what"], one["merge"], one["metric"], *(_interval(one["kept"].get(arm), 100, 0) for arm in arms)]
         rows.append([*row, *(_interval(one["more"].get(arm), 100, 0) for arm in arms if arm != "rlvr")])
     return as_markdown([head, *rows])
+
+
+def _domains_lines(found: list[Row]) -> list[str]:
+    rows = [[one["arm"], one["merge"], one["metric"], *(_interval(one[domain], 100) for domain in DOMAINS)]
+            for one in found]  # fmt: skip
+    said = "Points that a fusion has more than the expert of a domain there (below 0: lost):"
+    return [said, "", *as_markdown([["arm", "merge", "metric", *DOMAINS], *rows]), ""]
 
 
 def _h4(found: list[Row]) -> list[str]:
