@@ -233,7 +233,7 @@ def _preset(given: Namespace) -> None:
         print(f"{len(members):>4} {kind:<9} {sum(one.seconds for one in members) / 60:7.1f} min of one process{state}")
         names = [one.cell.name for one in members]
         print("     " + ", ".join(names[:4]) + (f", … {names[-1]}" if len(names) > 4 else ""))
-    measured = ("tiny", TABLE.name, "pilot", "rehearsal", "confirmation")
+    measured = ("tiny", TABLE.name, "pilot", "rehearsal", "confirmation", "smollm2-rehearsal", "replication")
     known = "from measured cells" if preset.name in measured else "estimated from single steps"
     print(
         f"{len(planned)} cells; left: about {left / 3600:.1f} hours on {given.workers} processes ({known}, two cores)."
