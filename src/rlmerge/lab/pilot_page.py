@@ -171,7 +171,7 @@ def _of_one(rows: list[Row], pairs: int, names: dict[str, str]) -> list[str]:
     about = (
         f"From one pair of experts, merges in fp32 (`rlmerge.lab.power`): effects, in points, that {pairs} pairs would "
         "find, the first if problems differ from pair to pair by chance, the second if they differ in all pairs alike. "
-        f"The truth is between the two, or above: pairs differ, too, by how much one pair cannot say. "
+        "The truth is between the two, or above: pairs differ, too, by how much one pair cannot say. "
         f"{SAMPLED}part 2 of the study draws as many."
     )
     return [about, "", *as_markdown([head, *lines]), ""]

@@ -138,7 +138,8 @@ PILOT = PilotPreset(
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
     "can be many; answers have some 27 tokens. Its updates are dense in bf16, other than those of language models. "
     "What there is from SmolLM2-135M stands beside it: [five experts and one set](pilot-smollm2.md) from a cold start "
-    "with right answers, and [a pair](pilot-smollm2-wrong.md) from one without, which meets the gate, too.",
+    "with right answers, and [a pair](pilot-smollm2-wrong.md) from one without, which meets the gate, where "
+    "[the next](rehearsal-smollm2.md) does not.",
 )  # fmt: skip
 
 SECONDS = {
@@ -189,7 +190,8 @@ SMOLLM2_WRONG = PilotPreset(
     attempts=8,
     paired=(("never right", "wrong.pair"),),
     note="From SmolLM2-135M-Instruct (Q4_1-dequantized): one pair, on the tasks of the small model and from the kind "
-    "of cold start from which that one met the gate, in an hour and a half of two cores without bf16 products.",
+    "of cold start from which that one met the gate, in an hour and a half of two cores without bf16 products. "
+    "**The next pair from the same base loses nothing by averaging** ([rehearsal of part 2](rehearsal-smollm2.md)).",
 )  # fmt: skip
 """Whether the regime of part 1 costs a language model as much (docs/study/pilot-smollm2-wrong.md)."""
 
