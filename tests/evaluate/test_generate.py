@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rlmerge.evaluate.backend import Sampling  # noqa: E402
-from rlmerge.evaluate.generate import Generator, Request, choose  # noqa: E402
+from rlmerge.evaluate.generate import SPARE, Generator, GrowingLayer, Request, _joined, _State, choose  # noqa: E402
 from rlmerge.evaluate.run import seed_of  # noqa: E402
 
 VOCABULARY = 97
@@ -100,3 +100,29 @@ def test_chosen_tokens_have_the_frequencies_of_the_model():
     assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
     assert set(choose(rows, sources, Sampling(1.0, top_k=2)).tolist()) == {2, 3}
     assert set(choose(rows, sources, Sampling(1.0, top_p=0.5)).tolist()) == {3}
+
+
+def test_dropped_rows_leave_the_others_as_they_were():
+    """Rows and positions of a cache that are kept, moved and appended to, beside a plain copy."""
+    source = torch.Generator().manual_seed(2)
+    layer = GrowingLayer()
+    parts = [torch.randn(rows, 2, length, 4, generator=source) for rows, length in ((5, 9), (4, 6))]
+    layer.keys, layer.values, layer.is_initialized = _joined(parts, 9, SPARE), _joined(parts, 9, SPARE), True
+    plain = torch.cat([parts[0], torch.nn.functional.pad(parts[1], (0, 0, 3, 0))])
+    state = _State(torch.device("cpu"))
+    state.rows, state.cache = list(range(9)), type("Cache", (), {"layers": [layer]})()
+    state.mask = torch.cat([torch.ones(5, 9), torch.nn.functional.pad(torch.ones(4, 6), (3, 0))]).long()
+    for places in ([0, 1, 2, 3, 5, 7, 8], [2, 4, 5, 6], [0, 1, 3], [0, 2]):
+        order = state.keep(places)
+        assert sorted(order) == places
+        plain = plain[order]
+        for _ in range(SPARE // 2):
+            more = torch.randn(len(plain), 2, 1, 4, generator=source)
+            layer.update(more, more)
+            plain = torch.cat([plain, more], 2)
+            state.mask = torch.cat([state.mask, torch.ones(len(plain), 1, dtype=torch.long)], 1)
+        seen = layer.keys.shape[2]
+        assert torch.equal(layer.keys, plain[:, :, -seen:])
+        assert torch.equal(layer.values, layer.keys)
+        assert state.mask.shape == (len(plain), seen)
+    assert seen == plain.shape[2] - 3, "what is padding for all that stay is gone"

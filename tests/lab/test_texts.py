@@ -67,6 +67,16 @@ def test_by_definition(base: Policy, task, texts) -> None:
         assert trace[place] == pytest.approx(np.mean(means), abs=1e-4)
 
 
+def test_problems_that_are_read_together_get_what_each_gets_alone(base: Policy, task, texts, monkeypatch) -> None:
+    some = [*texts[:4], [], *texts[5:]]
+    together = likelihoods(base, task, some)
+    monkeypatch.setattr("rlmerge.lab.texts.LOGITS", 1)
+    alone = likelihoods(base, task, some)
+    assert len(alone[0]) == 7
+    for one, other in zip(together, alone):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
 def test_it_bounds_the_share_of_right_samples(base: Policy, task, texts) -> None:
     found = measure(base, task, Measuring("validation", 10, samples=64, sampled=8, max_new_tokens=48), texts)
     sampled = np.array(found["right"]) / 64

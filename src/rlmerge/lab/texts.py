@@ -21,6 +21,9 @@ from rlmerge.lab.policy import Policy, log_probabilities
 TOGETHER = 8
 """Right texts of a problem that are kept: their logits, in a vocabulary of 49,152, are held together."""
 
+LOGITS = 2**26
+"""Logits that are held together, at most, but for one problem's: a quarter of a GB in fp32."""
+
 Texts = Sequence[Sequence[Sequence[int]]]
 """Right texts of the first problems of a task, as token ids, the end included: [problems][texts][tokens]."""
 
@@ -61,16 +64,30 @@ def likelihoods(policy: Policy, task: Task, texts: Texts) -> tuple[list[float], 
     mean log-probability a token. Exact, by teacher forcing. Texts are tokens, as they were drawn: another spelling of
     one counts as another.
     """
-    mass: list[float] = []
-    trace: list[float] = []
-    for problem, known in zip(task.problems, texts):
-        if not known:
-            continue
+    found: dict[int, tuple[float, float]] = {}
+    for places in _together(texts, policy.model.config.vocab_size):
+        prompts = [policy.encode_prompt(task.problems[place].prompt) for place in places]
         with torch.no_grad():
-            logs, mask = log_probabilities(policy, [policy.encode_prompt(problem.prompt)], known)
-        mass.append(float(logs.sum(1).double().exp().sum()))
-        trace.append(float((logs.sum(1) / mask.sum(1)).mean()))
-    return mass, trace
+            logs, mask = log_probabilities(policy, prompts, [text for place in places for text in texts[place]])
+        sums, lengths = (values.sum(1).view(len(places), -1) for values in (logs, mask))
+        mass, trace = sums.double().exp().sum(1).tolist(), (sums / lengths).mean(1).tolist()
+        found |= dict(zip(places, zip(mass, trace), strict=True))
+    return [found[place][0] for place in sorted(found)], [found[place][1] for place in sorted(found)]
+
+
+def _together(texts: Texts, vocabulary: int) -> Iterator[list[int]]:
+    """Places of problems that have as many texts as each other, few enough that their logits fit; those without texts
+    are left out.
+    """
+    by_count: dict[int, list[int]] = {}
+    for place, known in enumerate(texts):
+        by_count.setdefault(len(known), []).append(place)
+    for count, places in sorted(by_count.items()):
+        while count and places:
+            longest = max(len(text) for place in places for text in texts[place])
+            size = max(1, LOGITS // (count * longest * vocabulary))
+            yield places[:size]
+            places = places[size:]
 
 
 def right_texts(
