@@ -59,11 +59,21 @@ def test_options_stand_anywhere(good: Path, tmp_path: Path) -> None:
             (good / "ties.yml", tmp_path / "o", "--threads", 2),
             ("--threads=2", good / "ties.yml", tmp_path / "o"),
             (good / "ties.yml", "--set", "lambda=0.5", tmp_path / "o"),
+            (good / "ties.yml", "-o", tmp_path / "o"),
+            ("--base", good / "base", "--expert", good / "e0", "--expert", good / "e1", "--out", tmp_path / "o",
+             "--method", "ties", "--set", "weight=1"),
             (tmp_path / "o", "--base", good / "base", "--expert", good / "e0", "--expert", good / "e1",
              "--method", "ties", "--set", "weight=1"),
         )
     ]  # fmt: skip
-    assert [summary["coordinates"] for summary in found] == [found[0]["coordinates"]] * 4
+    assert [summary["coordinates"] for summary in found] == [found[0]["coordinates"]] * 6
+
+
+def test_an_output_folder_is_named_once(good: Path, tmp_path: Path) -> None:
+    for arguments in ((good / "ties.yml",), ("-o", tmp_path / "o"),
+                      (good / "ties.yml", tmp_path / "o", "-o", tmp_path / "p")):  # fmt: skip
+        assert "give a recipe and one output folder" in refused(rlmerge("merge", *arguments))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["--over", "--thread=2", "--no-json"])

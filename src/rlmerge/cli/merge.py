@@ -25,6 +25,7 @@ from .options import (
     parse_bytes,
 )
 from .show import ProgressLine, duration, show_statistics, size
+from .usage import refuse
 
 if TYPE_CHECKING:
     from rlmerge.api import Outcome
@@ -43,8 +44,9 @@ several documents is merged in stages: OUT.stages, removed when OUT is whole."""
 
 def declare(parser: Parser) -> None:
     """Its arguments."""
-    parser.add_argument("first", metavar="RECIPE", help="recipe file; left out with --base/--expert")
+    parser.add_argument("first", metavar="RECIPE", nargs="?", help="recipe file; left out with --base/--expert")
     parser.add_argument("second", metavar="OUT", nargs="?", help="output folder")
+    parser.add_argument("-o", "--out", metavar="OUT", help="the output folder, in place of the last argument")
     declare_parts(parser)
     declare_download(parser)
     declare_run(parser)
@@ -65,9 +67,13 @@ def declare(parser: Parser) -> None:
 
 def run(given: Namespace) -> None:
     """Merges, or with --dry-run checks, and prints what became of the updates."""
-    path, out = (given.first, given.second) if given.second is not None else (None, given.first)
-    if given.second is None and not given.expert:
-        raise RecipeError(f"give a recipe and an output folder: rlmerge merge {given.first} OUT")
+    places = [place for place in (given.first, given.second, given.out) if place is not None]
+    if not places:
+        refuse("rlmerge merge: RECIPE and OUT are missing. See 'rlmerge merge --help'.")
+    path, out = (None, *places) if len(places) == 1 else tuple(places[:2])
+    if len(places) > 2 or (path is None and not given.expert):
+        shown = given.first or "RECIPE"
+        raise RecipeError(f"give a recipe and one output folder: rlmerge merge {shown} OUT")
     settings = [*(given.set or []), *([f"seed={given.seed}"] if given.seed is not None else [])]
     recipe, sweep = make_recipe(
         path, given.base, given.expert, given.fisher, given.method, settings, sweeps=True, plugins=given.plugin,
