@@ -22,6 +22,7 @@ from rlmerge.lab.study_merges import ABLATIONS, BASELINES, first_tries, later_tr
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, REPLICATION, SKETCH
 from rlmerge.lab.study_work import _recipe, sealed_seed
 
+DOCS = Path(__file__).parents[2] / "docs" / "study"
 SMALLEST = replace(
     SKETCH, name="smallest", steps=2, prompts=8, group=4, problems=6, fisher=4, batch=4, eval_batch=64,
     methods=("sar", "ties"), tries=5, kept=(1, 2), matching=4, averaged=(1, 2), tuning=4, samples=2, sampled=3,
@@ -53,9 +54,10 @@ def test_seeds_are_disjoint_pairs_and_the_tuned_one_is_not_among_them() -> None:
     assert len(used) == 2 * len(CONFIRMATION.seeds)
 
 
-def test_everybody_has_as_many_tries() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_everybody_has_as_many_tries(sparse: bool) -> None:
     for method in METHODS:
-        first = first_tries(method)
+        first = first_tries(method, sparse)
         tries = [*first, *later_tries(first[0][0])]
         assert len(tries) == len({str(one) for one in tries}) == SKETCH.tries == 8
     assert set(BASELINES) < set(METHODS)
@@ -68,6 +70,16 @@ def test_settings_that_were_frozen_before_need_no_development_pair() -> None:
     names = {cell.name for cell in study_cells(replace(CONFIRMATION, frozen=frozen))}
     assert not [name for name in names if name.startswith("tune-") or f"-{CONFIRMATION.development}" in name]
     assert "frozen" in names
+
+
+@pytest.mark.parametrize(("page", "study"), [("rehearsal", CONFIRMATION), ("rehearsal-smollm2", REPLICATION)])
+def test_frozen_settings_are_what_the_rehearsal_chose(page: str, study: StudyPreset) -> None:
+    found = json.loads((DOCS / f"{page}.json").read_text())
+    assert study.frozen == found["frozen"]
+    for method, tried in found["tuning"].items():
+        best = max(tried, key=lambda row: round(sum(row["greedy"]), 9))
+        assert len(tried) == study.tries
+        assert study.frozen[method] == {key: best[key] for key in ("setting", "scale")}
 
 
 def test_recipes_have_the_inputs_that_their_labels_say(tmp_path: Path) -> None:

@@ -181,8 +181,13 @@ SMOLLM2_WRONG = PilotPreset(
         Regime(
             "wrong",
             "a cold start that has not shown one right answer, from a language model: 50 steps at 2e-5",
-            (Expert("mx1", MATH, 1), Expert("cx1", CODE, 1)),
-            (("pair1", ("mx1", "cx1")),),
+            _seeds("mx", MATH, range(1, 3)) + _seeds("cx", CODE, range(1, 3)),
+            (
+                *_pairs("mx", "cx", seeds=range(1, 3)),
+                ("four", ("mx1", "mx2", "cx1", "cx2")),
+                ("math", ("mx1", "mx2")),
+                ("code", ("cx1", "cx2")),
+            ),
             kept=("fp32",),
         ),
     ),

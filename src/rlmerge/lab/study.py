@@ -47,6 +47,7 @@ class StudyPreset(Preset):
     methods       that are tuned, SAR among them; tries: settings of each
     situations    'fusion' of the domains, 'single': two seeds of one domain
     ablations     whether H5 and H6 are asked, too
+    sparse        whether updates change a fifth of the weights: what is tried of TIES
     frozen        what tuning has chosen before, by method; None: the development pair is trained and they are tuned
     """
 
@@ -68,6 +69,7 @@ class StudyPreset(Preset):
     texts: int = 100
     attempts: int = 32
     tries: int = 8
+    sparse: bool = False
     situations: tuple[str, ...] = ("fusion", "single")
     ablations: bool = True
     frozen: dict[str, dict[str, Any]] | None = None

@@ -96,16 +96,24 @@ OWN: dict[str, tuple[Setting, ...]] = {
     "sar": tuple({"density": density} for density in (0.8, 1.0, 0.5, 0.2)),
 }
 """What is tried of each method first: its default and three others of the parameter that shapes the result most."""
+OF_SPARSE: dict[str, tuple[Setting, ...]] = OWN | {
+    "ties": tuple({"density": density} for density in (0.2, 0.15, 0.1, 0.05))
+}
+"""The same where a fifth of the weights has changed: TIES keeps a share of all of them, so that 0.5 to 1 cut
+nothing, and 0.2 a seventh of what changed (docs/log.md). SAR keeps one of those that changed."""
 SCALES = (0.5, 0.7, 1.4, 2.0)
 """What the update of the best of them is multiplied by afterwards: an axis that all methods have, outside of them."""
 MORE_SCALES = (0.3, 0.6, 0.85)
 """Of a method that has no parameter but this."""
 
 
-def first_tries(method: str) -> list[tuple[Setting, float]]:
-    """(settings, scale): four of the method's own, or as many scales where it has none."""
+def first_tries(method: str, sparse: bool = False) -> list[tuple[Setting, float]]:
+    """(settings, scale): four of the method's own, or as many scales where it has none.
+
+    sparse   whether updates change a fifth of the weights, not most of them
+    """
     needed = required(get_method(method))
-    own = [needed | setting for setting in OWN[method]]
+    own = [needed | setting for setting in (OF_SPARSE if sparse else OWN)[method]]
     return [(setting, 1.0) for setting in own] + [(needed, scale) for scale in MORE_SCALES if len(own) == 1]
 
 

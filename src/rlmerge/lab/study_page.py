@@ -245,7 +245,7 @@ def _tuning_lines(found: Row) -> list[str]:
             rows.append([method, setting, f"{one['scale']:g}", *(f"{100 * v:.1f}" for v in one["greedy"]), chosen])
     head = ["method", "setting", "scale", *(f"{domain} greedy" for domain in DOMAINS), ""]
     if not rows:
-        return ["Settings were frozen before: docs/study/rehearsal.md has how they were chosen."]
+        return ["Settings were frozen before: the page of the rehearsal (docs/study/) has how they were chosen."]
     return ["## Tuning, on the development pair", "", *as_markdown([head, *rows])]
 
 

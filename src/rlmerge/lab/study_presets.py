@@ -19,8 +19,8 @@ SECONDS = {
 what half of the samples take."""
 
 SECONDS_OF_SMOLLM2 = {
-    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 250, "geometry": 60, "merge": 210,
-    "frozen": 1, "clean": 1,
+    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 250, "tune": 900, "geometry": 60,
+    "merge": 210, "frozen": 1, "clean": 1,
 }  # fmt: skip
 """The same of SmolLM2 without bf16 products, as `smollm2-rehearsal` took them; of measuring, times the problems."""
 
@@ -33,7 +33,16 @@ FROZEN = {
     "ramplus_tl": {"setting": {"r": 2.0}, "scale": 1.4},
     "fisher": {"setting": {"floor": 0.0001}, "scale": 1.4},
 }
-"""What the rehearsal's tuning chose (docs/study/rehearsal.md)."""
+"""What the tuning of part 1's rehearsal chose (docs/study/rehearsal.md)."""
+
+FROZEN_OF_SMOLLM2 = {
+    "sar": {"setting": {"density": 0.5}, "scale": 1.0},
+    "ties": {"setting": {"weight": 1.0, "density": 0.1}, "scale": 1.0},
+    "ram": {"setting": {"epsilon": 1e-05}, "scale": 0.7},
+    "task_arithmetic": {"setting": {"weight": 1.0}, "scale": 0.6},
+}
+"""What that of part 2's chose (docs/study/rehearsal-smollm2.md). SmolLM2 wants smaller updates than the small model, by
+every method: part 1's choices keep half as much there as the defaults do."""
 
 CONFIRMATION = StudyPreset(
     **{
@@ -53,8 +62,9 @@ REPLICATION = StudyPreset(
         **vars(SMALL_WRONG), "name": "replication", "seeds": tuple(range(23, 29)), "problems": 160, "fisher": 64,
         "seconds": {**SMALL.seconds, **SECONDS_OF_SMOLLM2}, "methods": ("sar", "ties", "ram", "task_arithmetic"),
     },
-    development=10, arms=("rlvr", "sft"), controls=(), samples=4, sampled=40, texts=60, attempts=16,
-    situations=("fusion",), ablations=False, split="test", half="A", seal=CONFIRMATION.seal, frozen=FROZEN,
+    development=10, arms=("rlvr", "sft"), controls=(), samples=4, sampled=40, texts=60, attempts=16, tuning=150,
+    situations=("fusion",), ablations=False, split="test", half="A", seal=CONFIRMATION.seal, sparse=True,
+    frozen=FROZEN_OF_SMOLLM2,
 )  # fmt: skip
 """H1 to H4 in fusion once more, from a language model: part 1's tasks and kind of cold start, other seeds, as much of
 the study as hours allow. The pilot's one pair from this base: docs/study/pilot-smollm2-wrong.md."""
@@ -94,7 +104,8 @@ REHEARSAL_OF_PART_2 = replace(
     split="validation",
     half="",
     seal="",
+    frozen=None,
 )
-"""The development pair of SmolLM2, on fewer problems, of validation; nothing is tuned on it."""
+"""The development pair of SmolLM2, on fewer problems, of validation."""
 
 PRESETS = {preset.name: preset for preset in (CONFIRMATION, REPLICATION, REHEARSAL, REHEARSAL_OF_PART_2, SKETCH)}

@@ -316,7 +316,7 @@ def _tune(root: Path, preset: StudyPreset, method: str) -> Iterator[tuple[str, A
     def best() -> dict[str, Any]:
         return max(tried, key=lambda row: round(sum(row["greedy"]), 9))
 
-    for setting, scale in first_tries(method)[: preset.tries]:
+    for setting, scale in first_tries(method, preset.sparse)[: preset.tries]:
         attempt(setting, scale)
     for setting, scale in later_tries(best()["setting"])[: preset.tries - len(tried)]:
         attempt(setting, scale)
