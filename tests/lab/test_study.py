@@ -16,7 +16,7 @@ from tests.lab.demo_base import put_base
 
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
-from rlmerge.lab.regimes import PILOT, SMOLLM2, SMOLLM2_WRONG
+from rlmerge.lab.regimes import PILOT, SMOLLM2, SMOLLM2_WRONG, TUNED
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
 from rlmerge.lab.study_merges import ABLATIONS, BASELINES, first_tries, later_tries, merges_of
 from rlmerge.lab.study_presets import CONFIRMATION, METHODS, PRESETS, REPLICATION, SKETCH
@@ -80,6 +80,13 @@ def test_frozen_settings_are_what_the_rehearsal_chose(page: str, study: StudyPre
         best = max(tried, key=lambda row: round(sum(row["greedy"]), 9))
         assert len(tried) == study.tries
         assert study.frozen[method] == {key: best[key] for key in ("setting", "scale")}
+
+
+def test_the_pilot_of_smollm2_shows_what_its_tuning_chose() -> None:
+    for one in TUNED:
+        frozen = REPLICATION.frozen[one.method]
+        setting = frozen["setting"] if frozen["scale"] == 1.0 else {"weight": frozen["scale"]}
+        assert one.settings == setting, "a scale is a weight where there is nothing else"
 
 
 def test_recipes_have_the_inputs_that_their_labels_say(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ MERGES = (
     Contender("sar", "sar", inputs=("fisher",)),
 )
 """What every set is merged by."""
+FORESEEN = frozenset(one.label for one in MERGES)
+"""Of which a second look and the power are asked."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """In which a merge is kept."""
 MASTERS = "masters"
@@ -260,7 +262,7 @@ def paired_merges(preset: PilotPreset) -> list[tuple[str, str, str]]:
         for name in sets_of(preset)
         if name.startswith(begun)
         for dtype, label in merges_of(preset, name)
-        if dtype == "fp32"
+        if dtype == "fp32" and label in FORESEEN
     ]
 
 

@@ -1,15 +1,16 @@
 """What the pilot tries: the regimes of G0, in the order in which they are run, and why averaging might fail there.
 
 `PILOT` begins with a model of a million parameters, of which there can be many runs; `SMOLLM2` with SmolLM2-135M, as
-far as hours went, and `SMOLLM2_WRONG`, one pair, from a cold start of it without a right answer; `PLUMBING` is the same
-shape in minutes, and no evidence.
+far as hours went, and `SMOLLM2_WRONG`, two pairs, from a cold start of it without a right answer; `PLUMBING` is the
+same shape in minutes, and no evidence.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from rlmerge.lab.pilot import ColdBase, Expert, PilotPreset, Regime
+from rlmerge.lab.contenders import Contender
+from rlmerge.lab.pilot import MERGES, ColdBase, Expert, PilotPreset, Regime
 from rlmerge.lab.presets import SMALL, TINY
 
 MATH, CODE = TINY.tasks["math"], TINY.tasks["code"]
@@ -138,8 +139,8 @@ PILOT = PilotPreset(
     note="From a Llama of 1.1 million parameters that was trained from nothing, with runs of minutes, so that there "
     "can be many; answers have some 27 tokens. Its updates are dense in bf16, other than those of language models. "
     "What there is from SmolLM2-135M stands beside it: [five experts and one set](pilot-smollm2.md) from a cold start "
-    "with right answers, and [a pair](pilot-smollm2-wrong.md) from one without, which meets the gate, where "
-    "[the next](rehearsal-smollm2.md) does not.",
+    "with right answers, and [two pairs and the four of them](pilot-smollm2-wrong.md) from one without: one pair meets "
+    "the gate, the other and [a third](rehearsal-smollm2.md) do not.",
 )  # fmt: skip
 
 SECONDS = {
@@ -169,6 +170,14 @@ SMALL_WRONG = replace(
 """SmolLM2 on the small model's tasks, from the kind of cold start from which that one met the gate: without a right
 answer. Half the steps of `small` at twice its rate, for the hours."""
 
+TUNED = (
+    Contender("sum_tuned", "task_arithmetic", {"weight": 0.6}),
+    Contender("ties_tuned", "ties", {"weight": 1.0, "density": 0.1}),
+    Contender("sar_tuned", "sar", {"density": 0.5}, ("fisher",)),
+)
+"""What the tuning of part 2 chose on a third pair (`study_presets.FROZEN_OF_SMOLLM2`), where a recipe can
+say it: RAM's update has no scale there."""
+
 SMOLLM2_WRONG = PilotPreset(
     **{
         **vars(SMALL_WRONG), "name": "smollm2-wrong",
@@ -194,9 +203,12 @@ SMOLLM2_WRONG = PilotPreset(
     texts=40,
     attempts=8,
     paired=(("never right", "wrong.pair"),),
-    note="From SmolLM2-135M-Instruct (Q4_1-dequantized): one pair, on the tasks of the small model and from the kind "
-    "of cold start from which that one met the gate, in an hour and a half of two cores without bf16 products. "
-    "**The next pair from the same base loses nothing by averaging** ([rehearsal of part 2](rehearsal-smollm2.md)).",
+    merges=(*MERGES, *TUNED),
+    note="From SmolLM2-135M-Instruct (Q4_1-dequantized): two seeds of each domain, on the tasks of the small model and "
+    "from the kind of cold start from which that one met the gate, in three hours of two cores without bf16 products. "
+    "**One of the two pairs meets the gate, one does not**, nor do the four together, nor "
+    "[a third pair](rehearsal-smollm2.md), seed 10, on which part 2 was rehearsed. *Tuned*: by what was chosen on that "
+    "third pair.",
 )  # fmt: skip
 """Whether the regime of part 1 costs a language model as much (docs/study/pilot-smollm2-wrong.md)."""
 

@@ -12,15 +12,15 @@ from rlmerge.lab.study_merges import BASELINES
 METHODS = ("sar", *BASELINES)
 SECONDS = {
     "pretrain": 480, "base": 300, "cold": 300, "texts": 90, "rlvr": 125, "other": 125, "twice": 250, "joint": 250,
-    "sft": 50, "rft": 45, "fisher": 40, "permuted": 1, "jitter": 1, "match": 30, "both": 40, "own": 25, "tune": 62,
-    "frozen": 1, "geometry": 8, "merge": 40, "half": 22, "clean": 1,
+    "sft": 50, "rft": 45, "fisher": 40, "permuted": 1, "jitter": 1, "match": 30, "both": 17, "own": 9, "tune": 62,
+    "frozen": 1, "geometry": 8, "merge": 16, "half": 9, "clean": 1,
 }  # fmt: skip
-"""What cells take on one thread of two busy cores: medians of the rehearsal, of measuring less
-what half of the samples take."""
+"""What cells take on one thread of two busy cores: medians of the rehearsal; of measuring, timed after that had been
+made faster (docs/log.md)."""
 
 SECONDS_OF_SMOLLM2 = {
-    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 250, "tune": 900, "geometry": 60,
-    "merge": 210, "frozen": 1, "clean": 1,
+    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 225, "tune": 800, "geometry": 60,
+    "merge": 200, "frozen": 1, "clean": 1,
 }  # fmt: skip
 """The same of SmolLM2 without bf16 products, as `smollm2-rehearsal` took them; of measuring, times the problems."""
 
