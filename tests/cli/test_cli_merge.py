@@ -70,9 +70,10 @@ def test_options_stand_anywhere(good: Path, tmp_path: Path) -> None:
 
 
 def test_an_output_folder_is_named_once(good: Path, tmp_path: Path) -> None:
-    for arguments in ((good / "ties.yml",), ("-o", tmp_path / "o"),
-                      (good / "ties.yml", tmp_path / "o", "-o", tmp_path / "p")):  # fmt: skip
+    for arguments in ((good / "ties.yml",), ("-o", tmp_path / "o")):
         assert "give a recipe and one output folder" in refused(rlmerge("merge", *arguments))
+    twice = refused(rlmerge("merge", good / "ties.yml", tmp_path / "o", "-o", tmp_path / "p"))
+    assert "the output folder is given twice" in twice
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,7 +71,9 @@ def run(given: Namespace) -> None:
     if not places:
         refuse("rlmerge merge: RECIPE and OUT are missing. See 'rlmerge merge --help'.")
     path, out = (None, *places) if len(places) == 1 else tuple(places[:2])
-    if len(places) > 2 or (path is None and not given.expert):
+    if len(places) > 2:
+        raise RecipeError(f"the output folder is given twice: {given.second}, and -o {given.out}. Leave one out.")
+    if path is None and not given.expert:
         shown = given.first or "RECIPE"
         raise RecipeError(f"give a recipe and one output folder: rlmerge merge {shown} OUT")
     settings = [*(given.set or []), *([f"seed={given.seed}"] if given.seed is not None else [])]

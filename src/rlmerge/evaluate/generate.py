@@ -95,7 +95,9 @@ def _joined(parts: Sequence[torch.Tensor], length: int, spare: int) -> torch.Ten
 
 
 def _has_room(view: torch.Tensor, length: int) -> bool:
-    """Whether so many positions fit before the next head's; a view may begin after positions that were dropped."""
+    """Whether so many positions fit before the next head's. A view begins at the first row of its own buffer, perhaps
+    after positions that were dropped: its offset is those.
+    """
     return view.stride(1) >= length * view.stride(2) + view.storage_offset()
 
 
@@ -229,7 +231,7 @@ class _State:
         """Drops the other rows, and positions that are padding for all that stay; returns whose place each row had.
 
         Only what fills a gap is moved, the last rows: to copy all of a cache for each row that ends took a third of
-        the time of a small model.
+        the time of a small model. What is dropped keeps its memory until rows are added, or the cache grows.
         """
         count = len(places)
         gaps = sorted(set(range(count)).difference(places))

@@ -97,10 +97,12 @@ OWN: dict[str, tuple[Setting, ...]] = {
 }
 """What is tried of each method first: its default and three others of the parameter that shapes the result most."""
 OF_SPARSE: dict[str, tuple[Setting, ...]] = OWN | {
-    "ties": tuple({"density": density} for density in (0.2, 0.15, 0.1, 0.05))
+    "ties": tuple({"density": density} for density in (0.2, 0.15, 0.1, 0.05)),
+    "ram": tuple({"epsilon": epsilon} for epsilon in (1e-5, 1e-4, 2e-4, 4e-4)),
 }
-"""The same where a fifth of the weights has changed: TIES keeps a share of all of them, so that 0.5 to 1 cut
-nothing, and 0.2 a seventh of what changed (docs/log.md). SAR keeps one of those that changed."""
+"""The same where a fifth of the weights has changed, and none of them by 0.001 (SmolLM2). TIES keeps a share of all
+weights, so that 0.5 to 1 cut nothing, and 0.2, which the pilot has, a seventh of what changed; RAM at 0.001 is the base
+(docs/log.md). SAR keeps a share of what changed."""
 SCALES = (0.5, 0.7, 1.4, 2.0)
 """What the update of the best of them is multiplied by afterwards: an axis that all methods have, outside of them."""
 MORE_SCALES = (0.3, 0.6, 0.85)

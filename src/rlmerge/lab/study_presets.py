@@ -12,14 +12,14 @@ from rlmerge.lab.study_merges import BASELINES
 METHODS = ("sar", *BASELINES)
 SECONDS = {
     "pretrain": 480, "base": 300, "cold": 300, "texts": 90, "rlvr": 125, "other": 125, "twice": 250, "joint": 250,
-    "sft": 50, "rft": 45, "fisher": 40, "permuted": 1, "jitter": 1, "match": 30, "both": 17, "own": 9, "tune": 62,
-    "frozen": 1, "geometry": 8, "merge": 16, "half": 9, "clean": 1,
+    "sft": 50, "rft": 45, "fisher": 40, "permuted": 1, "jitter": 1, "match": 30, "both": 16, "own": 8, "tune": 62,
+    "frozen": 1, "geometry": 8, "merge": 14, "half": 8, "clean": 1,
 }  # fmt: skip
 """What cells take on one thread of two busy cores: medians of the rehearsal; of measuring, timed after that had been
-made faster (docs/log.md)."""
+made faster (docs/log.md, *What a cell of the small model costs*)."""
 
 SECONDS_OF_SMOLLM2 = {
-    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 225, "tune": 800, "geometry": 60,
+    "base": 730, "texts": 420, "rlvr": 1740, "sft": 1120, "fisher": 420, "both": 275, "tune": 800, "geometry": 60,
     "merge": 200, "frozen": 1, "clean": 1,
 }  # fmt: skip
 """The same of SmolLM2 without bf16 products, as `smollm2-rehearsal` took them; of measuring, times the problems."""
@@ -42,7 +42,7 @@ FROZEN_OF_SMOLLM2 = {
     "task_arithmetic": {"setting": {"weight": 1.0}, "scale": 0.6},
 }
 """What that of part 2's chose (docs/study/rehearsal-smollm2.md). SmolLM2 wants smaller updates than the small model, by
-every method: part 1's choices keep half as much there as the defaults do."""
+every method; part 1's choices for SAR and TIES keep half as much there as the defaults do, RAM's as much."""
 
 CONFIRMATION = StudyPreset(
     **{
@@ -67,7 +67,7 @@ REPLICATION = StudyPreset(
     frozen=FROZEN_OF_SMOLLM2,
 )  # fmt: skip
 """H1 to H4 in fusion once more, from a language model: part 1's tasks and kind of cold start, other seeds, as much of
-the study as hours allow. The pilot's one pair from this base: docs/study/pilot-smollm2-wrong.md."""
+the study as hours allow. The pilot's two pairs from this base: docs/study/pilot-smollm2-wrong.md."""
 
 REHEARSAL = replace(
     CONFIRMATION,

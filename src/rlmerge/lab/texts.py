@@ -22,7 +22,8 @@ TOGETHER = 8
 """Right texts of a problem that are kept: their logits, in a vocabulary of 49,152, are held together."""
 
 LOGITS = 2**26
-"""Logits that are held together, at most, but for one problem's: a quarter of a GB in fp32."""
+"""Logits that are held together, at most, but for one problem's: a quarter of a GB in fp32, and once more for their
+losses."""
 
 Texts = Sequence[Sequence[Sequence[int]]]
 """Right texts of the first problems of a task, as token ids, the end included: [problems][texts][tokens]."""
