@@ -16,6 +16,8 @@ from tests.lab.demo_base import put_base
 
 from rlmerge.lab.cells import read_cell
 from rlmerge.lab.errors import LabError
+from rlmerge.lab.pilot import MERGES, paired_merges
+from rlmerge.lab.pilot import merges_of as pilot_merges
 from rlmerge.lab.regimes import PILOT, SMOLLM2, SMOLLM2_WRONG, TUNED
 from rlmerge.lab.study import StudyPreset, folder_of, run_study, sets, study_cells
 from rlmerge.lab.study_merges import ABLATIONS, BASELINES, first_tries, later_tries, merges_of
@@ -87,6 +89,13 @@ def test_the_pilot_of_smollm2_shows_what_its_tuning_chose() -> None:
         frozen = REPLICATION.frozen[one.method]
         setting = frozen["setting"] if frozen["scale"] == 1.0 else {"weight": frozen["scale"]}
         assert one.settings == setting, "a scale is a weight where there is nothing else"
+
+
+def test_settings_of_elsewhere_are_not_looked_at_again() -> None:
+    seen = {label for _, _, label in paired_merges(SMOLLM2_WRONG)}
+    assert seen == {one.label for one in MERGES}
+    labels = {label for _, label in pilot_merges(SMOLLM2_WRONG, "wrong.pair1")}
+    assert labels == seen | {one.label for one in TUNED}
 
 
 def test_recipes_have_the_inputs_that_their_labels_say(tmp_path: Path) -> None:

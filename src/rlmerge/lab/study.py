@@ -47,7 +47,7 @@ class StudyPreset(Preset):
     methods       that are tuned, SAR among them; tries: settings of each
     situations    'fusion' of the domains, 'single': two seeds of one domain
     ablations     whether H5 and H6 are asked, too
-    sparse        whether updates change a fifth of the weights: what is tried of TIES
+    sparse        whether updates change a fifth of the weights: what is tried of TIES and RAM
     frozen        what tuning has chosen before, by method; None: the development pair is trained and they are tuned
     """
 
